@@ -1,0 +1,159 @@
+"""Figures as SVG text, drawn by matplotlib without a display.
+
+Every function returns the SVG of one figure, the same bytes for the same input. Colours are the Okabe-Ito
+palette, which stays distinct for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6675")
+INK, SOFT, GRID = "#1c2430", "#5b6675", "#e6eaef"
+WIDTH = 9.0  # inches; the page scales figures to its own width
+
+
+@dataclass
+class Series:
+    """One line or one set of points. `xerr`/`yerr` are half-widths of error bars in the units of x and y."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str | None = None
+    style: str = "-"
+    width: float = 1.8
+    alpha: float = 1.0
+    marker: str = ""
+    xerr: Sequence[float] | None = None
+    yerr: Sequence[float] | None = None
+
+
+def _axes(height: float, xlabel: str, ylabel: str):
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # The object interface leaves pyplot's global state, and a caller's choice of backend, alone.
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, color=SOFT)
+    axes.set_ylabel(ylabel, color=SOFT)
+    axes.tick_params(colors=SOFT, labelsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b8c0ca")
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    # A fixed salt and no date make the bytes repeatable; paths instead of fonts make the page look alike everywhere.
+    with matplotlib.rc_context({"svg.hashsalt": "epi-kernels", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _legend(axes, entries: int) -> None:
+    if entries > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
+
+
+def lines(
+    series: Sequence[Series],
+    xlabel: str = "step",
+    ylabel: str = "",
+    marks: Sequence[float] = (),
+    mark_label: str = "",
+    ylim: tuple[float | None, float | None] | None = None,
+    height: float = 3.6,
+) -> str:
+    """Lines over a common x axis; `marks` are x positions drawn as thin vertical lines (refreshes of a mask, say)."""
+    figure, axes = _axes(height, xlabel, ylabel)
+    for index, mark in enumerate(marks):
+        axes.axvline(mark, color="#9aa5b1", linewidth=0.8, linestyle=(0, (2, 3)), label=mark_label if index == 0 else None, zorder=1)
+    for index, one in enumerate(series):
+        color = one.color or COLORS[index % len(COLORS)]
+        marker = one.marker or ("o" if len(one.x) == 1 else None)
+        axes.plot(one.x, one.y, one.style, color=color, linewidth=one.width, alpha=one.alpha, marker=marker, markersize=4.5, label=one.label)
+        if one.yerr is not None:
+            low = [y - e for y, e in zip(one.y, one.yerr)]
+            high = [y + e for y, e in zip(one.y, one.yerr)]
+            axes.fill_between(one.x, low, high, color=color, alpha=0.15, linewidth=0)
+    if ylim is not None:
+        axes.set_ylim(*ylim)
+    axes.margins(x=0.02)
+    _legend(axes, len(series) + bool(marks))
+    return _svg(figure)
+
+
+def points(series: Sequence[Series], xlabel: str, ylabel: str, height: float = 4.2, connect: bool = False) -> str:
+    """Points with error bars, one colour and one legend entry a series (score on a new task against score on the old one)."""
+    figure, axes = _axes(height, xlabel, ylabel)
+    for index, one in enumerate(series):
+        color = one.color or COLORS[index % len(COLORS)]
+        axes.errorbar(
+            one.x, one.y, xerr=one.xerr, yerr=one.yerr, fmt=one.marker or "o", linestyle=one.style if connect else "none",
+            color=color, markersize=7, elinewidth=1.2, capsize=3, label=one.label,
+        )  # fmt: skip
+    axes.margins(0.08)
+    _legend(axes, len(series) + 1)
+    return _svg(figure)
+
+
+def heatmap(
+    values: Sequence[Sequence[float | None]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[object],
+    xlabel: str = "step",
+    color_label: str = "",
+    vmax: float | None = None,
+) -> str:
+    """A rows x columns heat map from 0 up; None is drawn as a gap."""
+    import numpy as np
+
+    grid = np.array([[np.nan if cell is None else cell for cell in row] for row in values], dtype=float)
+    figure, axes = _axes(max(2.2, 0.9 + 0.2 * len(row_labels)), xlabel, "")
+    axes.grid(False)
+    top = vmax if vmax is not None else (float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0)
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, vmax=top or 1.0, interpolation="nearest")
+    axes.set_yticks(range(len(row_labels)), row_labels, fontsize=7.5 if len(row_labels) > 25 else 8.5)
+    # At most 12 column labels, or they run into each other.
+    stride = max(1, -(-len(column_labels) // 12))
+    ticks = list(range(0, len(column_labels), stride))
+    axes.set_xticks(ticks, [str(column_labels[tick]) for tick in ticks])
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.015)
+    bar.set_label(color_label, color=SOFT, fontsize=9)
+    bar.ax.tick_params(labelsize=8, colors=SOFT)
+    bar.outline.set_visible(False)
+    return _svg(figure)
+
+
+def bars(
+    labels: Sequence[str],
+    groups: Sequence[tuple[str, Sequence[float]]],
+    ylabel: str = "",
+    errors: Sequence[Sequence[float] | None] | None = None,
+    number: str = "{:.3g}",
+    height: float = 3.4,
+) -> str:
+    """Bars at `labels`, one colour a group (name, values); `errors` gives half-widths per group; values are written above."""
+    figure, axes = _axes(height, "", ylabel)
+    axes.grid(False, axis="x")
+    width = 0.8 / max(1, len(groups))
+    for index, (name, values) in enumerate(groups):
+        at = [i + (index - (len(groups) - 1) / 2) * width for i in range(len(labels))]
+        error = errors[index] if errors is not None else None
+        drawn = axes.bar(at, values, width * 0.92, yerr=error, color=COLORS[index % len(COLORS)], label=name, capsize=3, ecolor=SOFT)
+        axes.bar_label(drawn, [number.format(value) for value in values], fontsize=9, padding=2, color=INK)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.margins(y=0.14)
+    _legend(axes, len(groups))
+    return _svg(figure)
