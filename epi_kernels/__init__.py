@@ -1,0 +1,33 @@
+"""AdamW with evolving parameter isolation inside the fused step.
+
+Nothing is imported until it is asked for: `import epi_kernels` needs neither torch's
+compiled extension, Triton, CUDA nor transformers, and `epi-kernels --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["IsolationReport", "MaskedEMAAdamW", "__version__"]
+
+# public name -> module that defines it
+_LAZY = {
+    "IsolationReport": "epi_kernels.optim",
+    "MaskedEMAAdamW": "epi_kernels.optim",
+}
+
+if TYPE_CHECKING:
+    from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'epi_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
