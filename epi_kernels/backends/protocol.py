@@ -1,0 +1,61 @@
+"""What a backend is: the four stages over lists of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from epi_kernels.reference.stats import LayerStats, ScoreTerms
+from epi_kernels.reference.tensors import ParamTensors
+from epi_kernels.reference.threshold import KthSearch
+
+
+class Backend(Protocol):
+    """All tensors of one call live on one device and have dtypes that ``refuses`` lets pass.
+
+    Calls update in place and give the bits of ``epi_kernels.reference``. Lists may hold empty tensors,
+    tensors of several dtypes, and non-contiguous ``param`` and ``grad`` (states and masks are contiguous).
+    A stage never reads a device value on the host.
+    """
+
+    name: str
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot take parameters of this device and dtype; None when it can."""
+        ...
+
+    def step(
+        self,
+        tensors: Sequence[ParamTensors],
+        *,
+        stochastic_rounding: bool,
+        grad_multiplier: float | None,
+        stats: LayerStats | None,
+    ) -> None:
+        """The masked update (``reference.step.step_``). Merges stats of the parameters with ``layer >= 0``
+        in the same pass when ``stats`` is given, from the importances as stored."""
+        ...
+
+    def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
+        """Stand-alone stats (``reference.stats.accumulate``)."""
+        ...
+
+    def count(
+        self, tensors: Sequence[ParamTensors], terms: ScoreTerms, search: KthSearch, sample_stride: int = 1
+    ) -> None:
+        """One counting pass into ``search.histogram`` (``reference.threshold.count``)."""
+        ...
+
+    def select(
+        self,
+        tensors: Sequence[ParamTensors],
+        terms: ScoreTerms,
+        thresholds: Tensor,  # [layers] fp32
+        keep_factor: float,
+        drift: Tensor,  # [layers, 3] int64
+    ) -> None:
+        """Writes the masks and adds to the drift counts (``reference.mask.select_``)."""
+        ...

@@ -1,0 +1,53 @@
+"""Counter-based stochastic rounding to bfloat16: the same bits on every backend, after every resume.
+
+The hash is the public "lowbias32" mixer. Sixteen random bits an element and tensor kind are drawn
+from two words: theta w0 low, exp_avg w0 high, exp_avg_sq w1 low, importance w1 high.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def mix(x: int) -> int:
+    """lowbias32 of a uint32, on the host."""
+    x &= _WORD
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & _WORD
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def stream_key(seed: int, t: int, rng_id: int) -> int:
+    """The part of the key that a parameter's elements share: ``mix(mix(mix(seed) ^ t) ^ id)``."""
+    return mix(mix(mix(seed) ^ (t & _WORD)) ^ (rng_id & _WORD))
+
+
+def _mix_tensor(x: Tensor) -> Tensor:  # [n] int64 holding uint32
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def random_words(key: int, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Words w0, w1 ([count] int64 holding uint32) of the elements ``start .. start + count - 1``."""
+    index = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    element_key = _mix_tensor(key ^ (index >> 32))
+    w0 = _mix_tensor((index & _WORD) ^ element_key)
+    w1 = _mix_tensor((w0 + _GOLDEN) & _WORD)
+    return w0, w1
+
+
+def round_bfloat16(x: Tensor, random_bits: Tensor) -> Tensor:
+    """[n] fp32 -> bf16: ``(bits + r16) >> 16``; non-finite values round to nearest."""
+    bits = x.view(torch.int32).to(torch.int64) & _WORD
+    high = ((bits + random_bits) >> 16) & 0xFFFF
+    high = torch.where(high >= 0x8000, high - 0x10000, high).to(torch.int16)
+    return torch.where(torch.isfinite(x), high.view(torch.bfloat16), x.to(torch.bfloat16))
