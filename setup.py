@@ -31,9 +31,7 @@ METADATA_ONLY = {"egg_info", "dist_info", "sdist", "--version", "--name", "clean
 def device_archs() -> list[str]:
     import torch
 
-    capabilities = [
-        torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())
-    ]
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     return [f"{major}{minor}" for major, minor in capabilities]
 
 
@@ -65,6 +63,7 @@ def extensions() -> tuple[list, dict, dict]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cxx": os.environ["CXX"],
+        "cxx_version": support.cxx_version(os.environ["CXX"]),
         "cxx_flags": list(support.CXX_FLAGS),
         "cuda": {
             "built": cuda.build,

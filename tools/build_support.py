@@ -192,6 +192,12 @@ def choose_cxx(
     )
 
 
+def cxx_version(command: str, output: Callable[[Sequence[str]], str] = _output) -> str:
+    """First line of `--version`: the compiler's name and release."""
+    lines = output([*command.split(), "--version"]).splitlines()
+    return lines[0].strip() if lines else command
+
+
 def cpu_sources(root: Path) -> list[str]:
     """Relative paths, as setuptools wants them."""
     found = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/**/*.cpp")]

@@ -1,0 +1,105 @@
+# Targets are the README's commands. `make test` and `make demo` work from a fresh clone.
+#
+#   PYTHON       interpreter that makes the virtual environment (python3)
+#   VENV         where it goes (.venv)
+#   TORCH        what is installed as torch when VENV has none (torch==2.13.0)
+#   TORCH_INDEX  index to take torch from, and torch alone; pip's own configuration otherwise
+#   TIME_LIMIT   seconds for one slice of `make gpu`; the next call resumes
+
+PYTHON      ?= python3
+VENV        ?= .venv
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?=
+TIME_LIMIT  ?=
+JOBS        ?= 2
+TEST_ARGS   ?=
+DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+
+PY := $(VENV)/bin/python
+CSRC := $(shell find csrc -type f 2>/dev/null)
+BUILD_SCRIPTS := setup.py tools/build_support.py
+# Idle OpenMP threads sleep instead of spinning: test processes share the cores.
+QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: help build test demo bench tables gpu env lint format typecheck clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make test | demo | bench | gpu | env | tables | lint | format | typecheck | build | clean'
+
+# The last file that `python -m venv` writes: an environment without it is unfinished.
+$(VENV)/bin/activate:
+	@sh tools/preflight.sh "$(PYTHON)" "$(dir $(abspath $(VENV)))"
+	$(PYTHON) -m venv "$(VENV)"
+
+# A torch that is already there stays. --no-deps: what torch needs comes from pip's own index in
+# the next step, so that TORCH_INDEX serves torch alone.
+$(VENV)/.torch: $(VENV)/bin/activate
+	@$(PY) -c 'import torch' 2>/dev/null || { \
+	  set -ex; \
+	  $(PY) -m pip install $(if $(TORCH_INDEX),--no-deps --index-url "$(TORCH_INDEX)") "$(TORCH)"; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja
+	$(PY) -m pip install --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# Incremental: objects are kept under build/.
+$(VENV)/.built: $(VENV)/.installed $(BUILD_SCRIPTS) $(CSRC)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+build: $(VENV)/.built
+
+test: build
+	$(PY) -m ruff check .
+	$(QUIET_THREADS) $(PY) -m pytest -q -n $(JOBS) --timeout=600 $(TEST_ARGS)
+
+demo: build
+	$(VENV)/bin/epi-kernels demo $(DEMO_ARGS)
+
+env: build
+	@$(VENV)/bin/epi-kernels env
+
+bench: build
+	$(PY) -m bench.run $(BENCH_ARGS)
+
+# The README's tables, from the rows under bench/results/.
+tables: build
+	$(PY) -m bench.report
+
+# Needs no network and makes no environment: the interpreter of a GPU machine brings its own torch.
+# VENV's python serves where PYTHON has no torch.
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
+gpu: export PYTHONPATH := .
+gpu: export EPI_KERNELS_CUDA_ARCHS ?= native
+gpu:
+	@$(GPU_PYTHON) -c 'import torch' || \
+	  { echo "make gpu: neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m bench.gpu $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+
+CLANG_FORMAT := $(VENV)/bin/clang-format
+CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_FILES)
+
+typecheck: $(VENV)/.dev
+	$(PY) -m pyright
+
+clean:
+	rm -rf build dist *.egg-info epi_kernels/*.so epi_kernels/_build_info.json "$(VENV)/.built"

@@ -1,0 +1,81 @@
+"""`epi-kernels COMMAND`: a table of commands and nothing else.
+
+Each command lives in a module with `add_arguments(parser)` and `run(args) -> int` (the exit
+status). Only the module of the command asked for is imported, so `epi-kernels --help` needs
+neither torch nor transformers. A command reports what the user can mend by raising
+`SystemExit("message")`; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import epi_kernels
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "env": Command("epi_kernels.env", "versions, devices, and why each backend can or cannot run"),
+    "importance": Command(
+        "epi_kernels.finetune.importance_command",
+        "measure which weights old abilities need, from data that stands for them",
+    ),
+    "finetune": Command("epi_kernels.finetune.command", "fine-tune a causal language model with isolation"),
+    "report": Command("epi_kernels.report.command", "a run's log as one self-contained HTML page"),
+    "demo": Command("epi_kernels.demo.command", "learn a task, then another: with isolation and without"),
+    "kernels": Command(
+        "epi_kernels.kernels_report",
+        "compile every kernel ahead of time: registers, spills, instructions (no GPU needed)",
+    ),
+}
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The whole parser; only `chosen`'s module is imported, for its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="epi-kernels",
+        description="AdamW with evolving parameter isolation inside the fused step.",
+        epilog="epi-kernels COMMAND --help describes a command's arguments.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16, width=100),
+    )
+    parser.add_argument("--version", action="version", version=epi_kernels.__version__)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    try:
+        args = build_parser(chosen).parse_args(arguments)
+        return int(args.run(args) or 0)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in ("", "epi_kernels"):
+            raise
+        print(
+            f"epi-kernels {chosen}: needs {missing}, which is not installed: python -m pip install {missing}",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(f"epi-kernels {chosen}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
