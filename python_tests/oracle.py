@@ -160,7 +160,7 @@ class Report(Row):
     ratio: float = 0.0
     threshold: float | dict = math.inf
     ties: int = 0
-    layers: dict[str, Row] = field(default_factory=dict)
+    layers: list[Row] = field(default_factory=list)
     # Per parameter, the scores selection saw: lets a test leave out what a last bit may decide.
     scores: list[np.ndarray] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
@@ -279,7 +279,7 @@ class Run:
 
     def refresh(self) -> Report:
         s = self.settings
-        eligible = [i for i, p in enumerate(self.params) if p.hyper.isolate]
+        eligible = [i for i, p in enumerate(self.params) if p.hyper.isolate and p.theta.size]
         u = {i: self.params[i].u for i in eligible}
         layers: dict[Hashable, list[int]] = {}
         for i in eligible:
@@ -304,6 +304,7 @@ class Run:
         else:
             report.threshold = {self.layer_of(members[0])[1]: threshold[members[0]] for members in sets}
 
+        rows: dict[Hashable, Row] = {}
         for i, p in enumerate(self.params):
             new, bad = np.zeros(p.theta.size, bool), np.zeros(p.theta.size, bool)
             if i in scores:
@@ -313,13 +314,14 @@ class Run:
                     new &= (scores[i] > 0) if s.normalization != "zscore" else spread[i]
             if p.persistent is not None:
                 new = new | p.persistent
-            name = self.layer_of(i)[1]
-            row = report.layers.setdefault(name, Row(name))
-            row.count(p.mask, new, bad)
-            report.count(p.mask, new, bad)
+            key, name = self.layer_of(i)
+            if p.theta.size:  # what is not eligible is no part of a layer: it gets a row of its own
+                rows.setdefault((key, i in scores), Row(name)).count(p.mask, new, bad)
+                report.count(p.mask, new, bad)
             p.mask = new
             report.scores.append(scores.get(i))
             report.thresholds.append(threshold.get(i))
+        report.layers = [row for (_, takes_part), row in rows.items() if takes_part or row.union]
         self.report = report
         return report
 

@@ -1,0 +1,237 @@
+"""Drives MaskedEMAAdamW and the oracle through the same run and compares them bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from python_tests import oracle
+from python_tests.cases import Case, gradient, half, lay_out, optimizer_arguments
+
+ISA_VARIABLE = "EPI_KERNELS_CPU_ISA"
+
+
+# --- what runs here -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend, the device it steps on, and for `cpu` the instruction set."""
+
+    backend: str
+    device: str = "cpu"
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.backend, self.isa, self.device) if part)
+
+    @contextlib.contextmanager
+    def active(self):
+        """The backend is loaded anew with this instruction set, and again without it afterwards."""
+        from epi_kernels.backends import dispatch
+
+        before = os.environ.get(ISA_VARIABLE)
+        if self.isa is not None:
+            os.environ[ISA_VARIABLE] = self.isa
+            dispatch.load.cache_clear()
+        try:
+            yield self
+        finally:
+            if self.isa is not None:
+                os.environ.pop(ISA_VARIABLE)
+                if before is not None:
+                    os.environ[ISA_VARIABLE] = before
+                dispatch.load.cache_clear()
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here; to be asked while active."""
+        from epi_kernels.backends import dispatch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        backend = dispatch.load(self.backend)
+        if isinstance(backend, str):
+            return backend
+        return backend.refuses(torch.device(self.device), torch.float32)
+
+    @property
+    def must_run(self) -> bool:
+        """Whether being unavailable is a failure rather than a skip."""
+        if self.backend == "triton":
+            return importlib.util.find_spec("triton") is not None
+        return self.device == "cpu" and self.isa in (None, "plain")
+
+
+CPU_TARGETS = [Target("reference"), *(Target("cpu", isa=isa) for isa in ("avx512", "avx2", "plain"))]
+# With a device Triton runs on it; without one it runs through its interpreter, on CPU tensors.
+if torch.cuda.is_available():
+    TARGETS = [*CPU_TARGETS, *(Target(name, "cuda") for name in ("reference", "triton", "cuda"))]
+else:
+    TARGETS = [*CPU_TARGETS, Target("triton")]
+
+
+# --- comparing bits -----------------------------------------------------------------------------------------
+
+
+def logical(tensor: torch.Tensor) -> np.ndarray:
+    """Flat logical row-major values; bfloat16 as the float32 it stands for."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().reshape(-1)
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, not {expected.dtype}"
+    assert actual.size == expected.size, f"{what}: {actual.size} elements, not {expected.size}"
+    if actual.dtype.kind == "f":  # which NaN it is depends on the machine
+        actual = np.where(np.isnan(actual), np.array(np.nan, actual.dtype), actual)
+        expected = np.where(np.isnan(expected), np.array(np.nan, expected.dtype), expected)
+    a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(x.size, -1) for x in (actual, expected))
+    wrong = np.flatnonzero((a != b).any(axis=1))
+    if wrong.size:
+        i = int(wrong[0])
+        raise AssertionError(
+            f"{what}: {wrong.size} of {actual.size} differ, the first at {i}: "
+            f"{actual[i]!r}, not {expected[i]!r}"
+        )
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict:
+    """Everything that a failed call may not change: weights, gradients, state, groups, as plain values."""
+    plain = lambda v: (v.dtype, v.shape, tensor_bytes(v)) if isinstance(v, torch.Tensor) else repr(v)  # noqa: E731
+    seen = {"groups": [], "params": []}
+    for group in optimizer.param_groups:
+        seen["groups"].append({k: plain(v) for k, v in group.items() if k != "params"})
+        for p in group["params"]:
+            seen["params"].append(
+                {
+                    "id": id(p),
+                    "weight": plain(p),
+                    "grad": plain(p.grad),
+                    "state": {k: plain(v) for k, v in optimizer.state.get(p, {}).items()},
+                }
+            )
+    seen["foreign"] = len(optimizer.state)
+    return seen
+
+
+# --- one run, twice -----------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A MaskedEMAAdamW and the oracle's run of the same case."""
+
+    def __init__(self, case: Case, target: Target):
+        from epi_kernels import MaskedEMAAdamW
+
+        self.case, self.target = case, target
+        self.rng = np.random.default_rng(case.seed)
+        self.params: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor] = []
+        oracle_params, groups = [], []
+        for hyper, specs in case.groups:
+            members = []
+            for spec in specs:
+                values = half(self.rng.standard_normal(spec.shape), spec.dtype)
+                tensor, buffer = lay_out(values, spec.dtype, spec.layout, target.device)
+                tensor = torch.nn.Parameter(tensor)
+                name = f"p{len(self.params)}" if case.named else None
+                self.params.append(tensor)
+                self.buffers.append(buffer)
+                members.append((name, tensor) if case.named else tensor)
+                oracle_params.append(oracle.Param(values, spec.dtype, hyper, name))
+            groups.append({"params": members, **vars(hyper)})
+        self.optimizer = MaskedEMAAdamW(groups, backend=target.backend, **optimizer_arguments(case.settings))
+        self.oracle = oracle.Run(oracle_params, case.settings)
+
+    def gradients(self, kinds: list[str | None]) -> list[np.ndarray | None]:
+        """One flat gradient per parameter; None for a parameter without one."""
+        return [
+            None if kind is None else gradient(self.rng, math.prod(spec.shape), kind, spec.dtype)
+            for kind, spec in zip(kinds, self.case.specs, strict=True)
+        ]
+
+    def step(self, grads: list[np.ndarray | None], **kwargs) -> None:
+        """One step of both on the same gradients; grad_scale and found_inf as torch.amp.GradScaler sets them."""
+        for p, spec, grad in zip(self.params, self.case.specs, grads, strict=True):
+            p.grad = None
+            if grad is not None:
+                values = grad.reshape(spec.shape)
+                p.grad = lay_out(values, spec.dtype, spec.grad_layout, self.target.device)[0]
+        for name, value in kwargs.items():
+            setattr(self.optimizer, name, torch.tensor(float(value), device=self.target.device))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.optimizer.step()
+        finally:
+            for name in kwargs:
+                delattr(self.optimizer, name)
+        written = self.oracle.step(grads, **kwargs)
+        for i, (p, expected) in enumerate(zip(self.params, written, strict=True)):
+            if expected is not None:
+                assert_same_bits(logical(p.grad), expected.reshape(-1), f"p{i}.grad")
+
+    def refresh(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.optimizer.refresh_isolation_mask()
+        self.oracle.refresh()
+
+    def check(self) -> None:
+        """Weights, state, masks, T and the report are the oracle's, bit for bit."""
+        for i, (p, expected) in enumerate(zip(self.params, self.oracle.params, strict=True)):
+            self._check_param(i, p, expected)
+        for group in self.optimizer.param_groups:
+            assert group["isolation_step"] == self.oracle.T
+        self._check_report()
+
+    def _check_param(self, i: int, p: torch.Tensor, expected: oracle.Param) -> None:
+        assert_same_bits(logical(p), expected.theta, f"p{i}")
+        buffer = self.buffers[i]
+        assert int(buffer.isnan().sum()) - int(p.isnan().sum()) == buffer.numel() - p.numel(), (
+            f"p{i}: written outside the view"
+        )
+        state = self.optimizer.state.get(p, {})
+        packed = state.get("isolation_mask")
+        if packed is not None:
+            assert packed.dtype == torch.uint8 and packed.dim() == 1
+            assert_same_bits(packed.cpu().numpy(), oracle.pack(expected.mask), f"p{i}.isolation_mask")
+        else:
+            assert not expected.mask.any()
+        assert_same_bits(
+            self.optimizer.isolation_mask(p).cpu().numpy().reshape(-1), expected.mask, f"mask of p{i}"
+        )
+        if expected.exp_avg is None:
+            assert "exp_avg" not in state
+            return
+        assert state["step"].dtype == torch.float32 and state["step"].item() == expected.step
+        names = ["exp_avg", "exp_avg_sq"] + ([] if expected.hyper.shared else ["importance"])
+        for name in names:
+            assert state[name].shape == p.shape
+            assert_same_bits(logical(state[name]), getattr(expected, name), f"p{i}.{name}")
+        assert ("importance" in state) == (not expected.hyper.shared)
+
+    def _check_report(self) -> None:
+        actual, expected = self.optimizer.isolation_report(), self.oracle.report
+        if expected is None:
+            assert actual is None
+            return
+        for name in ("step", "ratio", "threshold", "jaccard", "isolated", "entered", "released", "ties"):
+            assert getattr(actual, name) == getattr(expected, name), name
+        assert actual.nonfinite == expected.nonfinite
+        figures = ("name", "elements", "isolated", "entered", "released", "jaccard", "nonfinite")
+        rows = [
+            sorted(tuple(getattr(row, f) for f in figures) for row in r.layers) for r in (actual, expected)
+        ]
+        assert rows[0] == rows[1]
