@@ -55,7 +55,9 @@ class KthSearch:
     bin_bits: int = field(default=11)
 
     @classmethod
-    def start(cls, k: Tensor, domain: Tensor, *, floor: int, end: int, bin_bits: int, keep_factor: float) -> KthSearch:
+    def start(
+        cls, k: Tensor, domain: Tensor, *, floor: int, end: int, bin_bits: int, keep_factor: float
+    ) -> KthSearch:
         search = cls(
             k=k,
             lo=torch.full_like(k, floor),
@@ -77,9 +79,8 @@ class KthSearch:
         """Smallest shift that lays the bracket over the bins; a finished domain's bracket is empty."""
         self.lo = torch.where(self.done, self.hi, self.lo)
         width = self.hi - self.lo
-        shift = torch.zeros_like(width)
-        for s in range(32 - self.bin_bits):
-            shift += (width > (1 << (self.bin_bits + s))).long()
+        ceil_log2 = torch.frexp((width - 1).clamp_min(0).double()).exponent
+        shift = (ceil_log2.to(torch.int64) - self.bin_bits).clamp_min(0)
         self.shift = shift
 
     def add_zero_elements(self, terms: ScoreTerms, counts: Tensor) -> None:
@@ -126,7 +127,9 @@ class KthSearch:
         finished = inside & (self.shift == 0)
         self.threshold = torch.where(finished, key_scores(bin_lo), self.threshold)
         self.count_ge = torch.where(finished, at_least.gather(1, bin_.unsqueeze(1)).squeeze(1), self.count_ge)
-        self.k = torch.where(empty, torch.zeros_like(k), torch.where(open_ & (self.lo <= self.floor), k, self.k))
+        self.k = torch.where(
+            empty, torch.zeros_like(k), torch.where(open_ & (self.lo <= self.floor), k, self.k)
+        )
         self.done = self.done | finished | empty
 
         lo, hi = self.lo, self.hi

@@ -1,0 +1,231 @@
+"""Arguments: what is allowed, checked before any state exists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.backends import dispatch
+from epi_kernels.policies.layers import LayerKey
+
+NORMALIZATIONS = ("minmax", "zscore", "none")
+SCOPES = ("global", "layer")
+BACKENDS = ("auto", *dispatch.NAMES)
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
+
+# what a param group may set; everything else the constructor takes is one value for the whole optimizer
+GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "isolate", "importance_beta")
+GLOBAL_OPTIONS = (
+    "amsgrad",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+    "isolation_ratio",
+    "mask_interval",
+    "mask_warmup",
+    "importance_dtype",
+    "normalization",
+    "scope",
+    "layer_key",
+    "hysteresis",
+    "state_dtype",
+    "stochastic_rounding",
+    "seed",
+    "backend",
+)
+
+
+@dataclass(frozen=True)
+class IsolationConfig:
+    """The options that hold for the whole optimizer."""
+
+    isolation_ratio: float
+    mask_interval: int | None
+    mask_warmup: int | None
+    importance_dtype: torch.dtype
+    normalization: str
+    scope: str
+    layer_key: LayerKey | None
+    hysteresis: float
+    state_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    seed: int
+    backend: str
+
+
+def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _unit_interval(name: str, value: Any) -> None:
+    _require(_is_number(value) and 0.0 <= value < 1.0, name, value, "a number in [0, 1)")
+
+
+def _choice(name: str, value: Any, allowed: tuple) -> None:
+    _require(
+        any(value is option or (isinstance(value, str) and value == option) for option in allowed),
+        name,
+        value,
+        "one of " + ", ".join(repr(option) for option in allowed),
+    )
+
+
+def check_group_options(options: dict[str, Any]) -> None:
+    """Validates the options of one param group, or the constructor's defaults for them."""
+    if "lr" in options:
+        lr = options["lr"]
+        if isinstance(lr, Tensor):
+            _require(lr.numel() == 1 and not lr.is_complex(), "lr", lr, "a float or a tensor of one element")
+            lr = float(lr)
+        _require(
+            _is_number(lr) and lr >= 0.0 and math.isfinite(lr), "lr", options["lr"], "a finite number >= 0"
+        )
+    if "betas" in options:
+        betas = options["betas"]
+        _require(
+            isinstance(betas, (tuple, list)) and len(betas) == 2,
+            "betas",
+            betas,
+            "a pair of numbers in [0, 1)",
+        )
+        for position, beta in enumerate(betas):
+            _unit_interval(f"betas[{position}]", beta)
+    for name in ("eps", "weight_decay"):
+        if name in options:
+            value = options[name]
+            ok = _is_number(value) and value >= 0.0 and math.isfinite(value)
+            _require(ok, name, value, "a finite number >= 0")
+    if options.get("importance_beta") is not None:
+        _unit_interval("importance_beta", options["importance_beta"])
+    for name in ("maximize", "isolate"):
+        if name in options:
+            _require(isinstance(options[name], bool), name, options[name], "True or False")
+
+
+def check_torch_options(
+    *, amsgrad: bool, foreach: Any, capturable: bool, differentiable: bool, fused: Any
+) -> None:
+    """torch.optim.AdamW's own switches: honoured, or refused with what to use instead."""
+    if amsgrad:
+        raise ValueError(
+            "amsgrad=True is not supported: use amsgrad=False, or torch.optim.AdamW without isolation"
+        )
+    if differentiable:
+        raise ValueError(
+            "differentiable=True is not supported: the fused step has no autograd; use torch.optim.AdamW"
+        )
+    if foreach and fused:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together")
+    if capturable:
+        raise NotImplementedError(
+            "capturable=True is not supported yet: use capturable=False outside CUDA graphs"
+        )
+
+
+def make_config(
+    *,
+    isolation_ratio: float,
+    mask_interval: int | None,
+    mask_warmup: int | None,
+    importance_dtype: Any,
+    normalization: str,
+    scope: str,
+    layer_key: LayerKey | None,
+    hysteresis: float,
+    state_dtype: Any,
+    stochastic_rounding: bool | None,
+    seed: int,
+    backend: str,
+) -> IsolationConfig:
+    """Validates the global options."""
+    _unit_interval("isolation_ratio", isolation_ratio)
+    _unit_interval("hysteresis", hysteresis)
+    _require(
+        mask_interval is None or (_is_int(mask_interval) and mask_interval >= 1),
+        "mask_interval",
+        mask_interval,
+        "an int >= 1, or None for masks that are never refreshed by themselves",
+    )
+    _require(
+        mask_warmup is None or (_is_int(mask_warmup) and mask_warmup >= 0),
+        "mask_warmup",
+        mask_warmup,
+        "an int >= 0, or None for mask_interval",
+    )
+    _choice("importance_dtype", importance_dtype, IMPORTANCE_DTYPES)
+    _choice("state_dtype", state_dtype, STATE_DTYPES)
+    _choice("normalization", normalization, NORMALIZATIONS)
+    _choice("scope", scope, SCOPES)
+    _choice("backend", backend, BACKENDS)
+    _require(layer_key is None or callable(layer_key), "layer_key", layer_key, "None or a callable of a name")
+    _require(
+        stochastic_rounding is None or isinstance(stochastic_rounding, bool),
+        "stochastic_rounding",
+        stochastic_rounding,
+        "None, True or False",
+    )
+    _require(_is_int(seed), "seed", seed, "an int")
+    _require(
+        not (hysteresis > 0 and normalization == "zscore"),
+        "hysteresis",
+        hysteresis,
+        "0 with normalization='zscore' (a z-score may be negative, so dividing it favours nothing)",
+    )
+    for name, value in (("state_dtype", state_dtype), ("importance_dtype", importance_dtype)):
+        if value == "int8":
+            raise NotImplementedError(
+                f"{name}='int8' is not supported yet: use torch.float32 or torch.bfloat16"
+            )
+    return IsolationConfig(
+        isolation_ratio=float(isolation_ratio),
+        mask_interval=mask_interval,
+        mask_warmup=mask_warmup,
+        importance_dtype=importance_dtype,
+        normalization=normalization,
+        scope=scope,
+        layer_key=layer_key,
+        hysteresis=float(hysteresis),
+        state_dtype=state_dtype,
+        stochastic_rounding=stochastic_rounding is not False,
+        seed=seed,
+        backend=backend,
+    )
+
+
+def check_param_group(group: dict[str, Any]) -> None:
+    """Validates a group as the caller hands it over, before it joins the optimizer."""
+    misplaced = [name for name in GLOBAL_OPTIONS if name in group]
+    if misplaced:
+        raise ValueError(
+            f"{', '.join(misplaced)} cannot be set per param group: pass it to the constructor "
+            f"(a group may set {', '.join(GROUP_OPTIONS)})"
+        )
+    check_group_options(group)
+
+
+def check_parameter(param: Tensor, name: str) -> None:
+    """Refuses dtypes that no backend steps."""
+    if param.dtype == torch.float16:
+        raise ValueError(
+            f"{name} is float16, whose range is too small for the step: use bfloat16 weights, "
+            "or float32 weights under torch.autocast"
+        )
+    if param.is_complex():
+        raise ValueError(f"{name} is complex: optimize torch.view_as_real(param) instead")
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"{name} has dtype {param.dtype}: use float32, bfloat16 or float64")

@@ -1,0 +1,76 @@
+"""Importance carried from one training stage to the next. Importance that restarts cold protects nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.optim.state import bare_name
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What one parameter takes over: its importance and the step it was collected up to."""
+
+    importance: Tensor
+    step: Tensor
+
+
+def _entries(source: Any) -> tuple[list[str] | None, list[Mapping[str, Any]]]:
+    """(names or None, state entries in order) of an optimizer or its state dict."""
+    state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise TypeError(
+            "carry_importance takes a MaskedEMAAdamW or torch.optim.AdamW, or the state_dict of one, "
+            f"got {type(source).__name__}"
+        )
+    groups = state_dict["param_groups"]
+    entries = [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
+    if all("param_names" in group for group in groups):
+        return [name for group in groups for name in group["param_names"]], entries
+    return None, entries
+
+
+def _take(entry: Mapping[str, Any], param: Tensor, name: str) -> Carried | None:
+    if not entry:
+        return None  # the source never stepped it: its importance is 0
+    importance = entry.get("importance", entry.get("exp_avg_sq"))
+    if importance is None:
+        raise ValueError(f"the source's state of {name} has neither importance nor exp_avg_sq")
+    if importance.shape != param.shape or not importance.is_floating_point():
+        raise ValueError(
+            f"the source's importance of {name} is {importance.dtype} {list(importance.shape)}, "
+            f"the parameter has shape {list(param.shape)}"
+        )
+    step = torch.as_tensor(entry.get("step", 0.0))
+    return Carried(
+        importance.detach(), step.detach().reshape(()).to(device="cpu", dtype=torch.float32, copy=True)
+    )
+
+
+def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:
+    """What each of ``params`` takes over: by name where both sides have names, else by position.
+
+    Raises before anything changes when a parameter has no counterpart or its shape differs.
+    """
+    source_names, entries = _entries(source)
+    if names is not None and source_names is not None:
+        by_name = {bare_name(name): entry for name, entry in zip(source_names, entries, strict=True)}
+        missing = [name for name in names if bare_name(name) not in by_name]
+        if missing:
+            raise ValueError(
+                f"the source has no parameter named {', '.join(missing[:5])} ({len(missing)} missing)"
+            )
+        matched = [by_name[bare_name(name)] for name in names]
+    else:
+        if len(entries) != len(params):
+            raise ValueError(
+                f"the source has {len(entries)} parameters, this optimizer {len(params)}, without names"
+            )
+        matched = entries
+    labels = names if names is not None else [f"param_{i}" for i in range(len(params))]
+    return [_take(entry, param, label) for entry, param, label in zip(matched, params, labels, strict=True)]

@@ -1,0 +1,465 @@
+"""MaskedEMAAdamW: torch.optim.AdamW with evolving parameter isolation inside the fused step."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from epi_kernels.backends import Backend, choose
+from epi_kernels.optim import arguments, carry
+from epi_kernels.optim import state as state_
+from epi_kernels.optim.refresh import Partition, StatsByDevice, refresh
+from epi_kernels.optim.report import IsolationReport
+from epi_kernels.policies.layers import LayerTable, build_layers
+from epi_kernels.policies.schedule import refresh_due
+from epi_kernels.reference import bits
+from epi_kernels.reference.rounding import stream_key
+from epi_kernels.reference.scalars import StepScalars, round_to_float32, step_scalars
+from epi_kernels.reference.tensors import ParamTensors
+
+_STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
+
+
+class MaskedEMAAdamW(Optimizer):
+    r"""AdamW that isolates the most important parameters, in one fused step.
+
+    .. math::
+        \begin{aligned}
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        u_t &= v_t \quad\text{(shared), or}\quad \beta_u u_{t-1} + (1 - \beta_u) g_t^2 \\
+        \theta_t &= \begin{cases}
+            \theta_{t-1} & \text{if isolated} \\
+            (1 - \gamma\lambda)\,\theta_{t-1}
+              - \gamma \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+                \cdot \frac{m_t}{\sqrt{v_t} + \epsilon\sqrt{1 - \beta_2^t}} & \text{otherwise}
+        \end{cases}
+        \end{aligned}
+
+    Every ``mask_interval`` steps the importances ``u`` are normalised within each layer and the
+    ``floor(isolation_ratio * N)`` highest scores of the ``N`` eligible elements become isolated: their
+    weights keep their bits, weight decay included, until a later refresh releases them. ``m``, ``v`` and
+    ``u`` advance for isolated elements too. Importance is what the optimizer sees: the accumulated,
+    clipped gradient, once a step; an EMA of the squared batch gradient is not a per-sample Fisher.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups. A group may set lr, betas, eps, weight_decay,
+            maximize, isolate (take part in isolation, default True) and importance_beta.
+        lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
+        foreach, fused: accepted and without effect, because every backend is both; refused together.
+        amsgrad, differentiable, capturable: refused when True (capturable: not yet).
+        isolation_ratio: p in [0, 1); 0 is plain AdamW.
+        mask_interval: H, steps between refreshes; None never refreshes by itself (static masks).
+        mask_warmup: step of the first refresh; None means ``mask_interval``.
+        importance_beta: decay of an own importance; None (or beta2) shares ``exp_avg_sq`` at no cost.
+        importance_dtype: of an own importance: torch.float32 or torch.bfloat16.
+        normalization: within a layer: "minmax", "zscore" or "none".
+        scope: "global" ranks all layers together, "layer" each by itself.
+        layer_key: name -> hashable; parameters of one value form a layer. Needs named parameters.
+        hysteresis: h in [0, 1): scores of isolated elements are divided by 1 - h before selection.
+        state_dtype: of exp_avg and exp_avg_sq; None is the parameter's. torch.float32 or torch.bfloat16.
+        stochastic_rounding: of bfloat16 weights and states; None means on.
+        seed: of the stochastic rounding.
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Raises:
+        ValueError: an argument is out of range; names the argument, the value and what is allowed.
+        RuntimeError: a backend asked for by name cannot run, with the reason.
+
+    Source: EPI, arXiv 2604.14010 (Evolving Parameter Isolation).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        isolation_ratio: float = 0.01,
+        mask_interval: int | None = 100,
+        mask_warmup: int | None = None,
+        importance_beta: float | None = None,
+        importance_dtype: torch.dtype | str = torch.float32,
+        normalization: str = "minmax",
+        scope: str = "global",
+        layer_key: Callable[[str], Any] | None = None,
+        hysteresis: float = 0.0,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        arguments.check_torch_options(
+            amsgrad=amsgrad,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "isolate": True,
+            "importance_beta": importance_beta,
+        }
+        arguments.check_group_options(defaults)
+        self._config = arguments.make_config(
+            isolation_ratio=isolation_ratio,
+            mask_interval=mask_interval,
+            mask_warmup=mask_warmup,
+            importance_dtype=importance_dtype,
+            normalization=normalization,
+            scope=scope,
+            layer_key=layer_key,
+            hysteresis=hysteresis,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            backend=backend,
+        )
+        self._report: IsolationReport | None = None
+        self._warned_nothing_selected = False
+        self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+        super().__init__(params, defaults)
+
+    # ---------------------------------------------------------------- groups and names
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch; the group may set what the class docstring lists, and is checked before it joins."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        group = dict(param_group)
+        arguments.check_param_group(group)
+        if not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+        self._check_parameters(group["params"])
+        group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
+        group[_VERSION] = state_.STATE_VERSION
+        super().add_param_group(group)
+
+    def _check_parameters(self, params: Any) -> None:
+        entries = [params] if isinstance(params, Tensor) else params
+        for position, entry in enumerate(entries):
+            named = isinstance(entry, tuple) and len(entry) == 2
+            name, param = entry if named else (f"param_{position}", entry)
+            if isinstance(param, Tensor):  # torch itself refuses what is not
+                arguments.check_parameter(param, name)
+                choose(self._config.backend, param.device, param.dtype)
+            if self._config.layer_key is not None and not named:
+                raise ValueError(
+                    "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
+                )
+
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, str, int]]:
+        """(group, parameter, name, random-stream id) in order; unnamed parameters go by position."""
+        position = 0
+        for group in self.param_groups:
+            names = group.get("param_names")
+            for i, param in enumerate(group["params"]):
+                name = f"param_{position}" if names is None else names[i]
+                yield group, param, name, position if names is None else zlib.crc32(name.encode())
+                position += 1
+
+    @property
+    def _isolation_step(self) -> int:
+        return self.param_groups[0][_STEP]
+
+    def _set_isolation_step(self, value: int) -> None:
+        for group in self.param_groups:
+            group[_STEP] = value
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimization step; refreshes the mask after it when one is due. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stepped = [entry for entry in self._parameters() if entry[1].grad is not None]
+        for _, param, name, _ in stepped:
+            _check_gradient(param, name)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+
+        step = self._isolation_step + 1
+        config = self._config
+        due = config.isolation_ratio > 0 and refresh_due(
+            step, interval=config.mask_interval, warmup=config.mask_warmup
+        )
+        layers = self._layers() if due else None
+        stats = None if layers is None else StatsByDevice(len(layers.names), config)
+
+        self._run_step(stepped, layers, stats)
+        self._set_isolation_step(step)
+        if layers is not None and stats is not None:
+            self._refresh(layers, stats, covered={param for _, param, _, _ in stepped})
+        return loss
+
+    def _run_step(self, stepped: list, layers: LayerTable | None, stats: StatsByDevice | None) -> None:
+        """Stage 1 on every device and backend, the stats of stage 2 in the same pass when asked for."""
+        grad_scale = getattr(self, "grad_scale", None)
+        multiplier = None if grad_scale is None else round_to_float32(1.0 / float(grad_scale))
+        scalars: dict[tuple[int, int, bool], StepScalars] = {}
+        batches: dict[tuple[str, torch.device], tuple[Backend, list[ParamTensors]]] = {}
+        steps = []
+        for group, param, _, rng_id in stepped:
+            state = self.state[param]
+            state_.complete_state(state, param, group, self._config)
+            steps.append(state["step"])
+            if param.numel() == 0:
+                continue
+            t = int(state["step"]) + 1
+            double = param.dtype == torch.float64
+            key = (id(group), t, double)
+            if key not in scalars:
+                scalars[key] = _group_scalars(group, t, double)
+            tensors = self._tensors(param, group)
+            tensors.grad, tensors.scalars, tensors.maximize = param.grad, scalars[key], group["maximize"]
+            tensors.rng_key = stream_key(self._config.seed, t, rng_id)
+            tensors.layer = layers.row_of[param] if layers is not None and group["isolate"] else -1
+            backend = choose(self._config.backend, param.device, param.dtype).backend
+            batches.setdefault((backend.name, param.device), (backend, []))[1].append(tensors)
+        for (_, device), (backend, batch) in batches.items():
+            backend.step(
+                batch,
+                stochastic_rounding=self._config.stochastic_rounding,
+                grad_multiplier=multiplier,
+                stats=None if stats is None else stats.on(device),
+            )
+        if steps:
+            torch._foreach_add_(steps, 1.0)
+
+    def _tensors(self, param: Tensor, group: dict[str, Any]) -> ParamTensors:
+        state = self.state[param]
+        return ParamTensors(
+            param=param,
+            grad=None,
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            importance=None if state_.shares_importance(group) else state["importance"],
+            isolation_mask=state.get("isolation_mask"),
+            persistent_mask=state.get("persistent_mask"),
+        )
+
+    # ---------------------------------------------------------------- the refresh
+
+    def _layers(self) -> LayerTable:
+        return build_layers(
+            ((param, name, group["isolate"]) for group, param, name, _ in self._parameters()),
+            self._config.layer_key,
+        )
+
+    @torch.no_grad()
+    def refresh_isolation_mask(self) -> IsolationReport:
+        """Refreshes the mask now, whatever T; returns what it did."""
+        layers = self._layers()
+        return self._refresh(layers, StatsByDevice(len(layers.names), self._config), covered=set())
+
+    def _refresh(self, layers: LayerTable, stats: StatsByDevice, covered: set[Tensor]) -> IsolationReport:
+        """Stages 2 to 4; ``covered`` are the parameters whose stats the step has already reduced."""
+        stateless = [0] * len(layers.names)
+        partitions: dict[tuple[str, torch.device], Partition] = {}
+        for group, param, _, _ in self._parameters():
+            if param.numel() == 0:
+                continue
+            row = layers.row_of[param]
+            if not self.state.get(param):
+                stateless[row] += param.numel()
+                continue
+            state_.complete_state(self.state[param], param, group, self._config)
+            tensors = self._tensors(param, group)
+            tensors.layer = row
+            backend = choose(self._config.backend, param.device, param.dtype).backend
+            part = partitions.setdefault(
+                (backend.name, param.device), Partition(param.device, backend, [], [])
+            )
+            if tensors.isolation_mask is not None:
+                part.tensors.append(tensors)
+            if group["isolate"] and param not in covered:
+                part.stats_pending.append(tensors)
+        self._report = refresh(
+            list(partitions.values()), layers, stateless, stats, self._config, self._isolation_step
+        )
+        self._warn_after_refresh(self._report, layers)
+        return self._report
+
+    def _warn_after_refresh(self, report: IsolationReport, layers: LayerTable) -> None:
+        nothing = report.selects_nothing and self._config.isolation_ratio > 0
+        if nothing and not self._warned_nothing_selected:
+            self._warned_nothing_selected = True
+            warnings.warn(
+                f"isolation_ratio={self._config.isolation_ratio} of {layers.total_eligible} eligible elements is "
+                "less than one element: nothing is isolated. Raise isolation_ratio.",
+                stacklevel=4,
+            )
+        # on a GPU the count stays there until the report is read
+        on_host = all(param.device.type == "cpu" for param in layers.row_of)
+        if on_host and report.nonfinite:
+            warnings.warn(
+                f"{report.nonfinite} elements have a non-finite importance after step {report.step}: they are never "
+                "isolated, and their weights follow the non-finite gradient. Clip gradients or use a GradScaler.",
+                stacklevel=4,
+            )
+
+    def isolation_report(self) -> IsolationReport | None:
+        """Figures of the last refresh, None before the first. Nothing synchronises until they are read."""
+        return self._report
+
+    # ---------------------------------------------------------------- masks
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group, candidate, _, _ in self._parameters():
+            if candidate is param:
+                return group
+        raise ValueError("this parameter is not in any of the optimizer's groups")
+
+    def isolation_mask(self, param: Tensor) -> Tensor:
+        """bool tensor of param's shape, a copy: True where the weight is isolated."""
+        self._group_of(param)
+        packed = self.state[param].get("isolation_mask") if self.state.get(param) else None
+        if packed is None:
+            return torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+        return bits.unpack(packed, param.numel()).view(param.shape)
+
+    @torch.no_grad()
+    def set_isolation_mask(self, param: Tensor, mask: Tensor, *, persistent: bool = False) -> None:
+        """Installs a mask (bool, param's shape and device) until the next refresh, or for good.
+
+        Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
+        ``isolation_ratio=0`` and ``isolate=False`` too. Installing an all-False persistent mask lifts it.
+        """
+        group = self._group_of(param)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != param.shape:
+            raise ValueError(
+                f"mask must have the parameter's shape {list(param.shape)}, got {list(mask.shape)}"
+            )
+        if mask.device != param.device:
+            raise ValueError(f"mask must be on the parameter's device {param.device}, got {mask.device}")
+        state, packed = self.state[param], bits.pack(mask)
+        state_.complete_state(state, param, group, self._config)
+        current = state.setdefault("isolation_mask", state_.zero_mask(param))
+        lasting = state.pop("persistent_mask", None)
+        if persistent:
+            others = current if lasting is None else current & ~lasting
+            state["isolation_mask"] = others | packed
+            if bool(packed.any()):
+                state["persistent_mask"] = packed
+        elif lasting is None:
+            state["isolation_mask"] = packed
+        else:
+            state["isolation_mask"], state["persistent_mask"] = packed | lasting, lasting
+
+    @torch.no_grad()
+    def carry_importance(self, source: Optimizer | dict[str, Any]) -> None:
+        """Starts a new stage from another optimizer's statistics, so that old abilities stay protected.
+
+        ``source`` is a MaskedEMAAdamW or torch.optim.AdamW, or the state_dict of one, matched by name, else by
+        position, all or nothing. A shared importance takes the source's own importance if it has one, else its
+        ``exp_avg_sq``, together with ``step``; an own importance takes that tensor alone. ``exp_avg`` starts at
+        zero, T at 0. It does not refresh: call ``refresh_isolation_mask()`` to protect from the first step on.
+        """
+        entries = list(self._parameters())
+        params = [param for _, param, _, _ in entries]
+        named = all("param_names" in group for group in self.param_groups)
+        names = [name for _, _, name, _ in entries] if named else None
+        carried = carry.match_source(source, params, names)
+        fresh: list[dict[str, Any]] = []
+        for (group, param, _, _), taken in zip(entries, carried, strict=True):
+            old = self.state.get(param, {})
+            state = {key: old[key] for key in state_.MASK_KEYS if key in old}
+            if taken is not None or state:
+                state_.complete_state(state, param, group, self._config)
+            if taken is not None:
+                shared = state_.shares_importance(group)
+                state["exp_avg_sq" if shared else "importance"].copy_(taken.importance)
+                if shared:
+                    state["step"].copy_(taken.step)
+            fresh.append(state)
+        for param, state in zip(params, fresh, strict=True):
+            if state:
+                self.state[param] = state
+            else:
+                self.state.pop(param, None)
+        self._set_isolation_step(0)
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes this optimizer owns, by kind; ``other`` are the step counters."""
+        kinds = (*state_.MOMENT_KEYS, *state_.MASK_KEYS)
+        sizes = dict.fromkeys((*kinds, "other"), 0)
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    sizes[key if key in kinds else "other"] += value.numel() * value.element_size()
+        sizes["total"] = sum(sizes.values())
+        return sizes
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of ours or of torch.optim.AdamW; one that does not fit is refused whole.
+
+        torch's own policy would cast importances to the parameter's dtype and packed masks to floats.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        state, groups = state_.read_state_dict(state_dict, self.param_groups, self._config)
+        self.__setstate__({"state": state, "param_groups": groups})
+        self._report = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_config", "_report", "_warned_nothing_selected", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+
+
+def _check_gradient(param: Tensor, name: str) -> None:
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is sparse, which MaskedEMAAdamW does not support: "
+            "use sparse=False in the embedding, or torch.optim.SparseAdam for it"
+        )
+    if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {name} is {grad.dtype} {list(grad.shape)} on {grad.device}, "
+            f"its parameter {param.dtype} {list(param.shape)} on {param.device}"
+        )
+
+
+def _group_scalars(group: dict[str, Any], t: int, double: bool) -> StepScalars:
+    return step_scalars(
+        t,
+        lr=float(group["lr"]),
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        importance_beta=group["importance_beta"],
+        double=double,
+    )

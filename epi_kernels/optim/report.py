@@ -1,0 +1,145 @@
+"""What a refresh did. Figures stay on the device until they are read."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from epi_kernels.policies.layers import LayerTable
+from epi_kernels.reference.mask import ENTERED, ISOLATED, RELEASED
+
+
+def jaccard(isolated: int, entered: int, released: int) -> float:
+    """Overlap of the old and the new mask: |old and new| / |old or new|, 1 for two empty masks."""
+    union = isolated + released
+    return (isolated - entered) / union if union else 1.0
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's share of a refresh; counts are elements."""
+
+    name: str
+    elements: int
+    isolated: int
+    entered: int
+    released: int
+    jaccard: float
+    nonfinite: int
+
+    def __getitem__(self, field: str) -> Any:
+        return getattr(self, field)
+
+
+class IsolationReport:
+    """Figures of one refresh. Reading any but ``step`` and ``ratio`` waits for the device once.
+
+    Attributes:
+        step: T, the calls of ``step()`` before the refresh.
+        ratio: p, the isolation ratio asked for.
+        threshold: the k-th largest score (inf when k = 0); for ``scope="layer"`` a dict by layer name.
+        jaccard: overlap of the old and the new mask, 1 for two empty masks.
+        isolated, entered, released: elements isolated now; newly so; no longer so.
+        ties: elements at or above the threshold, beyond k.
+        nonfinite: elements whose importance is not finite: counted in N, never isolated.
+        layers: one ``LayerRow`` a layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: int,
+        ratio: float,
+        scope: str,
+        table: LayerTable,
+        k: list[int],  # per domain
+        threshold: Tensor,  # [domains] fp32
+        count_ge: Tensor,  # [domains] int64
+        domain: list[int],  # per layer
+        drift: Tensor,  # [layers, 3] int64
+        nonfinite: Tensor,  # [layers] int64
+    ) -> None:
+        self.step = step
+        self.ratio = ratio
+        self._scope, self._table, self._k, self._domain = scope, table, k, domain
+        self._threshold, self._count_ge, self._drift, self._nonfinite = threshold, count_ge, drift, nonfinite
+
+    @property
+    def selects_nothing(self) -> bool:
+        """k is 0 everywhere: the ratio asks for less than one element."""
+        return not any(self._k)
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerRow, ...]:
+        table, rows = self._table, []
+        for row, (counts, nonfinite) in enumerate(
+            zip(self._drift.tolist(), self._nonfinite.tolist(), strict=True)
+        ):
+            isolated, entered, released = counts[ISOLATED], counts[ENTERED], counts[RELEASED]
+            if not table.eligible[row] and isolated + released == 0:
+                continue  # takes no part, and never did
+            overlap = jaccard(isolated, entered, released)
+            rows.append(
+                LayerRow(
+                    table.names[row], table.n_elements[row], isolated, entered, released, overlap, nonfinite
+                )
+            )
+        return tuple(rows)
+
+    @functools.cached_property
+    def threshold(self) -> float | dict[str, float]:
+        values = self._threshold.tolist()
+        if self._scope == "global":
+            return values[0]
+        rows = zip(self._table.names, self._table.eligible, self._domain, strict=True)
+        return {name: values[domain] for name, eligible, domain in rows if eligible}
+
+    @functools.cached_property
+    def ties(self) -> int:
+        return sum(max(0, count - k) for count, k in zip(self._count_ge.tolist(), self._k, strict=True))
+
+    @property
+    def isolated(self) -> int:
+        return sum(row.isolated for row in self.layers)
+
+    @property
+    def entered(self) -> int:
+        return sum(row.entered for row in self.layers)
+
+    @property
+    def released(self) -> int:
+        return sum(row.released for row in self.layers)
+
+    @property
+    def nonfinite(self) -> int:
+        return sum(row.nonfinite for row in self.layers)
+
+    @property
+    def jaccard(self) -> float:
+        return jaccard(self.isolated, self.entered, self.released)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        names = (
+            "step",
+            "ratio",
+            "threshold",
+            "jaccard",
+            "isolated",
+            "entered",
+            "released",
+            "ties",
+            "nonfinite",
+        )
+        return {name: getattr(self, name) for name in names} | {
+            "layers": [asdict(row) for row in self.layers]
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"IsolationReport(step={self.step}, isolated={self.isolated}, entered={self.entered}, "
+            f"released={self.released}, jaccard={self.jaccard:.4f})"
+        )

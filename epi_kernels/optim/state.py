@@ -1,0 +1,178 @@
+"""State of one parameter: created complete, packed masks, and state dicts taken whole or refused whole."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.reference.bits import pack, packed_bytes
+
+STATE_VERSION = 1
+VERSION_KEY = "isolation_version"
+STEP_KEY = "isolation_step"
+MASK_KEYS = ("isolation_mask", "persistent_mask")
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "importance")
+
+
+def shares_importance(group: Mapping[str, Any]) -> bool:
+    """Whether ``exp_avg_sq`` serves as the importance of a group's parameters."""
+    return group["importance_beta"] is None or group["importance_beta"] == group["betas"][1]
+
+
+def moment_dtype(param: Tensor, config: IsolationConfig) -> torch.dtype:
+    return param.dtype if config.state_dtype is None else config.state_dtype
+
+
+def zero_mask(param: Tensor) -> Tensor:
+    return torch.zeros(packed_bytes(param.numel()), dtype=torch.uint8, device=param.device)
+
+
+def _zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
+    # row-major whatever the parameter's strides: packed masks and random numbers count logical positions
+    return torch.zeros(param.shape, dtype=dtype, device=param.device)
+
+
+def complete_state(
+    state: dict[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig
+) -> None:
+    """Adds, zeroed, whatever a parameter's state lacks."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    dtype = moment_dtype(param, config)
+    for key in ("exp_avg", "exp_avg_sq"):
+        if key not in state:
+            state[key] = _zeros(param, dtype)
+    if "importance" not in state and not shares_importance(group):
+        state["importance"] = _zeros(param, config.importance_dtype)
+    if "isolation_mask" not in state and config.isolation_ratio > 0:
+        state["isolation_mask"] = zero_mask(param)
+
+
+def load_mask(value: Tensor, param: Tensor, what: str) -> Tensor:
+    """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of the parameter's shape."""
+    if value.dtype == torch.bool and value.shape == param.shape:
+        return pack(value.to(param.device))
+    expected = packed_bytes(param.numel())
+    if value.dtype != torch.uint8 or value.shape != (expected,):
+        raise ValueError(
+            f"{what}: a packed mask of {param.numel()} elements is uint8 [{expected}], "
+            f"got {value.dtype} {list(value.shape)}; the state is truncated or not ours"
+        )
+    mask = value.detach().to(param.device, copy=True)
+    spare = -param.numel() % 8
+    if spare and int(mask[-1]) >> (8 - spare):
+        raise ValueError(f"{what}: padding bits past element {param.numel()} are set; the state is damaged")
+    return mask
+
+
+def _load_param_state(
+    saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
+) -> dict[str, Any]:
+    """One parameter's state: clones in our dtypes, checked against the parameter."""
+    known = {"step", *MOMENT_KEYS, *MASK_KEYS}
+    unknown = [key for key in saved if key not in known]
+    if unknown:
+        raise ValueError(
+            f"state of {name} has keys this optimizer does not know: {', '.join(map(str, unknown))}"
+        )
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in saved]
+    if missing:
+        raise ValueError(f"state of {name} lacks {', '.join(missing)}")
+    state: dict[str, Any] = {}
+    step = saved["step"]
+    step = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step))
+    if step.numel() != 1:
+        raise ValueError(f"state of {name}: step must be one number, got shape {list(step.shape)}")
+    state["step"] = step.reshape(()).to(device="cpu", dtype=torch.float32, copy=True)
+    for key in MOMENT_KEYS:
+        if key == "importance" and (key not in saved or shares_importance(group)):
+            continue
+        value = saved[key]
+        if not isinstance(value, Tensor) or value.shape != param.shape or not value.is_floating_point():
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            raise ValueError(f"state of {name}: {key} must be floats of shape {list(param.shape)}, got {got}")
+        dtype = config.importance_dtype if key == "importance" else moment_dtype(param, config)
+        state[key] = _zeros(param, dtype).copy_(value.detach())
+    for key in MASK_KEYS:
+        if key in saved:
+            state[key] = load_mask(saved[key], param, f"state of {name}, {key}")
+    complete_state(state, param, group, config)
+    return state
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP and torch.compile put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _check_groups(ours: list[dict], saved: list[dict]) -> None:
+    if len(ours) != len(saved):
+        raise ValueError(f"state dict has {len(saved)} param groups, this optimizer {len(ours)}")
+    for number, (group, saved_group) in enumerate(zip(ours, saved, strict=True)):
+        if len(group["params"]) != len(saved_group["params"]):
+            raise ValueError(
+                f"param group {number} of the state dict has {len(saved_group['params'])} parameters, "
+                f"this optimizer's has {len(group['params'])}"
+            )
+        names, saved_names = group.get("param_names"), saved_group.get("param_names")
+        if names is not None and saved_names is not None:
+            for name, saved_name in zip(names, saved_names, strict=True):
+                if bare_name(name) != bare_name(saved_name):
+                    raise ValueError(
+                        f"the state dict is of another parameter set: group {number} has {saved_name!r} "
+                        f"where this optimizer has {name!r}"
+                    )
+        version = saved_group.get(VERSION_KEY, STATE_VERSION)
+        if version != STATE_VERSION:
+            raise ValueError(
+                f"the state dict has {VERSION_KEY} {version!r}; this release reads {STATE_VERSION}"
+            )
+        if saved_group.get("amsgrad"):
+            raise ValueError("the state dict was saved with amsgrad=True, which is not supported")
+        check_group_options(saved_group)
+
+
+def _load_group(group: dict[str, Any], saved: dict[str, Any], isolation_step: int) -> dict[str, Any]:
+    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in GLOBAL_OPTIONS}
+    for key, value in group.items():
+        loaded.setdefault(key, value)
+    loaded["params"] = group["params"]
+    loaded[STEP_KEY] = isolation_step
+    return loaded
+
+
+def read_state_dict(
+    state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]], config: IsolationConfig
+) -> tuple[defaultdict[Tensor, Any], list[dict[str, Any]]]:
+    """(state, param_groups) of a saved dict, ours or torch.optim.AdamW's; raises before anything changes."""
+    saved_groups = state_dict["param_groups"]
+    _check_groups(param_groups, saved_groups)
+    steps = [group.get(STEP_KEY) for group in saved_groups]
+    if None in steps:  # torch's AdamW counts per parameter only
+        isolation_step = max(
+            (int(entry["step"]) for entry in state_dict["state"].values() if "step" in entry), default=0
+        )
+    else:
+        isolation_step = max(map(int, steps), default=0)
+    groups = [_load_group(g, s, isolation_step) for g, s in zip(param_groups, saved_groups, strict=True)]
+
+    saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
+    owners = [(param, group, i) for group in groups for i, param in enumerate(group["params"])]
+    owner_of = dict(zip(saved_ids, owners, strict=True))
+    strangers = [key for key in state_dict["state"] if key not in owner_of]
+    if strangers:
+        raise ValueError(f"the state dict holds state of parameters no group lists: {strangers[:5]}")
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    for key, entry in state_dict["state"].items():
+        param, group, position = owner_of[key]
+        name = group["param_names"][position] if "param_names" in group else f"parameter {key}"
+        if entry:
+            state[param] = _load_param_state(entry, param, group, config, name)
+    return state, groups

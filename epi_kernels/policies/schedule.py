@@ -1,0 +1,16 @@
+"""When a refresh is due."""
+
+from __future__ import annotations
+
+
+def refresh_due(step: int, *, interval: int | None, warmup: int | None) -> bool:
+    """Whether a refresh follows the ``step``-th call of ``step()``; ``warmup`` None means ``interval``."""
+    if interval is None:
+        return False
+    warmup = interval if warmup is None else warmup
+    return step >= max(warmup, 1) and (step - warmup) % interval == 0
+
+
+def refresh_steps(total_steps: int, *, interval: int | None, warmup: int | None) -> list[int]:
+    """The steps of a run of ``total_steps`` that a refresh follows."""
+    return [t for t in range(1, total_steps + 1) if refresh_due(t, interval=interval, warmup=warmup)]

@@ -1,0 +1,40 @@
+"""How many elements are selected, and where their scores can lie."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from epi_kernels.reference.scalars import round_to_float32
+from epi_kernels.reference.threshold import KEY_END, score_keys
+
+# Sampling pays for its pass only where a counting pass is long
+SAMPLE_FROM_ELEMENTS = 1 << 20
+SAMPLE_STRIDE = 64
+
+
+def selected_count(ratio: float, n_elements: int) -> int:
+    """k = floor(p * N), in float64."""
+    return math.floor(ratio * n_elements)
+
+
+def keep_factor(hysteresis: float) -> float:
+    """What the score of an isolated element is divided by."""
+    return round_to_float32(1.0 - hysteresis)
+
+
+def key_range(normalization: str, factor: float) -> tuple[int, int]:
+    """[floor, end) of the ordered keys that a finite importance's score can have."""
+    if normalization == "zscore":
+        return 0, KEY_END
+    highest = (
+        torch.ones(()) / torch.full((), factor) if normalization == "minmax" else torch.full((), torch.inf)
+    )
+    floor, top = (int(score_keys(value)) for value in (torch.zeros(()), highest))
+    return floor, top + 1
+
+
+def bin_bits(domains: int) -> int:
+    """2,048 bins for one domain; fewer for many, so that ``scope="layer"`` stays small."""
+    return 11 if domains == 1 else 8
