@@ -73,10 +73,13 @@ def extensions() -> tuple[list, dict, dict]:
         },
     }
     include_dirs = [str(ROOT / "csrc")]
+    cpu_sources, cuda_sources = support.cpu_sources(ROOT), support.cuda_sources(ROOT)
+    support.check_objects(cpu_sources)
+    support.check_objects(cuda_sources)
     modules = [
         CppExtension(
             "epi_kernels._C",
-            support.cpu_sources(ROOT),
+            cpu_sources,
             include_dirs=list(include_dirs),
             depends=support.headers(ROOT),
             extra_compile_args={"cxx": list(support.CXX_FLAGS)},
@@ -87,7 +90,7 @@ def extensions() -> tuple[list, dict, dict]:
         modules.append(
             CUDAExtension(
                 "epi_kernels._C_cuda",
-                support.cuda_sources(ROOT),
+                cuda_sources,
                 include_dirs=list(include_dirs),
                 depends=support.headers(ROOT),
                 extra_compile_args={
@@ -115,12 +118,11 @@ def extensions() -> tuple[list, dict, dict]:
                     "The compiler's own message stands above. `sh tools/preflight.sh` names what "
                     "this machine lacks.\nTo leave the CUDA part out: EPI_KERNELS_BUILD_CUDA=0."
                 )
-            folder = Path(self.get_ext_fullpath("epi_kernels._C")).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
-            stale = folder / Path(self.get_ext_filename("epi_kernels._C_cuda")).name
-            if not cuda.build and stale.exists():
-                stale.unlink()  # built against another torch: loading it would crash
+            library = Path(self.get_ext_fullpath("epi_kernels._C"))
+            library.with_name("_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+            if not cuda.build:
+                # What an earlier build left was made for another torch: loading it could crash.
+                library.with_name(library.name.replace("_C", "_C_cuda", 1)).unlink(missing_ok=True)
 
     return modules, {"build_ext": BuildKernels}, info
 

@@ -149,6 +149,12 @@ def test_every_source_is_built():
     assert files == built
 
 
+def test_sources_that_share_an_object_are_refused():
+    support.check_objects(["csrc/cuda/step.cu", "csrc/cuda/bindings.cpp", "csrc/cpu/step.cpp"])
+    with pytest.raises(support.BuildError, match=r"step.cpp and csrc/cuda/step.cu"):
+        support.check_objects(["csrc/cuda/step.cpp", "csrc/cuda/step.cu"])
+
+
 # ---- what was built ----
 
 

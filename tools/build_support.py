@@ -209,6 +209,15 @@ def cuda_sources(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
+def check_objects(sources: Sequence[str]) -> None:
+    """Refuses step.cu beside step.cpp: both would compile to step.o, and one would be lost."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        other = seen.setdefault(os.path.splitext(source)[0], source)
+        if other != source:
+            raise BuildError(f"{other} and {source} compile to the same object file: rename one")
+
+
 def headers(root: Path) -> list[str]:
     return sorted(
         path.relative_to(root).as_posix()
