@@ -47,6 +47,7 @@ def available() -> list[tuple[str, bool, str]]:
     return rows
 
 
+@functools.cache
 def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for parameters of this device and dtype.
 

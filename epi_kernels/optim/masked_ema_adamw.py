@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from epi_kernels.backends import Backend, choose
+from epi_kernels.backends import choose
 from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
+from epi_kernels.optim.batches import Entry, check_gradient, param_tensors, run_step
 from epi_kernels.optim.refresh import Partition, StatsByDevice, refresh
 from epi_kernels.optim.report import IsolationReport
 from epi_kernels.policies.layers import LayerTable, build_layers
 from epi_kernels.policies.schedule import refresh_due
 from epi_kernels.reference import bits
-from epi_kernels.reference.rounding import stream_key
-from epi_kernels.reference.scalars import StepScalars, round_to_float32, step_scalars
-from epi_kernels.reference.tensors import ParamTensors
+from epi_kernels.reference.scalars import round_to_float32
 
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
 
@@ -167,14 +166,14 @@ class MaskedEMAAdamW(Optimizer):
                     "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
                 )
 
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, str, int]]:
-        """(group, parameter, name, random-stream id) in order; unnamed parameters go by position."""
+    def _parameters(self) -> Iterator[Entry]:
+        """Every parameter in order; unnamed ones go by position."""
         position = 0
         for group in self.param_groups:
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
                 name = f"param_{position}" if names is None else names[i]
-                yield group, param, name, position if names is None else zlib.crc32(name.encode())
+                yield Entry(group, param, name, position if names is None else zlib.crc32(name.encode()))
                 position += 1
 
     @property
@@ -194,72 +193,31 @@ class MaskedEMAAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepped = [entry for entry in self._parameters() if entry[1].grad is not None]
-        for _, param, name, _ in stepped:
-            _check_gradient(param, name)
-        found_inf = getattr(self, "found_inf", None)
+        config = self._config
+        stepped = [entry for entry in self._parameters() if entry.param.grad is not None]
+        for entry in stepped:
+            check_gradient(entry, config.backend)
+        found_inf = getattr(self, "found_inf", None)  # set, like grad_scale, by torch.amp.GradScaler
         if found_inf is not None and bool(found_inf):
             return loss
+        grad_scale = getattr(self, "grad_scale", None)
 
         step = self._isolation_step + 1
-        config = self._config
-        due = config.isolation_ratio > 0 and refresh_due(
-            step, interval=config.mask_interval, warmup=config.mask_warmup
-        )
-        layers = self._layers() if due else None
+        due = refresh_due(step, interval=config.mask_interval, warmup=config.mask_warmup)
+        layers = self._layers() if due and config.isolation_ratio > 0 else None
         stats = None if layers is None else StatsByDevice(len(layers.names), config)
-
-        self._run_step(stepped, layers, stats)
+        run_step(
+            stepped,
+            self.state,
+            config,
+            grad_multiplier=None if grad_scale is None else round_to_float32(1.0 / float(grad_scale)),
+            layers=layers,
+            stats=stats,
+        )
         self._set_isolation_step(step)
         if layers is not None and stats is not None:
-            self._refresh(layers, stats, covered={param for _, param, _, _ in stepped})
+            self._refresh(layers, stats, covered={entry.param for entry in stepped})
         return loss
-
-    def _run_step(self, stepped: list, layers: LayerTable | None, stats: StatsByDevice | None) -> None:
-        """Stage 1 on every device and backend, the stats of stage 2 in the same pass when asked for."""
-        grad_scale = getattr(self, "grad_scale", None)
-        multiplier = None if grad_scale is None else round_to_float32(1.0 / float(grad_scale))
-        scalars: dict[tuple[int, int, bool], StepScalars] = {}
-        batches: dict[tuple[str, torch.device], tuple[Backend, list[ParamTensors]]] = {}
-        steps = []
-        for group, param, _, rng_id in stepped:
-            state = self.state[param]
-            state_.complete_state(state, param, group, self._config)
-            steps.append(state["step"])
-            if param.numel() == 0:
-                continue
-            t = int(state["step"]) + 1
-            double = param.dtype == torch.float64
-            key = (id(group), t, double)
-            if key not in scalars:
-                scalars[key] = _group_scalars(group, t, double)
-            tensors = self._tensors(param, group)
-            tensors.grad, tensors.scalars, tensors.maximize = param.grad, scalars[key], group["maximize"]
-            tensors.rng_key = stream_key(self._config.seed, t, rng_id)
-            tensors.layer = layers.row_of[param] if layers is not None and group["isolate"] else -1
-            backend = choose(self._config.backend, param.device, param.dtype).backend
-            batches.setdefault((backend.name, param.device), (backend, []))[1].append(tensors)
-        for (_, device), (backend, batch) in batches.items():
-            backend.step(
-                batch,
-                stochastic_rounding=self._config.stochastic_rounding,
-                grad_multiplier=multiplier,
-                stats=None if stats is None else stats.on(device),
-            )
-        if steps:
-            torch._foreach_add_(steps, 1.0)
-
-    def _tensors(self, param: Tensor, group: dict[str, Any]) -> ParamTensors:
-        state = self.state[param]
-        return ParamTensors(
-            param=param,
-            grad=None,
-            exp_avg=state["exp_avg"],
-            exp_avg_sq=state["exp_avg_sq"],
-            importance=None if state_.shares_importance(group) else state["importance"],
-            isolation_mask=state.get("isolation_mask"),
-            persistent_mask=state.get("persistent_mask"),
-        )
 
     # ---------------------------------------------------------------- the refresh
 
@@ -282,24 +240,20 @@ class MaskedEMAAdamW(Optimizer):
         for group, param, _, _ in self._parameters():
             if param.numel() == 0:
                 continue
-            row = layers.row_of[param]
-            if not self.state.get(param):
+            row, state = layers.row_of[param], self.state.get(param)
+            if not state:
                 stateless[row] += param.numel()
                 continue
-            state_.complete_state(self.state[param], param, group, self._config)
-            tensors = self._tensors(param, group)
-            tensors.layer = row
+            state_.complete_state(state, param, group, self._config)
             backend = choose(self._config.backend, param.device, param.dtype).backend
-            part = partitions.setdefault(
-                (backend.name, param.device), Partition(param.device, backend, [], [])
-            )
-            if tensors.isolation_mask is not None:
-                part.tensors.append(tensors)
+            key = (backend.name, param.device)
+            part = partitions.setdefault(key, Partition(param.device, backend, [], []))
+            tensors = param_tensors(param, state, group, row)
+            part.tensors.append(tensors)
             if group["isolate"] and param not in covered:
                 part.stats_pending.append(tensors)
-        self._report = refresh(
-            list(partitions.values()), layers, stateless, stats, self._config, self._isolation_step
-        )
+        step = self._isolation_step
+        self._report = refresh(list(partitions.values()), layers, stateless, stats, self._config, step)
         self._warn_after_refresh(self._report, layers)
         return self._report
 
@@ -436,30 +390,3 @@ class MaskedEMAAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("_config", "_report", "_warned_nothing_selected", "_step_supports_amp_scaling")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
-
-
-def _check_gradient(param: Tensor, name: str) -> None:
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse or grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of {name} is sparse, which MaskedEMAAdamW does not support: "
-            "use sparse=False in the embedding, or torch.optim.SparseAdam for it"
-        )
-    if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
-        raise RuntimeError(
-            f"the gradient of {name} is {grad.dtype} {list(grad.shape)} on {grad.device}, "
-            f"its parameter {param.dtype} {list(param.shape)} on {param.device}"
-        )
-
-
-def _group_scalars(group: dict[str, Any], t: int, double: bool) -> StepScalars:
-    return step_scalars(
-        t,
-        lr=float(group["lr"]),
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        importance_beta=group["importance_beta"],
-        double=double,
-    )

@@ -64,32 +64,12 @@ def refresh(
     """Writes every mask anew. ``stats_by_device`` may already hold what the step kernel reduced."""
     device = partitions[0].device if partitions else torch.device("cpu")
     zeros = torch.tensor(stateless, dtype=torch.int64, device=device)
-
-    for part in partitions:
-        part.backend.accumulate(part.stats_pending, stats_by_device.on(part.device))
-    stats = stats_by_device.merged(device)
-    stats.add_zeros(zeros)
-
-    n_elements = torch.tensor(table.n_elements, dtype=torch.int64, device=device)
-    terms = score_terms(stats, n_elements, config.normalization)
     k, domain = _domains(table, config)
-    search = _find_thresholds(partitions, table, terms, k, domain, zeros, config, device)
 
-    thresholds = search.threshold[search.domain]
-    eligible = torch.tensor(table.eligible, dtype=torch.bool, device=device)
-    thresholds = torch.where(eligible, thresholds, torch.inf)
-    drift = torch.zeros(len(table.names), 3, dtype=torch.int64, device=device)
-    for part in partitions:
-        part_drift = drift if part.device == device else torch.zeros_like(drift, device=part.device)
-        part.backend.select(
-            part.tensors,
-            _terms_to(terms, part.device),
-            thresholds.to(part.device),
-            search.keep_factor,
-            part_drift,
-        )
-        if part_drift is not drift:
-            drift += part_drift.to(device)
+    stats = _stats(partitions, stats_by_device, zeros, device)
+    terms = score_terms(stats, torch.tensor(table.n_elements, device=device), config.normalization)
+    search = _threshold(partitions, table, terms, k, domain, zeros, config, device)
+    drift = _mask(partitions, table, terms, search, device)
 
     return IsolationReport(
         step=step,
@@ -103,6 +83,37 @@ def refresh(
         drift=drift,
         nonfinite=stats.nonfinite,
     )
+
+
+def _stats(
+    partitions: Sequence[Partition], stats_by_device: StatsByDevice, zeros: Tensor, device: torch.device
+) -> LayerStats:
+    for part in partitions:
+        part.backend.accumulate(part.stats_pending, stats_by_device.on(part.device))
+    stats = stats_by_device.merged(device)
+    stats.add_zeros(zeros)
+    return stats
+
+
+def _mask(
+    partitions: Sequence[Partition],
+    table: LayerTable,
+    terms: ScoreTerms,
+    search: KthSearch,
+    device: torch.device,
+) -> Tensor:
+    """Writes the masks; returns isolated, entered and released of every layer ([layers, 3] int64)."""
+    eligible = torch.tensor(table.eligible, dtype=torch.bool, device=device)
+    thresholds = torch.where(eligible, search.threshold[search.domain], torch.inf)
+    drift = torch.zeros(len(table.names), 3, dtype=torch.int64, device=device)
+    for part in partitions:
+        part_drift = drift if part.device == device else torch.zeros_like(drift, device=part.device)
+        masked = [item for item in part.tensors if item.isolation_mask is not None]
+        part_terms = _terms_to(terms, part.device)
+        part.backend.select(masked, part_terms, thresholds.to(part.device), search.keep_factor, part_drift)
+        if part_drift is not drift:
+            drift += part_drift.to(device)
+    return drift
 
 
 def _domains(table: LayerTable, config: IsolationConfig) -> tuple[list[int], list[int]]:
@@ -119,7 +130,7 @@ def _domains(table: LayerTable, config: IsolationConfig) -> tuple[list[int], lis
     return k or [0], domain
 
 
-def _find_thresholds(
+def _threshold(
     partitions: Sequence[Partition],
     table: LayerTable,
     terms: ScoreTerms,
