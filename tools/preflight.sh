@@ -77,7 +77,10 @@ else
         "sudo apt-get install g++" "sudo dnf install gcc-c++" "xcode-select --install"
 fi
 
-free_mb=$(df -Pk "$TARGET" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
+while [ ! -d "$TARGET" ] && [ "$TARGET" != "${TARGET%/*}" ]; do
+    TARGET=${TARGET%/*} # the folder itself may not exist yet
+done
+free_mb=$(df -Pk "${TARGET:-/}" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }')
 if [ -n "$free_mb" ]; then
     if [ "$free_mb" -lt "$MIN_DISK_MB" ]; then
         report "disk space: $free_mb MB free where $MIN_DISK_MB MB are needed" \
