@@ -33,12 +33,13 @@ $(VENV)/bin/activate:
 	@sh tools/preflight.sh "$(PYTHON)" "$(dir $(abspath $(VENV)))"
 	$(PYTHON) -m venv "$(VENV)"
 
-# A torch that is already there stays. --no-deps: what torch needs comes from pip's own index in
-# the next step, so that TORCH_INDEX serves torch alone.
+# A torch that is already there stays. --no-deps, and once more for what torch itself needs, from
+# pip's own index: TORCH_INDEX serves torch alone.
 $(VENV)/.torch: $(VENV)/bin/activate
 	@$(PY) -c 'import torch' 2>/dev/null || { \
 	  set -ex; \
-	  $(PY) -m pip install $(if $(TORCH_INDEX),--no-deps --index-url "$(TORCH_INDEX)") "$(TORCH)"; }
+	  $(if $(TORCH_INDEX),$(PY) -m pip install --no-deps --index-url "$(TORCH_INDEX)" "$(TORCH)";) \
+	  $(PY) -m pip install "$(TORCH)"; }
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml

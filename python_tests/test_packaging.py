@@ -217,6 +217,48 @@ def test_version_has_one_place():
     assert homes == [ROOT / "epi_kernels/__init__.py"]
 
 
+# ---- make ----
+
+
+def make_plan(*arguments: str) -> list[str]:
+    """The commands make would run."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "TORCH_"))}
+    done = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environ,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace("\\\n", "").splitlines()
+
+
+@pytest.mark.parametrize("target", ["test", "demo"])
+def test_make_on_a_fresh_clone_starts_with_the_preflight(target, tmp_path):
+    plan = make_plan(target, f"VENV={tmp_path}/venv")
+    assert "tools/preflight.sh" in plan[0]
+    assert "-m venv" in plan[1]
+    assert any("--no-build-isolation --editable" in line for line in plan)
+
+
+def test_torch_index_is_passed_for_torch_alone(tmp_path):
+    plan = make_plan("build", f"VENV={tmp_path}/venv", "TORCH_INDEX=an-index")
+    (install,) = re.findall(r"-m pip install [^;]*an-index[^;]*;", "\n".join(plan))
+    assert re.fullmatch(r'-m pip install --no-deps --index-url "an-index" "torch==[\d.]+";', install)
+    plain = "\n".join(make_plan("build", f"VENV={tmp_path}/venv"))
+    assert "--index-url" not in plain
+    assert plain.count('pip install "torch==') == 1
+
+
+def test_make_gpu_installs_nothing(tmp_path):
+    plan = make_plan("gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", "TIME_LIMIT=60")
+    assert not [line for line in plan if re.search(r"\bpip\b|-m venv", line)]
+    assert plan[-1] == f"{sys.executable} -m bench.gpu --time-limit 60"
+
+
 # ---- preflight ----
 
 TOOLS = ["awk", "cat", "dirname", "head", "sh", "uname"]
