@@ -78,11 +78,28 @@ def lines(
     """Lines over a common x axis; `marks` are x positions drawn as thin vertical lines (refreshes of a mask, say)."""
     figure, axes = _axes(height, xlabel, ylabel)
     for index, mark in enumerate(marks):
-        axes.axvline(mark, color="#9aa5b1", linewidth=0.8, linestyle=(0, (2, 3)), label=mark_label if index == 0 else None, zorder=1)
+        axes.axvline(
+            mark,
+            color="#9aa5b1",
+            linewidth=0.8,
+            linestyle=(0, (2, 3)),
+            label=mark_label if index == 0 else None,
+            zorder=1,
+        )
     for index, one in enumerate(series):
         color = one.color or COLORS[index % len(COLORS)]
         marker = one.marker or ("o" if len(one.x) == 1 else None)
-        axes.plot(one.x, one.y, one.style, color=color, linewidth=one.width, alpha=one.alpha, marker=marker, markersize=4.5, label=one.label)
+        axes.plot(
+            one.x,
+            one.y,
+            one.style,
+            color=color,
+            linewidth=one.width,
+            alpha=one.alpha,
+            marker=marker,
+            markersize=4.5,
+            label=one.label,
+        )
         if one.yerr is not None:
             low = [y - e for y, e in zip(one.y, one.yerr)]
             high = [y + e for y, e in zip(one.y, one.yerr)]
@@ -94,7 +111,9 @@ def lines(
     return _svg(figure)
 
 
-def points(series: Sequence[Series], xlabel: str, ylabel: str, height: float = 4.2, connect: bool = False) -> str:
+def points(
+    series: Sequence[Series], xlabel: str, ylabel: str, height: float = 4.2, connect: bool = False
+) -> str:
     """Points with error bars, one colour and one legend entry a series (score on a new task against score on the old one)."""
     figure, axes = _axes(height, xlabel, ylabel)
     for index, one in enumerate(series):
@@ -115,15 +134,19 @@ def heatmap(
     xlabel: str = "step",
     color_label: str = "",
     vmax: float | None = None,
+    gamma: float = 1.0,
 ) -> str:
-    """A rows x columns heat map from 0 up; None is drawn as a gap."""
+    """A rows x columns heat map from 0 up; None is drawn as a gap. `gamma` < 1 spreads the colours of small values."""
     import numpy as np
+    from matplotlib.colors import PowerNorm
 
     grid = np.array([[np.nan if cell is None else cell for cell in row] for row in values], dtype=float)
     figure, axes = _axes(max(2.2, 0.9 + 0.2 * len(row_labels)), xlabel, "")
     axes.grid(False)
     top = vmax if vmax is not None else (float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0)
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, vmax=top or 1.0, interpolation="nearest")
+    image = axes.imshow(
+        grid, aspect="auto", cmap="viridis", norm=PowerNorm(gamma, 0.0, top or 1.0), interpolation="nearest"
+    )
     axes.set_yticks(range(len(row_labels)), row_labels, fontsize=7.5 if len(row_labels) > 25 else 8.5)
     # At most 12 column labels, or they run into each other.
     stride = max(1, -(-len(column_labels) // 12))
@@ -141,7 +164,7 @@ def bars(
     groups: Sequence[tuple[str, Sequence[float]]],
     ylabel: str = "",
     errors: Sequence[Sequence[float] | None] | None = None,
-    number: str = "{:.3g}",
+    number: str = "{:.4g}",
     height: float = 3.4,
 ) -> str:
     """Bars at `labels`, one colour a group (name, values); `errors` gives half-widths per group; values are written above."""
@@ -151,7 +174,16 @@ def bars(
     for index, (name, values) in enumerate(groups):
         at = [i + (index - (len(groups) - 1) / 2) * width for i in range(len(labels))]
         error = errors[index] if errors is not None else None
-        drawn = axes.bar(at, values, width * 0.92, yerr=error, color=COLORS[index % len(COLORS)], label=name, capsize=3, ecolor=SOFT)
+        drawn = axes.bar(
+            at,
+            values,
+            width * 0.92,
+            yerr=error,
+            color=COLORS[index % len(COLORS)],
+            label=name,
+            capsize=3,
+            ecolor=SOFT,
+        )
         axes.bar_label(drawn, [number.format(value) for value in values], fontsize=9, padding=2, color=INK)
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(y=0.14)

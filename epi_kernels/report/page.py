@@ -56,7 +56,10 @@ class Table:
 
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in self.headers)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in self.rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -120,9 +123,9 @@ th,td{padding:.38rem .9rem .38rem 0;border-bottom:1px solid var(--line);text-ali
 th{font-weight:600;color:var(--soft)}th:first-child,td:first-child{text-align:left}
 pre{background:#f0f2f5;border-radius:6px;padding:.7rem .9rem;overflow-x:auto;font-size:.85rem;margin:0 0 .8rem}
 .note{border-left:4px solid #d55e00;background:#fdf3ec;padding:.7rem 1rem .1rem;border-radius:0 6px 6px 0;margin:0 0 1rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.8rem;margin:0 0 1rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.8rem;margin:0 0 1rem}
 .tile{border:1px solid var(--line);border-radius:8px;padding:.7rem .9rem;display:flex;flex-direction:column}
-.tile span,.tile small{color:var(--soft);font-size:.82rem}.tile b{font-size:1.35rem;font-variant-numeric:tabular-nums}
+.tile span,.tile small{color:var(--soft);font-size:.82rem}.tile b{font-size:1.15rem;font-variant-numeric:tabular-nums}
 @media print{body{background:#fff}section{break-inside:avoid}}
 """
 

@@ -1,0 +1,71 @@
+"""From options to an optimizer and a schedule; the environment that decides their last bits."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import epi_kernels
+
+from . import model
+from .errors import UserError
+from .options import Options
+
+
+def environment(device: str) -> dict[str, object]:
+    """What decides the last bits of a result, beside the arguments."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {
+        "epi_kernels": epi_kernels.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": name,
+    }
+
+
+def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.optim.Optimizer:
+    """`label`: "isolation" for MaskedEMAAdamW with the options, "adamw" for torch.optim.AdamW."""
+    betas = (options.beta1, options.beta2)
+    if label == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay
+        )
+    named = model.TORCH_DTYPES
+    try:
+        return epi_kernels.MaskedEMAAdamW(
+            groups, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay,
+            isolation_ratio=options.isolation_ratio, mask_interval=options.mask_interval, mask_warmup=options.mask_warmup,
+            importance_beta=options.importance_beta, importance_dtype=named[options.importance_dtype],
+            normalization=options.normalization, scope=options.scope,
+            layer_key=model.block_of if options.layer_key == "block" else None, hysteresis=options.hysteresis,
+            state_dtype=named[options.state_dtype] if options.state_dtype else None,
+            stochastic_rounding=options.stochastic_rounding, seed=options.seed, backend=options.backend,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        raise UserError(f"the optimizer refuses: {error}") from None
+
+
+def build_scheduler(options: Options, optimizer, steps: int):
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    warmup = round(options.warmup_ratio * steps)
+    return get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, warmup, steps, min_lr_rate=options.min_lr_ratio
+    )
+
+
+def state_bytes(optimizer) -> dict[str, int]:
+    """Bytes of the optimizer's state by kind."""
+    if hasattr(optimizer, "state_bytes"):
+        return optimizer.state_bytes()
+    kinds: dict[str, int] = {}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            name = name if name.startswith("exp_avg") else "other"
+            kinds[name] = kinds.get(name, 0) + value.numel() * value.element_size()
+    return {**kinds, "total": sum(kinds.values())}

@@ -1,0 +1,155 @@
+"""Checkpoints that are whole or absent: written beside, synced, renamed.
+
+OUT/checkpoints/step-00000200/   config.json, model.safetensors, tokenizer: loads with AutoModelForCausalLM
+                                 optimizer.pt: optimizer and schedule (torch.load, weights_only)
+                                 state.json: step, log length, fingerprint of the weights
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+PREFIX = "step-"
+TEMPORARY = ".partial-"
+
+
+class DiskFull(Exception):
+    """No space was left; the directory that was being written is gone again, everything older is whole."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: BaseException, directory: Path) -> bool:
+    """True for ENOSPC in the forms it comes in: safetensors and torch.save wrap it in exceptions of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left" in str(error) or "os error 28" in str(error):
+        return True
+    # torch's zip writer says only that it failed: ask the file system.
+    return "PytorchStreamWriter failed" in str(error) and shutil.disk_usage(directory).free < 1 << 20
+
+
+def write_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Fills `target` by `write(temporary directory)`; it appears complete and synced or not at all. Raises DiskFull."""
+    parent = target.parent
+    temporary = parent / (TEMPORARY + target.name)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        _sync(parent)
+    except BaseException as error:
+        full = isinstance(error, Exception) and is_disk_full(error, parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if full:
+            raise DiskFull(f"no space left on the disk of {parent}") from error
+        raise
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(PREFIX + r"\d+", path.name) and (path / "state.json").is_file()
+    )
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, model, tokenizer, optimizer, scheduler, state: dict, keep: int
+) -> Path:
+    """Writes the checkpoint of `step`, then removes all but the last `keep`. Raises DiskFull."""
+    target = run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
+
+    def write(folder: Path) -> None:
+        save_pretrained(model, tokenizer, folder)
+        torch.save(
+            {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
+            folder / "optimizer.pt",
+        )
+        (folder / "state.json").write_text(
+            json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8"
+        )
+
+    write_directory(target, write)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        # Renamed first: a kill midway must not leave half a checkpoint under a checkpoint's name.
+        doomed = old.with_name(TEMPORARY + "old-" + old.name)
+        os.rename(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return target
+
+
+def clean(run_dir: Path) -> None:
+    """Removes what a killed writer left behind."""
+    folder = run_dir / "checkpoints"
+    if folder.is_dir():
+        for path in folder.glob(TEMPORARY + "*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_state(checkpoint: Path) -> dict:
+    try:
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint}: not a checkpoint ({error})") from None
+
+
+def load_optimizer(checkpoint: Path) -> dict:
+    """{"optimizer": state_dict, "scheduler": state_dict}, tensors mapped from the file."""
+    try:
+        return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"{checkpoint / 'optimizer.pt'}: cannot be read ({error})") from None
+
+
+def save_pretrained(model, tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Puts a checkpoint's model and tokenizer into `out` itself, by hard links where the file system has them."""
+    for source in sorted(checkpoint.iterdir()):
+        if source.name in ("optimizer.pt", "state.json"):
+            continue
+        temporary = out / (TEMPORARY + source.name)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            try:
+                shutil.copyfile(source, temporary)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                if is_disk_full(error, out):
+                    raise DiskFull(f"no space left on the disk of {out}") from error
+                raise
+        os.replace(temporary, out / source.name)
+    _sync(out)

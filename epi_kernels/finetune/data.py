@@ -1,0 +1,166 @@
+"""JSONL in the three forms people have, each line checked; examples split into training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+
+ACCEPTED = (
+    'accepted, one JSON object a line: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+    ' or {"prompt": "...", "completion": "..."} or {"instruction": "...", "input": "..." (optional), "output": "..."}'
+)
+ROLES = ("system", "user", "assistant")
+SHOWN_ERRORS = 5
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation. `raw` marks a prompt/completion pair, which can also be trained on without a chat template."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content), the last one the assistant's
+    where: str  # "FILE:LINE", for messages
+    raw: bool = False
+
+    @property
+    def key(self) -> str:
+        """Identifies the content: two lines with the same content have the same key."""
+        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()
+
+
+class _LineError(Exception):
+    pass
+
+
+def _text(record: dict, key: str, allow_empty: bool = False) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise _LineError(f'"{key}" must be a string, is {type(value).__name__}')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _LineError(f'"{key}" holds half of a surrogate pair, which is no text') from None
+    if not allow_empty and not value.strip():
+        raise _LineError(f'"{key}" is empty')
+    return value
+
+
+def _messages(record: dict) -> tuple[tuple[str, str], ...]:
+    turns = record["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise _LineError('"messages" must be a non-empty list')
+    result = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise _LineError(f'message {number} must be an object with "role" and "content"')
+        if turn["role"] not in ROLES:
+            raise _LineError(f"message {number} has role {turn['role']!r}, not one of {', '.join(ROLES)}")
+        try:
+            content = _text(turn, "content", allow_empty=turn["role"] != "assistant")
+        except _LineError as error:
+            raise _LineError(f"message {number} ({turn['role']}): {error}") from None
+        result.append((turn["role"], content))
+    if result[-1][0] != "assistant":
+        raise _LineError("the last message must be the assistant's, for it is what is learned")
+    if len(result) == 1:
+        raise _LineError("an assistant message alone answers nothing; a user message must come before it")
+    return tuple(result)
+
+
+def parse(record: object, where: str) -> Example:
+    """One decoded line as an Example; raises ValueError saying what is wrong."""
+    if not isinstance(record, dict):
+        raise _LineError(f"is a JSON {type(record).__name__}, not an object")
+    forms = [
+        name
+        for name, keys in (
+            ("messages", {"messages"}),
+            ("prompt/completion", {"prompt", "completion"}),
+            ("Alpaca", {"instruction", "output"}),
+        )
+        if keys <= record.keys()
+    ]
+    if not forms:
+        have = ", ".join(f'"{key}"' for key in list(record)[:8]) or "none"
+        raise _LineError(f"has none of the accepted sets of keys (its keys: {have})")
+    if len(forms) > 1:
+        raise _LineError(f"fits more than one form ({' and '.join(forms)})")
+    if forms[0] == "messages":
+        return Example(_messages(record), where)
+    if forms[0] == "prompt/completion":
+        return Example(
+            (("user", _text(record, "prompt")), ("assistant", _text(record, "completion"))), where, raw=True
+        )
+    prompt = _text(record, "instruction")
+    if record.get("input") is not None and _text(record, "input", allow_empty=True).strip():
+        prompt += "\n\n" + record["input"]
+    return Example((("user", prompt), ("assistant", _text(record, "output"))), where)
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """All examples of a file. Raises UserError that names file and line of the first wrong lines and what is accepted."""
+    path = Path(path)
+    examples: list[Example] = []
+    errors: list[str] = []
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                # utf-8-sig: some editors put a byte-order mark before the first line.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                if number == 1 and text.startswith("["):
+                    raise UserError(
+                        f"{path}: looks like a JSON array; write one object a line instead\n{ACCEPTED}"
+                    )
+                examples.append(parse(json.loads(text), where))
+            except UnicodeDecodeError as error:
+                errors.append(f"{where}: is not UTF-8 (byte {error.start})")
+            except (json.JSONDecodeError, RecursionError) as error:
+                errors.append(f"{where}: is not JSON ({error})")
+            except _LineError as error:
+                errors.append(f"{where}: {error}")
+    if errors:
+        more = (
+            f"\n... and {len(errors) - SHOWN_ERRORS} more wrong lines" if len(errors) > SHOWN_ERRORS else ""
+        )
+        raise UserError("\n".join(errors[:SHOWN_ERRORS]) + more + f"\n{ACCEPTED}")
+    if not examples:
+        raise UserError(f"{path}: holds no examples\n{ACCEPTED}")
+    return examples
+
+
+def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, validation), disjoint in content: copies of one example land on the same side.
+
+    At least one distinct example stays on each side; a single distinct example, or fraction 0, gives no validation.
+    """
+    keys = list(dict.fromkeys(example.key for example in examples))
+    if fraction <= 0 or len(keys) < 2:
+        return list(examples), []
+    random.Random(f"validation split {seed}").shuffle(keys)
+    held_out = set(keys[: min(len(keys) - 1, max(1, round(fraction * len(keys))))])
+    train = [example for example in examples if example.key not in held_out]
+    return train, [example for example in examples if example.key in held_out]
+
+
+def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """At most `count` examples in file order, the same ones for the same seed; 0 keeps all."""
+    if count <= 0 or len(examples) <= count:
+        return list(examples)
+    return [examples[i] for i in sorted(random.Random(f"sample {seed}").sample(range(len(examples)), count))]
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

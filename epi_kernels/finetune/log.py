@@ -1,0 +1,79 @@
+"""The run's log: JSON lines, one event each, that survives kills, resumes and a full disk.
+
+Every line has `event` and, where it belongs to a step, `step` (steps done). Losses are nats an answer token.
+
+    start       time, model, data, parameters, steps, options, versions, memory (bytes; see plan.py), train/validation/retain counts
+    protect     source, kind, steps, warnings
+    step        epoch, loss, lr, grad_norm, tokens, answer_tokens, seconds
+    refresh     threshold, ratio, jaccard, isolated, entered, released, ties, nonfinite, layers [rows], state_bytes {...}
+    eval        validation_loss, retain_loss (null where there is no such data), seconds
+    checkpoint  path (checkpoint_failed: reason)
+    resume      from step
+    end         validation_loss, retain_loss_before, retain_loss_after, state_bytes, peak_memory_bytes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+
+def _plain(value):
+    """JSON has no inf or nan: they become the strings "inf", "-inf", "nan"; tensors and enums become numbers and text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+class Log:
+    """Appends events to `path`. A full disk does not stop a run: lines wait in memory until they can be written."""
+
+    def __init__(self, path: Path, keep_bytes: int | None = None):
+        """`keep_bytes`: length at the checkpoint a run resumes from; what a killed run wrote after it is cut off."""
+        self.path = path
+        self.waiting: list[bytes] = []
+        if keep_bytes is not None and path.exists():
+            os.truncate(path, min(keep_bytes, path.stat().st_size))
+        self.size = path.stat().st_size if path.exists() else 0
+
+    def write(self, event: str, **fields) -> None:
+        line = json.dumps({"event": event, **_plain(fields)}, ensure_ascii=False, allow_nan=False) + "\n"
+        self.waiting.append(line.encode())
+        self.flush()
+
+    def flush(self, sync: bool = False) -> int:
+        """Writes what waits; returns the file's length in bytes. With `sync` the lines are on the disk when it returns."""
+        data = b"".join(self.waiting)
+        try:
+            with open(self.path, "ab") as file:
+                # A write that failed midway left half a line: start again from the last whole one.
+                file.truncate(self.size)
+                file.write(data)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError:
+            if sync:
+                raise
+            return self.size
+        self.size += len(data)
+        self.waiting.clear()
+        return self.size
+
+
+def read(path: str | os.PathLike[str]) -> list[dict]:
+    """All events of a log; a last line that a kill cut short is left out."""
+    events = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                events.append(json.loads(line))
+    return events

@@ -1,0 +1,205 @@
+"""Every option of `finetune` in one dataclass: its defaults, checks, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .packing import ATTENTION
+
+DTYPES = ("fp32", "bf16")
+STATE_DTYPES = ("fp32", "bf16", "int8")
+BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+# These change how a run is watched and kept, never the weights it ends with.
+FREE_ON_RESUME = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "quiet",
+    "backend",
+    "resume",
+    "overwrite",
+    "dry_run",
+)
+PATHS = ("data", "validation", "retain", "out")
+
+
+@dataclass
+class Options:
+    """The arguments of `finetune`; None means "decided from the model or the data", as the help says."""
+
+    model: str = ""
+    data: str = ""
+    out: str = ""
+    tokenizer: str | None = None
+    validation: str | None = None
+    validation_split: float = 0.05
+    retain: str | None = None
+    retain_examples: int = 1000
+    protect: str | None = None
+    protect_steps: int | None = None
+    compare: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    max_length: int | None = None
+    template: str = "chat"
+    packing: bool = True
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 4
+    accumulation: int = 1
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0
+    dtype: str | None = None
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"
+    device: str = "auto"
+    seed: int = 0
+    isolation_ratio: float = 0.01
+    mask_interval: int = 100
+    mask_warmup: int | None = None
+    importance_beta: float | None = None
+    importance_dtype: str = "fp32"
+    normalization: str = "minmax"
+    scope: str = "global"
+    layer_key: str = "tensor"
+    hysteresis: float = 0.0
+    state_dtype: str | None = None
+    stochastic_rounding: bool | None = None
+    backend: str = "auto"
+    log_every: int = 1
+    eval_every: int | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    quiet: bool = False
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, saved: dict | None = None) -> Options:
+        """The given arguments over the saved run's (`--resume`) over the defaults. Refuses what would change a resumed run."""
+        given = {
+            field.name: getattr(args, field.name)
+            for field in dataclasses.fields(cls)
+            if hasattr(args, field.name)
+        }
+        for name in PATHS:
+            if given.get(name):
+                given[name] = os.path.abspath(given[name])
+        for name in ("model", "tokenizer", "protect"):
+            # Absolute, so that --resume works from anywhere; a hub name stays as it is.
+            if given.get(name) and os.path.exists(given[name]):
+                given[name] = os.path.abspath(given[name])
+        if saved is None:
+            return cls(**given).checked()
+        changed = [
+            f"--{name.replace('_', '-')} was {saved.get(name)!r}, is {value!r}"
+            for name, value in given.items()
+            if name not in (*FREE_ON_RESUME, "out") and value != saved.get(name)
+        ]
+        if changed:
+            raise UserError(
+                "cannot resume with other arguments:\n  "
+                + "\n  ".join(changed)
+                + "\nleave them out, or start anew in another --out"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{**{name: value for name, value in saved.items() if name in known}, **given}).checked()
+
+    def checked(self) -> Options:
+        """self, or UserError naming the argument, its value and what is allowed."""
+        for name in ("model", "data", "out"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is required (only `--out DIR --resume` does without the others)")
+
+        def need(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; allowed: {allowed}")
+
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "mask_interval",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            need(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("max_steps", "protect_steps", "mask_warmup", "eval_every"):
+            need(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        need("max_length", self.max_length is None or self.max_length >= 2, "2 or more")
+        need("retain_examples", self.retain_examples >= 0, "0 (all) or more")
+        for name in ("lr", "weight_decay", "eps"):
+            need(name, getattr(self, name) >= 0, "0 or more")
+        need("max_grad_norm", self.max_grad_norm >= 0, "0 (no clipping) or more")
+        for name in (
+            "validation_split",
+            "beta1",
+            "beta2",
+            "isolation_ratio",
+            "hysteresis",
+            "warmup_ratio",
+            "min_lr_ratio",
+        ):
+            need(name, 0 <= getattr(self, name) < 1, "0 or more and less than 1")
+        need(
+            "importance_beta",
+            self.importance_beta is None or 0 <= self.importance_beta < 1,
+            "0 or more and less than 1",
+        )
+        need("attention", self.attention in ATTENTION, ", ".join(ATTENTION))
+        if self.hysteresis > 0 and self.normalization == "zscore":
+            raise UserError(
+                "--hysteresis works on scores that are not negative: not with --normalization zscore"
+            )
+        if self.protect is not None and self.isolation_ratio == 0:
+            raise UserError("--protect with --isolation-ratio 0 protects nothing: give a ratio above 0")
+        if self.protect_steps is not None and self.protect is None:
+            raise UserError("--protect-steps says how much --protect weighs: give --protect too")
+        if self.resume and self.overwrite:
+            raise UserError("--resume continues what --overwrite deletes: give one of them")
+        return self
+
+    def saved(self) -> dict:
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in ("resume", "overwrite", "dry_run")
+        }
+
+
+def check_out(options: Options) -> None:
+    """Refuses an output directory that holds something, before anything is written."""
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a directory")
+    if not out.exists() or not any(out.iterdir()):
+        parent = next(p for p in (out, *out.parents) if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"--out {out}: {parent} is not writable")
+        return
+    ours = (out / "run.json").is_file()
+    if options.overwrite:
+        for name in ("model", "tokenizer", "data", "validation", "retain", "protect"):
+            value = getattr(options, name)
+            if value and os.path.exists(value) and Path(value).resolve().is_relative_to(out.resolve()):
+                raise UserError(f"--overwrite would delete --{name} {value}: choose another --out")
+        if not ours:
+            raise UserError(
+                f"--out {out} holds something that is not a fine-tuning run; --overwrite deletes only those: empty it yourself"
+            )
+        return
+    raise UserError(
+        f"--out {out} is not empty: "
+        + ("--resume continues it, --overwrite replaces it" if ours else "choose another")
+    )

@@ -1,0 +1,118 @@
+"""Several examples in one row, without a leak between them; the order of batches as a pure function of seed and step.
+
+Positions restart at 0 in every example. With `attention_mask=None` and no cache, transformers (5.x) reads example
+boundaries from `position_ids` and builds block-diagonal masks for "sdpa" and "eager"; "flash_attention_2" takes
+variable-length segments from them. Models without attention (recurrent ones) ignore positions and would leak:
+`assert_no_leak` tries the model at hand before training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .chat import IGNORE, Encoded
+from .errors import UserError
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+OPEN_ROWS = (
+    64  # rows tried for each example: bounds the packing's cost, fills rows to 95 % and more on mixed lengths
+)
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int, packing: bool = True) -> list[list[int]]:
+    """Rows of example indices whose lengths add up to at most `capacity` (first fit over a seeded shuffle)."""
+    order = list(range(len(lengths)))
+    random.Random(f"packing {seed}").shuffle(order)
+    if not packing:
+        return [[index] for index in order]
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (row, tokens left), the open rows
+    for index in order:
+        for slot, (row, left) in enumerate(free):
+            if lengths[index] <= left:
+                rows[row].append(index)
+                free[slot] = (row, left - lengths[index])
+                break
+        else:
+            rows.append([index])
+            free.append((len(rows) - 1, capacity - lengths[index]))
+            if len(free) > OPEN_ROWS:
+                free.remove(min(free, key=lambda one: one[1]))
+    return rows
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows make up which step. Stateless: step k is the same whether or not a run was interrupted before it."""
+
+    rows: int
+    batch_size: int  # rows a micro-batch
+    accumulation: int  # micro-batches a step; the last step of an epoch may have fewer
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // (self.batch_size * self.accumulation))
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Row indices of each micro-batch of `step` (0, 1, ...)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = list(range(self.rows))
+        random.Random(f"epoch {self.seed} {epoch}").shuffle(order)
+        size = self.batch_size * self.accumulation
+        mine = order[within * size : (within + 1) * size]
+        return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+
+
+def collate(
+    rows: Sequence[Sequence[Encoded]], pad_id: int, packing: bool, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """One micro-batch: input_ids, labels, position_ids (all [rows, longest] int64); unpacked rows get an attention_mask.
+
+    In packed rows the padding at the end is a segment of its own, so it needs no mask.
+    """
+    width = max(sum(len(one.input_ids) for one in row) for row in rows)
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        ids = [token for one in row for token in one.input_ids]
+        padding = width - len(ids)
+        batch["input_ids"].append(ids + [pad_id] * padding)
+        batch["labels"].append([label for one in row for label in one.labels] + [IGNORE] * padding)
+        batch["position_ids"].append(
+            [position for one in row for position in range(len(one.input_ids))] + list(range(padding))
+        )
+    result = {name: torch.tensor(values, dtype=torch.int64, device=device) for name, values in batch.items()}
+    if not packing:
+        lengths = torch.tensor([len(row[0].input_ids) for row in rows], device=device)
+        result["attention_mask"] = (torch.arange(width, device=device)[None, :] < lengths[:, None]).long()
+        del result["position_ids"]
+    return result
+
+
+@torch.no_grad()
+def assert_no_leak(model, vocab_size: int) -> None:
+    """Raises UserError when, in this model, the second of two packed examples sees the first."""
+    was_training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        second = [(3 + 5 * i) % vocab_size for i in range(6)]
+        logits = []
+        for shift in (0, 1):
+            first = [(7 * i + 11 * shift + 1) % vocab_size for i in range(6)]
+            rows = [[Encoded(first, [IGNORE] * 6), Encoded(second, [IGNORE] * 6)]]
+            batch = collate(rows, 0, packing=True, device=device)
+            del batch["labels"]
+            logits.append(model(**batch, use_cache=False).logits[0, 6:].float())
+        # Equal bits on CPUs; a GPU's batched kernels may round differently, a leak is far larger.
+        difference = (logits[0] - logits[1]).abs().max() / logits[0].std().clamp_min(1e-20)
+        if not difference <= (1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2):
+            raise UserError(
+                f"{type(model).__name__} lets packed examples see each other (logits move by {difference:.2g} of their spread): pass --no-packing"
+            )
+    finally:
+        model.train(was_training)

@@ -1,0 +1,111 @@
+"""What a run will take: bytes beside AdamW's and EPI's as published, steps, refreshes due (`--dry-run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .options import Options
+
+ELEMENT_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "int8": 1 + 2 / 64,
+}  # int8: a code and a two-byte scale for 64 of them
+EPI_AS_PUBLISHED = (
+    13  # bytes a parameter: two moments and an importance in fp32, a mask of bools (4 + 4 + 4 + 1)
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, without activations and temporaries."""
+
+    weights: int
+    gradients: int
+    ours: int
+    adamw: int
+    epi_as_published: int
+    parameters: int
+
+    def fields(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Options) -> Memory:
+    """Of a model whose parameters have these shapes and are held in `dtype`. A mask takes ceil(elements / 8) bytes a tensor."""
+    sizes = [(tensor.numel(), tensor.requires_grad) for tensor in parameters]
+    every = sum(count for count, _ in sizes)
+    trained = [count for count, trains in sizes if trains]
+    width = dtype.itemsize
+    moment = ELEMENT_BYTES[options.state_dtype] if options.state_dtype else width
+    own = 0.0 if options.importance_beta in (None, options.beta2) else ELEMENT_BYTES[options.importance_dtype]
+    ours = sum(
+        int(count * (2 * moment + own)) + (-(-count // 8) if options.isolation_ratio > 0 else 0)
+        for count in trained
+    )
+    total = sum(trained)
+    return Memory(every * width, total * width, ours, 2 * width * total, EPI_AS_PUBLISHED * total, total)
+
+
+def refreshes(options: Options, steps: int) -> list[int]:
+    """Steps after which a refresh is due; 0 stands for the one before the first step of a protected run."""
+    if options.isolation_ratio == 0:
+        return []
+    first = options.mask_warmup if options.mask_warmup is not None else options.mask_interval
+    return ([0] if options.protect else []) + list(range(first, steps + 1, options.mask_interval))
+
+
+def warning(options: Options, steps: int) -> str:
+    """A run that never isolates anything; empty when it does."""
+    due = refreshes(options, steps)
+    if options.isolation_ratio == 0 or (due and due[0] < steps):
+        return ""
+    first = options.mask_warmup if options.mask_warmup is not None else options.mask_interval
+    return (
+        f"nothing will be isolated: the run ends after {steps} steps, the first refresh of the mask comes after step {first}. "
+        "Give --protect (isolates from the first step), a smaller --mask-interval or --mask-warmup, or train longer"
+    )
+
+
+def gib(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Text columns, the first flush left, the others right."""
+    lines = [list(headers), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def describe_memory(one: Memory) -> str:
+    per = max(1, one.parameters)
+    rows = [("weights", one.weights), ("gradients", one.gradients), ("optimizer state, this run", one.ours)]
+    rows += [("  beside torch AdamW's", one.adamw), ("  beside EPI's as published", one.epi_as_published)]
+    return table(
+        ("memory (without activations)", "bytes", "a parameter"),
+        [(name, gib(count), f"{count / per:.3f}") for name, count in rows],
+    )
+
+
+def describe_steps(options: Options, steps: int, steps_per_epoch: int, rows: int) -> str:
+    due = refreshes(options, steps)
+    shown = ", ".join(map(str, due[:6])) + (", ..." if len(due) > 6 else "")
+    return (
+        f"steps: {steps} ({steps_per_epoch} an epoch, from {rows} rows: {options.batch_size} rows x {options.accumulation} passes a step)\n"
+        f"refreshes of the mask due: {len(due)}" + (f" (after steps {shown})" if due else "")
+    )

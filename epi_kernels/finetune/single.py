@@ -1,0 +1,233 @@
+"""One optimizer's run, fresh or resumed: everything around the loop, from weights to a directory that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, model, packing, plan, protect
+from .build import build_optimizer, build_scheduler, environment, state_bytes
+from .errors import UserError
+from .log import Log
+from .options import Options
+from .prepare import Prepared
+from .train import Outcome, Run, peak_memory_bytes
+
+RUN_VERSION = 1
+
+
+def read_run(out: str | None) -> dict:
+    """run.json of the run to resume."""
+    if not out:
+        raise UserError("--resume needs --out DIR, the run to continue")
+    try:
+        saved = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {out}: no run to resume ({error})") from None
+    if saved.get("version") != RUN_VERSION:
+        raise UserError(
+            f"--out {out}: written by another version of this command ({saved.get('version')!r}, this is {RUN_VERSION})"
+        )
+    return saved
+
+
+def refuse_changes(what: str, before: dict, now: dict) -> None:
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise UserError(
+            f"cannot resume: {', '.join(changed)} changed since the run began; put the old {what} back, or start anew in another --out"
+        )
+
+
+def one_run(
+    prepared: Prepared,
+    dtype: torch.dtype,
+    memory: plan.Memory,
+    directory: Path,
+    label: str,
+    saved: dict | None,
+) -> Outcome:
+    """One optimizer's run, fresh or resumed, from model to exported directory."""
+    job, options = prepared.job, prepared.job.options
+    _deterministic(job.device)
+    net = model.load_model(
+        options.model, prepared.config, dtype, options.attention, job.device, options.seed, job.tokenizer
+    )
+    fingerprint = model.weights_fingerprint(net)
+    if saved is not None or label == "adamw":
+        begun = (saved or read_run(options.out))["model_weights"]
+        refuse_changes("model", {"the model": begun}, {"the model": fingerprint})
+    source = None
+    if (
+        options.protect
+        and label == "isolation"
+        and not (saved is not None and checkpoint.list_checkpoints(directory))
+    ):
+        shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
+        source = protect.load(
+            options.protect, shapes, model.structure_fingerprint(net), options.beta2, options.protect_steps
+        )
+    if options.packing:
+        packing.assert_no_leak(net, job.tokenizer.vocab_size)
+    _enable_checkpointing(net, options)
+    optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
+    if source is not None:
+        _carry(optimizer, source)
+
+    # Everything that can be refused has been: from here on the disk is written to.
+    if saved is None and label == "isolation":
+        _begin(options, job.fingerprints, fingerprint)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.clean(directory)
+    found = checkpoint.list_checkpoints(directory) if saved is not None else []
+    scheduler = build_scheduler(options, optimizer, job.steps)
+    start, carried = 0, {}
+    if found:
+        state = checkpoint.load_state(found[-1])
+        start, carried = state["step"], state["carried"]
+        net = _load_weights(found[-1], net, dtype, state["weights"])
+        both = checkpoint.load_optimizer(found[-1])
+        # The weights are in new tensors now: the optimizer is built anew over them.
+        optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
+        scheduler = build_scheduler(options, optimizer, job.steps)
+        optimizer.load_state_dict(both["optimizer"])
+        scheduler.load_state_dict(both["scheduler"])
+        log = Log(directory / "log.jsonl", keep_bytes=state["log_bytes"])
+        log.write("resume", step=start, environment=environment(job.device), time=time.time())
+        _warn_other_environment(saved, job.device)
+        print(f"{label}: continues after step {start} of {job.steps}")
+    else:
+        log = Log(directory / "log.jsonl", keep_bytes=0)
+        _log_start(log, prepared, net, memory, label)
+        if source is not None:
+            _log_protect(log, source, fingerprint, optimizer)
+    one = Run(job, directory, net, optimizer, scheduler, log, label)
+    one.saved_step, one.carried = (start if found else None), carried
+    outcome = one.run(start)
+    if outcome.step == job.steps:
+        _finish(one, outcome)
+    return outcome
+
+
+def _enable_checkpointing(net, options: Options) -> None:
+    if options.gradient_checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _deterministic(device: str) -> None:
+    """On a GPU some backward passes add in any order; bit-for-bit resumes need the ordered ones."""
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
+    out = Path(options.out)
+    if options.overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "version": RUN_VERSION,
+        "options": options.saved(),
+        "fingerprints": fingerprints,
+        "model_weights": model_weights,
+        "environment": environment(model.pick_device(options.device)),
+    }
+    partial = out / "run.json.partial"
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out / "run.json")
+
+
+def _carry(optimizer, source: protect.Source) -> None:
+    try:
+        optimizer.carry_importance(source.state_dict)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"--protect {source.path}: the optimizer refuses it ({error})") from None
+    optimizer.refresh_isolation_mask()
+    report = optimizer.isolation_report()
+    print(f"protected from the first step: {report.isolated} weights isolated ({source.description})")
+    if report.isolated == 0:
+        print(
+            "warning: the carried importance isolates nothing; is --isolation-ratio too small for this model?",
+            file=sys.stderr,
+        )
+
+
+def _log_protect(log: Log, source: protect.Source, fingerprint: str, optimizer) -> None:
+    other = source.weights is not None and source.weights != fingerprint
+    if other:
+        print(
+            f"warning: {source.path} was measured at other weights than --model's (or in another dtype); importance drifts with the weights",
+            file=sys.stderr,
+        )
+    log.write(
+        "protect",
+        step=0,
+        source=source.path,
+        kind=source.kind,
+        description=source.description,
+        other_weights=other,
+    )
+
+
+def _load_weights(folder: Path, net, dtype: torch.dtype, expected: str):
+    """The checkpoint's weights in place of `net`'s, verified to the bit."""
+    options_attention = net.config._attn_implementation
+    device = str(next(net.parameters()).device)
+    checkpointing = net.is_gradient_checkpointing
+    del net
+    config = model.load_config(str(folder))
+    net = model.load_model(str(folder), config, dtype, options_attention, device, 0)
+    if checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    if model.weights_fingerprint(net) != expected:
+        raise UserError(
+            f"{folder}: the weights are not those that were saved (damaged file?); remove it to resume from the one before",
+            status=1,
+        )
+    return net
+
+
+def _warn_other_environment(saved: dict | None, device: str) -> None:
+    before, now = (saved or {}).get("environment", {}), environment(device)
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(f"warning: {', '.join(changed)}: the run goes on, but maybe not bit for bit", file=sys.stderr)
+
+
+def _log_start(log: Log, prepared: Prepared, net, memory: plan.Memory, label: str) -> None:
+    job = prepared.job
+    log.write(
+        "start", step=0, time=time.time(), optimizer=label, options=job.options.saved(), environment=environment(job.device),
+        parameters=net.num_parameters(), dtype=str(net.dtype).removeprefix("torch."), steps=job.steps,
+        steps_per_epoch=job.schedule.steps_per_epoch, rows=job.schedule.rows, memory=memory.fields(),
+        refreshes_due=plan.refreshes(job.options, job.steps) if label == "isolation" else [],
+        data={name: vars(counts) for name, counts in prepared.counts.items()},
+    )  # fmt: skip
+
+
+def _finish(one: Run, outcome: Outcome) -> None:
+    losses = {
+        "validation_loss": outcome.validation_loss,
+        "retain_loss_before": outcome.retain_before,
+        "retain_loss_after": outcome.retain_after,
+    }
+    bytes_ = state_bytes(one.optimizer)
+    one.log.write(
+        "end",
+        step=outcome.step,
+        **losses,
+        state_bytes=bytes_,
+        peak_memory_bytes=peak_memory_bytes(one.job.device),
+        time=time.time(),
+    )
+    checkpoint.export(one.directory / "checkpoints" / f"{checkpoint.PREFIX}{outcome.step:08d}", one.directory)
+    done = {"step": outcome.step, **losses, "state_bytes": bytes_}
+    (one.directory / "done.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
