@@ -159,8 +159,3 @@ def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     if count <= 0 or len(examples) <= count:
         return list(examples)
     return [examples[i] for i in sorted(random.Random(f"sample {seed}").sample(range(len(examples)), count))]
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

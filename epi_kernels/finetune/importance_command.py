@@ -131,7 +131,7 @@ def _run(args: argparse.Namespace) -> int:
 
     schedule = packing.Schedule(len(rows.rows), args.batch_size, 1, args.seed)
     batches = min(args.max_batches or schedule.steps_per_epoch, schedule.steps_per_epoch)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad_id = model.pad_id(tokenizer)
     named = dict(net.named_parameters())
     metadata = {
         "format": FORMAT,
@@ -158,6 +158,7 @@ def _run(args: argparse.Namespace) -> int:
 
         def keep(name: str):
             def hook(parameter: torch.Tensor) -> None:
+                assert parameter.grad is not None  # it was accumulated just now
                 accumulator.add(name, parameter.grad)
                 parameter.grad = None  # freed at once: the model's gradient never exists as a whole
 

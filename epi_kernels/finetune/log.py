@@ -45,7 +45,7 @@ class Log:
         self.size = path.stat().st_size if path.exists() else 0
 
     def write(self, event: str, **fields) -> None:
-        line = json.dumps({"event": event, **_plain(fields)}, ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(_plain({"event": event, **fields}), ensure_ascii=False, allow_nan=False) + "\n"
         self.waiting.append(line.encode())
         self.flush()
 

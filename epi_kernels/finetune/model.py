@@ -85,6 +85,11 @@ def load_tokenizer(model: str, tokenizer: str | None, vocab_size: int, texts: It
     return loaded
 
 
+def pad_id(tokenizer) -> int:
+    """The padding token's id; 0 when there is none (padding has no loss and nothing attends to it)."""
+    return int(tokenizer.pad_token_id or 0)
+
+
 def row_length(config, asked: int | None) -> int:
     """Tokens a row: what is asked for, if the model has as many positions."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -135,7 +140,7 @@ def load_model(
             if tokenizer is not None:
                 loaded.generation_config.pad_token_id = tokenizer.pad_token_id
         else:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 model, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
             missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

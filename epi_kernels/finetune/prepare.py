@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import chat, data, packing
 from .errors import UserError
-from .model import load_config, load_tokenizer, pick_device, row_length
+from .model import load_config, load_tokenizer, pad_id, pick_device, row_length
 from .options import Options
 from .train import Job, Rows
 
@@ -98,7 +98,6 @@ def prepare(options: Options) -> Prepared:
     steps = schedule.steps_per_epoch * options.epochs
     if options.max_steps is not None:
         steps = options.max_steps  # beyond --epochs the data come round again
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     job = Job(
         options,
         tokenizer,
@@ -107,7 +106,7 @@ def prepare(options: Options) -> Prepared:
         sets["retain"],
         schedule,
         steps,
-        pad_id,
+        pad_id(tokenizer),
         device,
         fingerprints,
     )

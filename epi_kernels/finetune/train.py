@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Job:
     """Everything a run needs that does not change during it."""
 
     options: Options
-    tokenizer: object
+    tokenizer: Any
     train: Rows
     validation: Rows | None
     retain: Rows | None

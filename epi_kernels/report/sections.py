@@ -274,7 +274,7 @@ def settings(runs: Mapping[str, Events]) -> Section:
     ]
     options = [[name, "-" if value is None else value] for name, value in sorted(start["options"].items())]
     versions = [[name, value] for name, value in start["environment"].items()]
-    blocks = [
+    blocks: list = [
         Table(["data", "examples", "tokens", "answers", "truncated", "dropped"], counts),
         Table(["made with", ""], versions),
         Table(["option", "value"], options),
