@@ -75,7 +75,7 @@ def lay_out(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tensor with these logical values, the buffer it lies in, NaN wherever the tensor is not)."""
     shape = values.shape
-    if layout == "transposed":
+    if layout == "transposed" and shape:
         buffer = torch.full(shape[::-1], math.nan, dtype=TORCH_DTYPES[dtype], device=device)
         tensor = buffer.permute(*reversed(range(len(shape))))
     elif layout == "strided" and shape:

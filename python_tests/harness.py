@@ -92,7 +92,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> Non
     if actual.dtype.kind == "f":  # which NaN it is depends on the machine
         actual = np.where(np.isnan(actual), np.array(np.nan, actual.dtype), actual)
         expected = np.where(np.isnan(expected), np.array(np.nan, expected.dtype), expected)
-    a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(x.size, -1) for x in (actual, expected))
+    a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(x.size, x.itemsize) for x in (actual, expected))
     wrong = np.flatnonzero((a != b).any(axis=1))
     if wrong.size:
         i = int(wrong[0])
@@ -235,3 +235,52 @@ class Pair:
             sorted(tuple(getattr(row, f) for f in figures) for row in r.layers) for r in (actual, expected)
         ]
         assert rows[0] == rows[1]
+
+
+# --- small runs without the oracle --------------------------------------------------------------------------
+
+
+def small_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> dict[str, torch.nn.Parameter]:
+    """Four parameters of awkward sizes, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed": (19, 5), "block.weight": (7, 7), "block.bias": (7,), "scale": ()}
+    return {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+        for name, shape in shapes.items()
+    }
+
+
+def make(params: dict[str, torch.Tensor], *, named: bool = True, **arguments) -> torch.optim.Optimizer:
+    """MaskedEMAAdamW over them, on the reference backend and with refreshes early unless told otherwise."""
+    from epi_kernels import MaskedEMAAdamW
+
+    defaults = {"backend": "reference", "isolation_ratio": 0.2, "mask_interval": 2, "lr": 1e-2}
+    return MaskedEMAAdamW(list(params.items()) if named else list(params.values()), **(defaults | arguments))
+
+
+def give_gradients(params: dict[str, torch.Tensor], seed: int) -> None:
+    """Gradients that depend on the seed and each parameter's place alone."""
+    for i, p in enumerate(params.values()):
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+
+
+def train(optimizer: torch.optim.Optimizer, params: dict[str, torch.Tensor], steps: range | int) -> None:
+    """One step for every number in `steps`, on the gradients of that number."""
+    for number in range(steps) if isinstance(steps, int) else steps:
+        give_gradients(params, number)
+        optimizer.step()
+
+
+def assert_same_run(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    """Weights, every state tensor and T agree to the bit."""
+    for one, other in zip(a.param_groups, b.param_groups, strict=True):
+        assert one["isolation_step"] == other["isolation_step"]
+        for p, q in zip(one["params"], other["params"], strict=True):
+            assert tensor_bytes(p) == tensor_bytes(q)
+            assert a.state[p].keys() == b.state[q].keys()
+            for key, value in a.state[p].items():
+                assert (value.dtype, value.shape) == (b.state[q][key].dtype, b.state[q][key].shape), key
+                assert tensor_bytes(value) == tensor_bytes(b.state[q][key]), key

@@ -116,6 +116,8 @@ class Param:
     importance: np.ndarray | None = None  # [n], own importance only
     mask: np.ndarray = field(default=None)  # [n] bool
     persistent: np.ndarray | None = None
+    # Logical positions [n] uint64 of these elements, where they are a few of a tensor too large to hold.
+    index: np.ndarray | None = None
 
     def __post_init__(self):
         self.theta = np.array(self.theta, dtype=FLOAT_DTYPES[self.dtype]).reshape(-1)
@@ -222,7 +224,7 @@ class Run:
             new = real(1 - h.lr * h.weight_decay) * p.theta - real(h.lr * root2 / bias1) * (m / denom)
 
         ident = position if p.name is None else zlib.crc32(p.name.encode())
-        w0, w1 = random_words(s.seed, t, ident, np.arange(n, dtype=np.uint64))
+        w0, w1 = random_words(s.seed, t, ident, np.arange(n, dtype=np.uint64) if p.index is None else p.index)
         low, high = (lambda w: w & np.uint32(0xFFFF)), (lambda w: w >> np.uint32(16))
         state_dtype = s.state_dtype or p.dtype
         p.theta = np.where(p.mask, p.theta, self._store(new, p.dtype, low(w0)))

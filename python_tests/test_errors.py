@@ -1,0 +1,274 @@
+"""Every row of the contract's table of errors: the right exception, a message that helps, nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+
+import pytest
+import torch
+
+from epi_kernels import MaskedEMAAdamW
+from python_tests.harness import give_gradients, make, small_model, snapshot, train
+
+REFUSED = (ValueError, TypeError, RuntimeError, NotImplementedError)
+
+OUTSIDE = {
+    "isolation_ratio": [-0.1, 1.0, 1.5, math.nan],
+    "hysteresis": [-0.1, 1.0, math.nan],
+    "mask_interval": [0, -1],
+    "mask_warmup": [-1],
+    "importance_beta": [-0.1, 1.0, math.nan],
+    "lr": [-1e-3, math.nan],
+    "eps": [-1e-8, math.nan],
+    "weight_decay": [-1e-2, math.nan],
+    "betas": [(-0.1, 0.9), (1.0, 0.9), (0.9, 1.0), (0.9, math.nan)],
+    "importance_dtype": [torch.int8, torch.float16, "float33"],
+    "state_dtype": [torch.float16, torch.int32, "int9"],
+    "normalization": ["min-max", None],
+    "scope": ["tensor", None],
+    "backend": ["gpu", None],
+}
+CASES = [(name, value) for name, values in OUTSIDE.items() for value in values]
+# What a message must offer in place of the value given.
+ALLOWED = {
+    "isolation_ratio": "[0, 1)",
+    "hysteresis": "[0, 1)",
+    "importance_beta": "[0, 1)",
+    "betas": "[0, 1)",
+    "mask_interval": "1",
+    "mask_warmup": "0",
+    "lr": "0",
+    "eps": "0",
+    "weight_decay": "0",
+    "importance_dtype": "torch.bfloat16",
+    "state_dtype": "torch.bfloat16",
+    "normalization": "zscore",
+    "scope": "layer",
+    "backend": "triton",
+}
+GROUP_ARGUMENTS = ("lr", "eps", "weight_decay", "betas", "importance_beta")
+
+
+def _value_in(message: str, value) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    return any(repr(v) in message for v in values)
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_value_outside_its_range(name: str, value):
+    """Named before torch's own checks of `params`, so that no half-made optimizer exists."""
+    with pytest.raises(ValueError) as caught:
+        MaskedEMAAdamW(None, **{name: value})
+    message = str(caught.value)
+    assert name in message and _value_in(message, value) and ALLOWED[name] in message
+
+
+@pytest.mark.parametrize(("name", "value"), [case for case in CASES if case[0] in GROUP_ARGUMENTS])
+def test_value_outside_its_range_in_a_group(name: str, value):
+    params = small_model()
+    with pytest.raises(ValueError, match=name):
+        MaskedEMAAdamW([{"params": list(params.values()), name: value}])
+    optimizer = make(params)
+    train(optimizer, params, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": [("late", torch.nn.Parameter(torch.ones(3)))], name: value})
+    assert snapshot(optimizer) == before
+
+
+GLOBAL = {
+    "isolation_ratio": 0.1,
+    "mask_interval": 10,
+    "mask_warmup": 1,
+    "importance_dtype": torch.float32,
+    "normalization": "none",
+    "scope": "layer",
+    "layer_key": str,
+    "hysteresis": 0.1,
+    "state_dtype": torch.float32,
+    "stochastic_rounding": False,
+    "seed": 1,
+    "backend": "reference",
+    "amsgrad": False,
+}
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_global_argument_in_a_group(name: str):
+    params = small_model()
+    with pytest.raises(ValueError, match=name):
+        MaskedEMAAdamW([{"params": list(params.items()), name: GLOBAL[name]}])
+    optimizer = make(params)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group(
+            {"params": [("late", torch.nn.Parameter(torch.ones(3)))], name: GLOBAL[name]}
+        )
+    assert snapshot(optimizer) == before
+
+
+@pytest.mark.parametrize(("name", "instead"), [("amsgrad", "AdamW"), ("differentiable", "AdamW")])
+def test_unsupported_switch(name: str, instead: str):
+    with pytest.raises(REFUSED, match=name) as caught:
+        MaskedEMAAdamW(small_model().items(), **{name: True})
+    assert instead in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"capturable": True}, {"state_dtype": "int8"}, {"importance_dtype": "int8"}]
+)
+def test_not_yet(arguments: dict):
+    with pytest.raises(NotImplementedError, match=next(iter(arguments))):
+        MaskedEMAAdamW(small_model().items(), **arguments)
+
+
+def test_foreach_and_fused():
+    for arguments in ({"foreach": True}, {"fused": True}, {"foreach": False}, {"fused": False}):
+        make(small_model(), **arguments)
+    with pytest.raises(RuntimeError, match="fused"):
+        make(small_model(), foreach=True, fused=True)
+
+
+def test_hysteresis_with_zscore():
+    with pytest.raises(ValueError, match=r"hysteresis[\s\S]*zscore"):
+        MaskedEMAAdamW(None, hysteresis=0.1, normalization="zscore")
+
+
+def test_weights_of_a_dtype_without_a_path():
+    with pytest.raises(REFUSED, match="float16") as caught:
+        make({"w": torch.nn.Parameter(torch.ones(3, dtype=torch.float16))})
+    assert "bfloat16" in str(caught.value)
+    with pytest.raises(REFUSED, match="complex") as caught:
+        make({"w": torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))})
+    assert "view_as_real" in str(caught.value)
+
+
+def test_refused_parameters_do_not_join_a_live_optimizer():
+    params = small_model()
+    optimizer = make(params)
+    train(optimizer, params, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(REFUSED, match="float16"):
+        optimizer.add_param_group({"params": [("h", torch.nn.Parameter(torch.ones(3).half()))]})
+    assert snapshot(optimizer) == before
+
+
+def test_sparse_gradient_steps_nothing():
+    """It is found before the parameters ahead of it are stepped."""
+    params = small_model()
+    optimizer = make(params)
+    train(optimizer, params, 3)
+    give_gradients(params, 3)
+    params["block.weight"].grad = params["block.weight"].grad.to_sparse()
+    before = [p.detach().clone() for p in params.values()]
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(REFUSED, match="sparse") as caught:
+        optimizer.step()
+    assert re.search(r"dense|SparseAdam", str(caught.value))
+    assert all(torch.equal(p, b) for p, b in zip(params.values(), before, strict=True))
+    assert str(optimizer.state_dict()) == str(state)
+
+
+def test_layer_key_without_names():
+    with pytest.raises(REFUSED, match="layer_key") as caught:
+        make(small_model(), named=False, layer_key=lambda name: name)
+    assert "named_parameters" in str(caught.value)
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(7, 7, dtype=torch.uint8),
+        torch.ones(7, 7),
+        torch.ones(7, 6, dtype=torch.bool),
+        torch.ones(49, dtype=torch.bool),
+        torch.ones(7, dtype=torch.bool),
+        torch.ones((), dtype=torch.bool),
+        torch.ones(7, 7, dtype=torch.bool, device="meta"),
+        [[True] * 7] * 7,
+    ],
+    ids=["uint8", "float32", "columns", "flat", "row", "zero-dim", "device", "list"],
+)
+@pytest.mark.parametrize("trained", [0, 3])
+def test_mask_that_does_not_fit(mask, persistent: bool, trained: int):
+    params = small_model()
+    optimizer = make(params)
+    train(optimizer, params, trained)
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.set_isolation_mask(params["block.weight"], mask, persistent=persistent)
+    assert snapshot(optimizer) == before
+
+
+def test_mask_of_a_parameter_that_is_not_ours():
+    params = small_model()
+    optimizer = make(params)
+    before = snapshot(optimizer)
+    stranger = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises((ValueError, KeyError)):
+        optimizer.set_isolation_mask(stranger, torch.ones(3, dtype=torch.bool))
+    with pytest.raises((ValueError, KeyError)):
+        optimizer.isolation_mask(stranger)
+    assert snapshot(optimizer) == before
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+def test_non_finite_gradient_warns_once_per_refresh():
+    params = small_model()
+    optimizer = make(params, mask_interval=2)
+    counts = []
+    for number in range(6):
+        give_gradients(params, number)
+        params["embed"].grad[0, :3] = torch.tensor([math.inf, -math.inf, math.nan])
+        params["block.bias"].grad[0] = math.nan
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            optimizer.step()
+            if optimizer.isolation_report() is not None:
+                nonfinite = optimizer.isolation_report().nonfinite
+                assert nonfinite == 4
+        counts.append(sum("finite" in str(w.message) for w in seen))
+    # The refreshes follow steps 2, 4 and 6; each may speak once, at the refresh or when its figures are read.
+    assert [sum(counts[i : i + 2]) for i in (1, 3)] == [1, 1] and counts[0] == 0 and sum(counts) == 3
+
+
+# --- devices ------------------------------------------------------------------------------------------------
+
+
+def test_backend_by_name_never_falls_back():
+    wide = {"w": torch.nn.Parameter(torch.ones(3, dtype=torch.float64))}
+    for backend in ("cpu", "triton", "cuda"):
+        with pytest.raises(RuntimeError, match=backend) as caught:
+            optimizer = make(wide, backend=backend)
+            train(optimizer, wide, 1)
+        assert len(str(caught.value)) > len(backend) + 20  # with the reason
+    assert torch.equal(wide["w"], torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cuda backend may run here")
+def test_backend_without_its_device():
+    params = small_model()
+    with pytest.raises(RuntimeError, match="cuda"):
+        optimizer = make(params, backend="cuda")
+        train(optimizer, params, 1)
+
+
+def test_unsupported_device_names_every_backend(monkeypatch):
+    """No device is foreign to the reference, so it is taken away to see what `auto` says."""
+    from epi_kernels.backends import dispatch
+    from epi_kernels.backends.reference import ReferenceBackend
+
+    monkeypatch.setattr(ReferenceBackend, "refuses", lambda self, device, dtype: "taken away")
+    with pytest.raises(RuntimeError) as caught:
+        dispatch.choose("auto", torch.device("meta"), torch.float64)
+    for name in ("triton", "cuda", "cpu", "reference"):
+        assert f"{name}:" in str(caught.value)
