@@ -58,6 +58,9 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
     for name in NAMES if requested == "auto" else (requested,):
         backend = load(name)
         refusal = backend if isinstance(backend, str) else backend.refuses(device, dtype)
+        if refusal is None and requested == "auto":
+            # a backend may be able to run and yet not be one to choose unasked: an interpreter, say
+            refusal = getattr(backend, "only_by_name", lambda device: None)(device)
         if refusal is None:
             assert not isinstance(backend, str)
             reason = "asked for by name" if requested != "auto" else "; ".join(passed_over) or "first choice"

@@ -1,0 +1,332 @@
+"""The Triton backend: tables of addresses and chunks, one launch a variant and stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from epi_kernels.backends import table as _table
+from epi_kernels.backends.triton import bounds as _bounds
+from epi_kernels.backends.triton import mask as _mask
+from epi_kernels.backends.triton import stats as _stats
+from epi_kernels.backends.triton import step as _step
+from epi_kernels.backends.triton import threshold as _threshold
+from epi_kernels.backends.triton.chunks import (
+    Cache,
+    DevicePlan,
+    aligned_tensors,
+    plan,
+    sampled_elements,
+    upload,
+)
+from epi_kernels.backends.triton.common import LAUNCH, THREADS
+from epi_kernels.reference.stats import LayerStats, ScoreTerms
+from epi_kernels.reference.tensors import ParamTensors
+from epi_kernels.reference.threshold import KthSearch
+
+INTERPRETED = not isinstance(_step.step_kernel, triton.JITFunction)
+
+# Elements a program handles. A step moves 28 bytes for each and has its start-up, two dependent reads
+# of the tables, behind it after a few of them; a refresh moves 4. Estimated for an H200, not measured.
+STEP_CHUNK = 1 << 14
+REFRESH_CHUNK = 1 << 16
+# Rows of 8 elements a block. A stage that reads one tensor takes 16 elements a thread, so that it has
+# as many loads in flight as the step.
+REFRESH_ROWS = 2 * THREADS
+_MERGE_BLOCK = 256
+_LARGEST_BLOCK = 8 * REFRESH_ROWS
+
+
+class StepVariant(NamedTuple):
+    """What the step kernel is specialised on, tensor by tensor."""
+
+    param_bf16: bool
+    state_bf16: bool
+    importance: int  # step.SHARED, OWN_FLOAT32, OWN_BFLOAT16
+    aligned: bool
+
+    @property
+    def any_bf16(self) -> bool:
+        return self.param_bf16 or self.state_bf16 or self.importance == _step.OWN_BFLOAT16
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block: one access of 128 bits to the narrowest type is a thread's share."""
+        return THREADS if self.any_bf16 else THREADS // 2
+
+
+class RefreshVariant(NamedTuple):
+    """What the kernels that read u are specialised on."""
+
+    bf16: bool
+    aligned: bool
+
+
+def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
+    """The variant of every row of ``table.step_table``, for chunks of ``chunk`` elements."""
+    flags = rows[:, _table.FLAGS]
+    param_bf16, state_bf16 = flags & _table.PARAM_BF16 != 0, flags & _table.STATE_BF16 != 0
+    own, own_bf16 = rows[:, _table.IMPORTANCE] != 0, flags & _table.IMPORTANCE_BF16 != 0
+    importance = np.where(own, np.where(own_bf16, _step.OWN_BFLOAT16, _step.OWN_FLOAT32), _step.SHARED)
+    is_bf16 = np.stack([param_bf16, param_bf16, state_bf16, state_bf16, own_bf16], axis=1)
+    columns = [_table.PARAM, _table.GRAD, _table.EXP_AVG, _table.EXP_AVG_SQ, _table.IMPORTANCE]
+    aligned = aligned_tensors(rows[:, columns], np.where(is_bf16, 2, 4), chunk)
+    columns = (param_bf16.tolist(), state_bf16.tolist(), importance.tolist(), aligned.tolist())
+    return list(map(StepVariant, *columns))
+
+
+def refresh_variants(u: np.ndarray, bf16: np.ndarray, chunk: int) -> list[RefreshVariant]:
+    """The variant of every importance: its address and whether it is bfloat16, [n] each."""
+    aligned = aligned_tensors(u[:, None], np.where(bf16, 2, 4)[:, None], chunk)
+    return list(map(RefreshVariant, bf16.tolist(), aligned.tolist()))
+
+
+class TritonBackend:
+    """``step_chunk`` and ``refresh_chunk``: elements a program handles, multiples of 2048."""
+
+    name = "triton"
+
+    def __init__(self, step_chunk: int = STEP_CHUNK, refresh_chunk: int = REFRESH_CHUNK) -> None:
+        for chunk in (step_chunk, refresh_chunk):
+            # above 2^16 the packed counts of the mask stage would overflow
+            if chunk % _LARGEST_BLOCK or not 0 < chunk <= 1 << 16:
+                raise ValueError(f"chunks are multiples of {_LARGEST_BLOCK} up to 65536, not {chunk}")
+        self._step_chunk = step_chunk
+        self._refresh_chunk = refresh_chunk
+        self._cache = Cache()
+        mode = ", interpreter" if INTERPRETED else ""
+        self.description = f"Triton {triton.__version__}{mode}"
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the triton backend has no {dtype} path"
+        if INTERPRETED:
+            return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set: CPU tensors only"
+        if device.type != "cuda":
+            return "triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+        if torch.version.hip is not None:
+            return "the kernels were never tried on ROCm"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "triton needs compute capability 8.0"
+        return None
+
+    def only_by_name(self, device: torch.device) -> str | None:
+        """Why ``auto`` must not take this backend though it could run."""
+        return "the interpreter is for tests" if INTERPRETED else None
+
+    def step(
+        self,
+        tensors: Sequence[ParamTensors],
+        *,
+        stochastic_rounding: bool,
+        grad_multiplier: float | None,
+        stats: LayerStats | None,
+    ) -> None:
+        items = [t for t in tensors if t.grad is not None]  # skipped whole, as in torch
+        if not items:
+            return
+        device = items[0].param.device
+        pointers = _table.step_table(items, writes_grad=grad_multiplier is not None)
+        assert pointers.scalars is not None
+        rows = np.zeros((len(items), _step.ROW), dtype=np.int64)
+        rows[:, : _table.COLUMNS] = pointers.rows
+        if stats is None:
+            rows[:, _table.LAYER] = -1
+        scalars = rows.view(np.float32)[:, 2 * _step.SCALARS :]
+        scalars[:, : _table.SCALAR_COLUMNS] = pointers.scalars
+        scalars[:, _table.SCALAR_COLUMNS] = 1.0 if grad_multiplier is None else grad_multiplier
+        # -(1 - beta1) * g is (1 - beta1) * -g to the bit, and g * g has no sign
+        scalars[pointers.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
+
+        variants = step_variants(rows, self._step_chunk)
+        with self._on(device):
+            sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
+            work = self._plan(sizes, variants, layers, self._step_chunk, device)
+            device_rows = upload(rows, device)
+            outputs = (None,) * 4
+            if stats is not None:
+                partials = work.partials if stats.with_moments else None
+                outputs = (stats.minimum, stats.maximum, stats.nonfinite, partials)
+            for variant, first, programs in work.launches:
+                _step.step_kernel[(programs,)](
+                    work.chunks[first:],
+                    device_rows,
+                    *outputs,
+                    PARAM_BF16=variant.param_bf16,
+                    STATE_BF16=variant.state_bf16,
+                    IMPORTANCE_KIND=variant.importance,
+                    ALIGNED=variant.aligned,
+                    STOCHASTIC=stochastic_rounding and variant.any_bf16,
+                    UNSCALE=grad_multiplier is not None,
+                    STATS=_stats_kind(stats),
+                    ROWS=variant.rows,
+                    **LAUNCH,
+                )
+            self._merge_moments(work, stats)
+            pointers.finish()
+
+    def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
+        if not tensors:
+            return
+        with self._on(stats.minimum.device):
+            work, rows = self._refresh_tables(tensors, stats.minimum.device)
+            for variant, first, programs in work.launches:
+                _stats.stats_kernel[(programs,)](
+                    work.chunks[first:],
+                    rows,
+                    stats.minimum,
+                    stats.maximum,
+                    stats.nonfinite,
+                    work.partials if stats.with_moments else None,
+                    BF16=variant.bf16,
+                    ALIGNED=variant.aligned,
+                    STATS=_stats_kind(stats),
+                    ROWS=REFRESH_ROWS,
+                    **LAUNCH,
+                )
+            self._merge_moments(work, stats)
+
+    def count(
+        self,
+        tensors: Sequence[ParamTensors],
+        terms: ScoreTerms,
+        search: KthSearch,
+        sample_stride: int = 1,
+    ) -> None:
+        if not tensors:
+            return
+        layers = terms.shift.numel()
+        hysteresis = search.keep_factor != 1.0
+        with self._on(terms.shift.device):
+            work, rows = self._refresh_tables(tensors, terms.shift.device, sample_stride)
+            limits = torch.empty(layers, 4, device=terms.shift.device)
+            _bounds.count_bounds_kernel[(triton.cdiv(layers, _bounds.BOUNDS_BLOCK),)](
+                limits,
+                terms.shift,
+                terms.scale,
+                search.domain,
+                search.lo,
+                search.hi,
+                layers,
+                search.keep_factor,
+                HYSTERESIS=hysteresis,
+                BLOCK=_bounds.BOUNDS_BLOCK,
+                **LAUNCH,
+            )
+            for variant, first, programs in work.launches:
+                _threshold.count_kernel[(programs,)](
+                    work.chunks[first:],
+                    rows,
+                    limits,
+                    terms.shift,
+                    terms.scale,
+                    search.domain,
+                    search.lo,
+                    search.shift,
+                    search.done.view(torch.uint8),
+                    search.histogram,
+                    sample_stride,
+                    search.keep_factor,
+                    BF16=variant.bf16,
+                    ALIGNED=variant.aligned,
+                    HYSTERESIS=hysteresis,
+                    BINS=search.histogram.shape[1] - 1,
+                    ROWS=REFRESH_ROWS,
+                    **LAUNCH,
+                )
+
+    def select(
+        self,
+        tensors: Sequence[ParamTensors],
+        terms: ScoreTerms,
+        thresholds: Tensor,
+        keep_factor: float,
+        drift: Tensor,
+    ) -> None:
+        if not tensors:
+            return
+        layers = terms.shift.numel()
+        with self._on(terms.shift.device):
+            work, rows = self._refresh_tables(tensors, terms.shift.device)
+            limits = torch.empty(layers, 4, device=terms.shift.device)
+            _bounds.select_bounds_kernel[(triton.cdiv(layers, _bounds.BOUNDS_BLOCK),)](
+                limits,
+                terms.shift,
+                terms.scale,
+                thresholds,
+                layers,
+                keep_factor,
+                POSITIVE_ONLY=terms.positive_only,
+                HYSTERESIS=keep_factor != 1.0,
+                BLOCK=_bounds.BOUNDS_BLOCK,
+                **LAUNCH,
+            )
+            for variant, first, programs in work.launches:
+                _mask.select_kernel[(programs,)](
+                    work.chunks[first:],
+                    rows,
+                    limits,
+                    drift,
+                    BF16=variant.bf16,
+                    ALIGNED=variant.aligned,
+                    HYSTERESIS=keep_factor != 1.0,
+                    ROWS=REFRESH_ROWS,
+                    **LAUNCH,
+                )
+
+    def _refresh_tables(
+        self, tensors: Sequence[ParamTensors], device: torch.device, stride: int = 1
+    ) -> tuple[DevicePlan, Tensor]:
+        """Chunks and rows of the stages that read u; the passes of one refresh share the rows."""
+        pointers = _table.refresh_table(tensors).rows
+        own = pointers[:, _table.IMPORTANCE]
+        rows = np.empty((len(tensors), _stats.REFRESH_ROW), dtype=np.int64)
+        rows[:, _stats.U] = np.where(own != 0, own, pointers[:, _table.EXP_AVG_SQ])
+        rows[:, _stats.ISOLATION_MASK] = pointers[:, _table.ISOLATION_MASK]
+        rows[:, _stats.PERSISTENT_MASK] = pointers[:, _table.PERSISTENT_MASK]
+        rows[:, _stats.U_LAYER] = pointers[:, _table.LAYER]
+        bf16 = pointers[:, _table.FLAGS] & _table.U_BF16 != 0
+        variants = refresh_variants(rows[:, _stats.U], bf16, self._refresh_chunk)
+        sizes = [sampled_elements(n, stride) for n in pointers[:, _table.NUMEL].tolist()]
+        layers = pointers[:, _table.LAYER].tolist()
+        work = self._plan(sizes, variants, layers, self._refresh_chunk, device)
+        key = ("rows", rows.tobytes(), device, _stream(device))
+        return work, self._cache.get(key, lambda: upload(rows, device))
+
+    def _plan(
+        self,
+        sizes: list[int],
+        variants: Sequence[StepVariant | RefreshVariant],
+        layers: list[int],
+        chunk: int,
+        device: torch.device,
+    ) -> DevicePlan:
+        key = (tuple(sizes), tuple(variants), tuple(layers), chunk, device, _stream(device))
+        return self._cache.get(key, lambda: DevicePlan(plan(sizes, variants, layers, chunk), device))
+
+    @staticmethod
+    def _merge_moments(work: DevicePlan, stats: LayerStats | None) -> None:
+        if stats is not None and stats.with_moments and len(work.spans):
+            _stats.merge_moments_kernel[(len(work.spans),)](
+                work.spans, work.partials, stats.moments, BLOCK=_MERGE_BLOCK, **LAUNCH
+            )
+
+    @staticmethod
+    def _on(device: torch.device) -> AbstractContextManager:
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _stats_kind(stats: LayerStats | None) -> int:
+    if stats is None:
+        return _stats.NO_STATS
+    return _stats.WITH_MOMENTS if stats.with_moments else _stats.EXTREMA

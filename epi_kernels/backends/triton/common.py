@@ -1,0 +1,129 @@
+"""What the kernels of several stages share: typed pointers, packed masks, the hash, the score.
+
+Every kernel sees a block of elements as [ROWS, 8]: a row is the eight elements of one mask byte. A
+thread then owns whole or half rows, finds its mask bits in one byte, and needs no exchange with
+other threads to tell its elements apart.
+
+bfloat16 values travel as their 16 bits: what is kept is kept to the bit, and what is rounded is
+rounded by the integer arithmetic that the definition states.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Fixed, not tuned at run time: an autotuner runs a kernel several times, and these update in place.
+# Four warps with one 128-bit access a tensor and thread leave 8 or more blocks on an SM (56
+# registers for float32), hence more than 64 KiB of loads in flight.
+NUM_WARPS = 4
+THREADS = 32 * NUM_WARPS
+ALIGNMENT = 16  # bytes of the widest access
+
+# enable_fp_fusion: a product and a sum contracted into one rounding would change the bits.
+LAUNCH = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+
+@triton.jit
+def load_address(slot, BF16: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor whose address lies in the table at ``slot``.
+
+    The hint sits on the pointer: on the integer before the cast Triton drops it, and every access
+    becomes 16 or 32 bits wide. It is given only where the host has proven it.
+    """
+    if BF16:
+        pointer = tl.load(slot).to(tl.pointer_type(tl.uint16))
+    else:
+        pointer = tl.load(slot).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_mask_address(slot):
+    return tl.load(slot).to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def load_block(pointers, in_bounds, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        return tl.load(pointers, mask=in_bounds, other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_block(pointers, values, in_bounds, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        tl.store(pointers, values, mask=in_bounds)
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def load_bits(bytes_, rows, limit):
+    """Packed mask bytes [ROWS, 1] as int32; 0 from row ``limit`` on, which is 0 where there is no mask."""
+    return tl.load(bytes_, mask=rows < limit, other=0).to(tl.int32)
+
+
+@triton.jit
+def mask_rows(address, ROWS: tl.constexpr):
+    """The limit of a whole block for ``load_bits``."""
+    return tl.where(tl.load(address) != 0, ROWS, 0)
+
+
+@triton.jit
+def widen(raw, BF16: tl.constexpr):
+    """Stored value -> float32, exactly."""
+    if BF16:
+        return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return raw
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def mix(x):
+    """lowbias32 of a uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def round_bfloat16(x, random_bits, STOCHASTIC: tl.constexpr):
+    """float32 -> bf16 bits: up by 16 random bits, or to nearest even; then cut.
+
+    Integer arithmetic, because the interpreter's own conversion truncates. A NaN that arithmetic made
+    has its upper mantissa bit set: cut, it is still one.
+    """
+    word = x.to(tl.uint32, bitcast=True)
+    if STOCHASTIC:
+        increment = random_bits
+    else:
+        increment = 0x7FFF + ((word >> 16) & 1)
+    return ((word + tl.where(is_finite(x), increment, 0)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def score(u, shift, scale, isolated, keep_factor, HYSTERESIS: tl.constexpr):
+    """``reference.stats.score``, but for the sign of a zero, which ``score_key`` takes care of."""
+    result = tl.where(scale == 0.0, 0.0, tl.div_rn(u - shift, scale + tl.zeros_like(u)))
+    if HYSTERESIS:
+        result = tl.where(isolated, tl.div_rn(result, keep_factor + tl.zeros_like(u)), result)
+    return result
+
+
+@triton.jit
+def score_key(value):
+    """``reference.threshold.score_keys`` as uint32; both zeros have one key."""
+    word = value.to(tl.uint32, bitcast=True)
+    word = tl.where(word == 0x80000000, 0, word)
+    return tl.where(word >= 0x80000000, 0xFFFFFFFF - word, word + 0x80000000)

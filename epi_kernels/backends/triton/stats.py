@@ -1,0 +1,146 @@
+"""Stage 2, stats: extrema, non-finite counts and moments of the importances, layer by layer.
+
+Extrema and counts are merged with atomics: they do not depend on an order. The float64 moments of
+zscore do, so each chunk writes its own and a second kernel adds them up in the chunks' order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from epi_kernels.backends.triton.common import is_finite, load_address, load_block, widen
+
+NO_STATS, EXTREMA, WITH_MOMENTS = 0, 1, 2
+
+# Columns of a tensor's row in the tables of a refresh, int64; the other stages read them too.
+U, ISOLATION_MASK, PERSISTENT_MASK, U_LAYER = range(4)
+REFRESH_ROW = 4
+
+_WITH_MOMENTS = tl.constexpr(WITH_MOMENTS)
+_U, _U_LAYER, _REFRESH_ROW = tl.constexpr(U), tl.constexpr(U_LAYER), tl.constexpr(REFRESH_ROW)
+
+
+@triton.jit
+def fold(
+    u,
+    lowest,
+    highest,
+    strange,
+    total,
+    squares,
+    remaining,
+    BOUNDED: tl.constexpr,
+    STATS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Takes a block of importances into the accumulators, element by element."""
+    finite = is_finite(u)
+    counted = finite
+    odd = (~finite).to(tl.int32)
+    if BOUNDED:
+        in_bounds = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :] < remaining
+        counted = finite & in_bounds
+        odd = tl.where(in_bounds, odd, 0)
+    lowest = tl.minimum(lowest, tl.where(counted, u, float("inf")))
+    highest = tl.maximum(highest, tl.where(counted, u, float("-inf")))
+    strange += odd
+    if STATS == _WITH_MOMENTS:
+        wide = tl.where(counted, u, 0.0).to(tl.float64)
+        total += wide
+        squares += wide * wide
+    return lowest, highest, strange, total, squares
+
+
+@triton.jit
+def publish(
+    lowest,
+    highest,
+    strange,
+    total,
+    squares,
+    minimum,
+    maximum,
+    nonfinite,
+    partials,
+    slot,  # where the chunk's slot is written
+    STATS: tl.constexpr,
+):
+    """Merges a program's accumulators into its layer's row, its moments into the chunk's own slot."""
+    tl.atomic_min(minimum, tl.min(tl.min(lowest, 1), 0), sem="relaxed")
+    tl.atomic_max(maximum, tl.max(tl.max(highest, 1), 0), sem="relaxed")
+    odd = tl.sum(tl.sum(strange, 1), 0)
+    if odd > 0:
+        tl.atomic_add(nonfinite, odd.to(tl.int64), sem="relaxed")
+    if STATS == _WITH_MOMENTS:
+        own = partials + tl.load(slot) * 2
+        tl.store(own, tl.sum(tl.sum(total, 1), 0))
+        tl.store(own + 1, tl.sum(tl.sum(squares, 1), 0))
+
+
+@triton.jit
+def stats_kernel(
+    chunks,  # [programs, 4] int64
+    tensors,  # [tensors, REFRESH_ROW] int64
+    minimum,  # [layers] fp32
+    maximum,
+    nonfinite,  # [layers] int64
+    partials,  # [chunks, 2] fp64
+    BF16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STATS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    chunk = chunks + tl.program_id(0) * 4
+    row = tensors + tl.load(chunk) * _REFRESH_ROW
+    start = tl.multiple_of(tl.load(chunk + 1), 1024)
+    count = tl.load(chunk + 2).to(tl.int32)
+    u_first = load_address(row + _U, BF16, ALIGNED) + start
+    layer = tl.load(row + _U_LAYER)
+
+    BLOCK: tl.constexpr = ROWS * 8
+    offsets = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    lowest = tl.full([ROWS, 8], float("inf"), tl.float32)
+    highest = tl.full([ROWS, 8], float("-inf"), tl.float32)
+    strange = tl.zeros([ROWS, 8], tl.int32)
+    WIDTH: tl.constexpr = 8 if STATS == _WITH_MOMENTS else 1
+    HEIGHT: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
+    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    squares = tl.zeros([HEIGHT, WIDTH], tl.float64)
+
+    full_blocks = count // BLOCK
+    for i in range(full_blocks):
+        u = widen(tl.load(u_first + i * BLOCK + offsets), BF16)
+        lowest, highest, strange, total, squares = fold(
+            u, lowest, highest, strange, total, squares, 0, False, STATS, ROWS
+        )
+    done = full_blocks * BLOCK
+    if done < count:
+        u = widen(load_block(u_first + done + offsets, offsets < count - done, True), BF16)
+        lowest, highest, strange, total, squares = fold(
+            u, lowest, highest, strange, total, squares, count - done, True, STATS, ROWS
+        )
+    publish(
+        lowest, highest, strange, total, squares,
+        minimum + layer, maximum + layer, nonfinite + layer, partials, chunk + 3, STATS,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_moments_kernel(
+    spans,  # [programs, 4] int64: a layer's row, its first slot, one past its last, unused
+    partials,  # [chunks, 2] fp64
+    moments,  # [layers, 2] fp64
+    BLOCK: tl.constexpr,
+):
+    span = spans + tl.program_id(0) * 4
+    layer, first, end = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for slot in range(first, end, BLOCK):
+        in_bounds = slot + lanes < end
+        total += tl.load(partials + (slot + lanes) * 2, mask=in_bounds, other=0.0)
+        squares += tl.load(partials + (slot + lanes) * 2 + 1, mask=in_bounds, other=0.0)
+    tl.store(moments + layer * 2, tl.load(moments + layer * 2) + tl.sum(total, 0))
+    tl.store(moments + layer * 2 + 1, tl.load(moments + layer * 2 + 1) + tl.sum(squares, 0))
