@@ -269,7 +269,7 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("automatic", [True, False])
 def test_8_a_refresh_allocates_no_tensor_that_grows(scope: str, automatic: bool, target: Target):
-    """Four times the elements and the same allocations; temporaries inside C++ are measured in test_memory.py."""
+    """Four times the elements and no larger allocation; temporaries inside C++ are measured in test_memory.py."""
     if target.backend == "triton" and target.device == "cpu":
         pytest.skip("the interpreter's own temporaries are not the kernels'")
     sizes = []
@@ -291,7 +291,10 @@ def test_8_a_refresh_allocates_no_tensor_that_grows(scope: str, automatic: bool,
         assert optimizer.isolation_report().isolated > 0
         of_step = step.by_size if automatic else {}
         sizes.append({size: by for size, by in seen.by_size.items() if size not in of_step})
-    assert {size: by for size, by in sizes[1].items() if size not in sizes[0]} == {}
+    whole = {n // 8, n, 2 * n, 4 * n, 8 * n}  # a packed mask, bools, 2, 4 or 8 bytes an element
+    allowed = max(sizes[0], default=1 << 14)
+    grown = {size: by for size, by in sizes[1].items() if size > allowed or size in whole - sizes[0].keys()}
+    assert grown == {}
 
 
 @pytest.mark.slow
