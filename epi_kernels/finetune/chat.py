@@ -160,11 +160,10 @@ def encode(tokenizer, examples: Sequence[Example], max_length: int, template: st
             token if any(start <= left and right <= end and left < right for start, end in spans) else IGNORE
             for token, (left, right) in zip(ids, encoded["offset_mapping"])
         ]
-        if len(ids) > max_length:
-            ids, labels = ids[:max_length], labels[:max_length]
-            cut = True
-        else:
-            cut = False
+        # What follows the last answer (a line end of the template) teaches nothing.
+        last = max((place for place, label in enumerate(labels, 1) if label != IGNORE), default=0)
+        cut = last > max_length
+        ids, labels = ids[: min(last, max_length)], labels[: min(last, max_length)]
         if ids:
             # Nothing before the first token predicts it; in a packed row its neighbour must not.
             labels[0] = IGNORE

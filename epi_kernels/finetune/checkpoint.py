@@ -108,10 +108,10 @@ def save_checkpoint(
 
 def clean(run_dir: Path) -> None:
     """Removes what a killed writer left behind."""
-    folder = run_dir / "checkpoints"
-    if folder.is_dir():
-        for path in folder.glob(TEMPORARY + "*"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in (run_dir / "checkpoints").glob(TEMPORARY + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob(TEMPORARY + "*"):
+        path.unlink()
 
 
 def load_state(checkpoint: Path) -> dict:
@@ -152,4 +152,5 @@ def export(checkpoint: Path, out: Path) -> None:
                     raise DiskFull(f"no space left on the disk of {out}") from error
                 raise
         os.replace(temporary, out / source.name)
+        temporary.unlink(missing_ok=True)  # a rename between two links to one file does nothing
     _sync(out)

@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
         packing.assert_no_leak(net, tokenizer.vocab_size)
     if args.gradient_checkpointing:
         # Checkpointing is active in training mode only; dropout is silenced one by one instead.
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_checkpointing(net)
         net.train()
         for module in net.modules():
             if isinstance(module, torch.nn.Dropout):

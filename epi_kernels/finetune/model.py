@@ -153,6 +153,12 @@ def load_model(
     return loaded.to(device).train()
 
 
+def enable_checkpointing(net) -> None:
+    """Recompute activations in backward. transformers renamed the method in 5.x."""
+    enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

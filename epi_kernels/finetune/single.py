@@ -75,7 +75,8 @@ def one_run(
         )
     if options.packing:
         packing.assert_no_leak(net, job.tokenizer.vocab_size)
-    _enable_checkpointing(net, options)
+    if options.gradient_checkpointing:
+        model.enable_checkpointing(net)
     optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
     if source is not None:
         _carry(optimizer, source)
@@ -86,12 +87,12 @@ def one_run(
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint.clean(directory)
     found = checkpoint.list_checkpoints(directory) if saved is not None else []
-    scheduler = build_scheduler(options, optimizer, job.steps)
     start, carried = 0, {}
     if found:
         state = checkpoint.load_state(found[-1])
         start, carried = state["step"], state["carried"]
-        net = _load_weights(found[-1], net, dtype, state["weights"])
+        del net, optimizer  # before their successors are loaded: two models need not fit
+        net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
         both = checkpoint.load_optimizer(found[-1])
         # The weights are in new tensors now: the optimizer is built anew over them.
         optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
@@ -103,6 +104,7 @@ def one_run(
         _warn_other_environment(saved, job.device)
         print(f"{label}: continues after step {start} of {job.steps}")
     else:
+        scheduler = build_scheduler(options, optimizer, job.steps)
         log = Log(directory / "log.jsonl", keep_bytes=0)
         _log_start(log, prepared, net, memory, label)
         if source is not None:
@@ -113,11 +115,6 @@ def one_run(
     if outcome.step == job.steps:
         _finish(one, outcome)
     return outcome
-
-
-def _enable_checkpointing(net, options: Options) -> None:
-    if options.gradient_checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _deterministic(device: str) -> None:
@@ -177,16 +174,13 @@ def _log_protect(log: Log, source: protect.Source, fingerprint: str, optimizer) 
     )
 
 
-def _load_weights(folder: Path, net, dtype: torch.dtype, expected: str):
-    """The checkpoint's weights in place of `net`'s, verified to the bit."""
-    options_attention = net.config._attn_implementation
-    device = str(next(net.parameters()).device)
-    checkpointing = net.is_gradient_checkpointing
-    del net
-    config = model.load_config(str(folder))
-    net = model.load_model(str(folder), config, dtype, options_attention, device, 0)
-    if checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+def _load_weights(folder: Path, options: Options, device: str, dtype: torch.dtype, expected: str):
+    """The checkpoint's model, verified to the bit."""
+    net = model.load_model(
+        str(folder), model.load_config(str(folder)), dtype, options.attention, device, options.seed
+    )
+    if options.gradient_checkpointing:
+        model.enable_checkpointing(net)
     if model.weights_fingerprint(net) != expected:
         raise UserError(
             f"{folder}: the weights are not those that were saved (damaged file?); remove it to resume from the one before",

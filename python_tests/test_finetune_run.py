@@ -1,0 +1,383 @@
+"""`epi-kernels finetune` from arguments to a directory that loads: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from epi_kernels.finetune import command as finetune
+from epi_kernels.finetune import log, model, plan
+from epi_kernels.finetune.options import Options
+from python_tests.tiny_model import (
+    backend,
+    command,
+    qa,
+    save_tiny,
+    tiny_llama,
+    tiny_tokenizer,
+    write_config,
+    write_jsonl,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write_jsonl(folder / "qa.jsonl", qa(24))
+    write_jsonl(folder / "old.jsonl", [{"instruction": f"Say {n}", "output": f"{n}!"} for n in range(6)])
+    write_config(folder)
+    save_tiny(folder / "model")
+    return folder
+
+
+FAST = ["--max-length", 64, "--batch-size", 2, "--lr", 3e-3, "--quiet", "--backend", backend()]
+
+
+def arguments(files, out, *more, model="model"):
+    return ["--model", files / model, "--data", files / "qa.jsonl", "--out", out, *FAST, *more]
+
+
+@pytest.fixture(scope="module")
+def compared(files, tmp_path_factory):
+    """A finished run from a config, with everything on."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    more = [
+        "--retain",
+        files / "old.jsonl",
+        "--compare",
+        "--mask-interval",
+        3,
+        "--accumulation",
+        2,
+        "--epochs",
+        2,
+    ]
+    assert command(finetune, *arguments(files, out, *more, model="config-tiny.json")) == 0
+    return out
+
+
+def weights(directory):
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def same_weights(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def events(directory, kind):
+    return [event for event in log.read(directory / "log.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.parametrize("folder", [".", "adamw", "checkpoints"])
+def test_the_result_loads_as_any_other_model(compared, folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    directory = compared / folder if folder != "checkpoints" else sorted((compared / folder).iterdir())[-1]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    net = AutoModelForCausalLM.from_pretrained(directory)
+    assert tokenizer.chat_template
+    assert net.config.eos_token_id == tokenizer.eos_token_id
+    saved = weights(directory)
+    named = dict(net.named_parameters())
+    assert all(torch.equal(named[name], saved[name]) for name in named)
+    generate = pipeline("text-generation", model=str(directory))
+    answer = generate([{"role": "user", "content": "What is 1 plus 1?"}], max_new_tokens=3, do_sample=False)
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_the_log_tells_the_run(compared):
+    start = events(compared, "start")[0]
+    assert start["optimizer"] == "isolation"
+    assert start["data"]["train"]["examples"] == 23 and start["data"]["validation"]["examples"] == 1
+    steps = events(compared, "step")
+    assert [event["step"] for event in steps] == list(range(1, start["steps"] + 1))
+    assert all(event["loss"] > 0 and event["grad_norm"] > 0 and event["answer_tokens"] > 0 for event in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    refreshes = events(compared, "refresh")
+    assert [event["step"] for event in refreshes] == start["refreshes_due"] == [3, 6, 9, 12]
+    for event in refreshes:
+        assert event["isolated"] == sum(row["isolated"] for row in event["layers"]) > 0
+        assert 0 <= event["jaccard"] <= 1
+        assert event["state_bytes"]["total"] > 0
+    evals = events(compared, "eval")
+    assert (evals[0]["step"], evals[-1]["step"]) == (0, start["steps"])
+    end = events(compared, "end")[0]
+    assert end["validation_loss"] == evals[-1]["validation_loss"]
+    assert (end["retain_loss_before"], end["retain_loss_after"]) == (
+        evals[0]["retain_loss"],
+        evals[-1]["retain_loss"],
+    )
+
+
+def test_compare_starts_from_the_same_weights_and_data(compared):
+    ours, plain = events(compared, "eval"), events(compared / "adamw", "eval")
+    assert ours[0]["validation_loss"] == plain[0]["validation_loss"]
+    assert ours[0]["retain_loss"] == plain[0]["retain_loss"]
+    first, second = events(compared, "step"), events(compared / "adamw", "step")
+    assert [(one["tokens"], one["answer_tokens"], one["lr"]) for one in first] == [
+        (one["tokens"], one["answer_tokens"], one["lr"]) for one in second
+    ]
+    assert first[0]["loss"] == second[0]["loss"]
+    assert events(compared / "adamw", "refresh") == []
+    assert not same_weights(compared, compared / "adamw")
+
+
+def test_the_table_shows_both_runs(compared, capsys):
+    # Resuming a finished run trains nothing and prints the table again.
+    assert command(finetune, "--out", compared, "--resume") == 0
+    text = capsys.readouterr().out
+    row = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    end = events(compared, "end")[0]
+    assert row["MaskedEMAAdamW"][1] == f"{end['validation_loss']:.4f}"
+    assert row["MaskedEMAAdamW"][3] == f"{end['retain_loss_after']:.4f}"
+    assert row["torch.optim.AdamW"][2] == row["MaskedEMAAdamW"][2]
+
+
+def test_planned_bytes_are_the_optimizers(compared):
+    start, end = events(compared, "start")[0], events(compared, "end")[0]
+    assert end["state_bytes"]["total"] - end["state_bytes"]["other"] == start["memory"]["ours"]
+    plain = events(compared / "adamw", "end")[0]["state_bytes"]
+    assert plain["total"] - plain["other"] == start["memory"]["adamw"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(files, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        more = ["--max-steps", 3, "--seed", seed, "--mask-interval", 2]
+        assert command(finetune, *arguments(files, tmp_path / name, *more)) == 0
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert not same_weights(tmp_path / "a", tmp_path / "c")
+    assert not list((tmp_path / "a").rglob("*partial*"))
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(files, tmp_path, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    calls = []
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaMLP, "forward", lambda self, x: calls.append(1) or forward(self, x)
+    )
+    counts = []
+    for name, more in (("a", []), ("b", ["--gradient-checkpointing"])):
+        assert command(finetune, *arguments(files, tmp_path / name, "--max-steps", 3, *more)) == 0
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[1] == counts[0] + 3 * 2  # each of 3 steps runs each of 2 layers once more
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_accumulated_batches_weigh_answer_tokens_alike(files, tmp_path):
+    """One batch of four rows and four batches of one row: the same loss and the same gradient norm, up to rounding."""
+    common = ["--no-packing", "--max-steps", 2]
+    assert command(finetune, *arguments(files, tmp_path / "a", *common, "--batch-size", 4)) == 0
+    assert (
+        command(finetune, *arguments(files, tmp_path / "b", *common, "--batch-size", 1, "--accumulation", 4))
+        == 0
+    )
+    for first, second in zip(events(tmp_path / "a", "step"), events(tmp_path / "b", "step"), strict=True):
+        assert first["answer_tokens"] == second["answer_tokens"]
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-3)
+
+
+def test_bf16_weights_and_states(files, tmp_path):
+    out = tmp_path / "out"
+    more = ["--dtype", "bf16", "--max-steps", 4, "--mask-interval", 2]
+    assert command(finetune, *arguments(files, out, *more)) == 0
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    start, end = events(out, "start")[0], events(out, "end")[0]
+    assert end["state_bytes"]["total"] - end["state_bytes"]["other"] == start["memory"]["ours"]
+    assert start["memory"]["ours"] / start["parameters"] == pytest.approx(4.125, abs=0.01)
+
+
+ISOLATION = [
+    ["--scope", "layer", "--layer-key", "block", "--hysteresis", "0.2"],
+    ["--normalization", "zscore", "--importance-beta", "0.9", "--importance-dtype", "bf16"],
+    ["--normalization", "none", "--state-dtype", "bf16", "--no-stochastic-rounding", "--mask-warmup", "1"],
+    ["--isolation-ratio", "0"],
+    ["--backend", "reference", "--isolation-ratio", "0.3"],
+]
+
+
+@pytest.mark.parametrize("options", ISOLATION, ids=lambda options: options[0] + options[1])
+def test_isolation_options_reach_the_optimizer(files, tmp_path, options):
+    out = tmp_path / "out"
+    assert command(finetune, *arguments(files, out, "--max-steps", 3, "--mask-interval", 2, *options)) == 0
+    refreshes = events(out, "refresh")
+    start, end = events(out, "start")[0], events(out, "end")[0]
+    assert [event["step"] for event in refreshes] == start["refreshes_due"]
+    assert end["state_bytes"]["total"] - end["state_bytes"]["other"] == start["memory"]["ours"]
+    if "--layer-key" in options:
+        names = {row["name"] for row in refreshes[0]["layers"]}
+        assert {"model.layers.0", "model.layers.1", "model.embed_tokens.weight"} <= names
+        assert isinstance(refreshes[0]["threshold"], dict)
+    if "0.3" in options:
+        assert refreshes[-1]["isolated"] / start["parameters"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_norms_and_biases_have_no_weight_decay():
+    net = tiny_llama()
+    decayed, free = model.parameter_groups(net, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert all("norm" in name for name, _ in free["params"]) and len(free["params"]) == 5
+    assert not any("norm" in name for name, _ in decayed["params"])
+    together = [name for group in (decayed, free) for name, _ in group["params"]]
+    assert sorted(together) == sorted(name for name, _ in net.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "name, block",
+    [
+        ("model.layers.11.mlp.up_proj.weight", "model.layers.11"),
+        ("transformer.h.3.attn.bias", "transformer.h.3"),
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_a_block_is_everything_of_one_layer(name, block):
+    assert model.block_of(name) == block
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--dry-run", "--epochs", 5, "--mask-interval", 4, "--isolation-ratio", 0.01]
+    assert command(finetune, *arguments(files, out, *more, model="config-tiny.json")) == 0
+    assert not out.exists()
+    text = capsys.readouterr().out
+    per_parameter = {
+        line.rsplit(None, 1)[0]: line.rsplit(None, 1)[1] for line in text.splitlines() if line.strip()
+    }
+    ours = next(value for line, value in per_parameter.items() if line.startswith("optimizer state"))
+    assert float(ours) == pytest.approx(8.125, abs=0.001)
+    assert "beside torch AdamW's" in text and "8.000" in text
+    assert "beside EPI's as published" in text and "13.000" in text
+    assert "refreshes of the mask due: " in text
+
+
+@pytest.mark.parametrize(
+    "options, steps, due",
+    [
+        ({}, 99, []),
+        ({}, 100, [100]),
+        ({"mask_interval": 10}, 35, [10, 20, 30]),
+        ({"mask_interval": 10, "mask_warmup": 3}, 24, [3, 13, 23]),
+        ({"protect": "imp"}, 150, [0, 100]),
+        ({"isolation_ratio": 0.0}, 500, []),
+    ],
+)
+def test_refreshes_due_are_counted_as_the_optimizer_counts(options, steps, due):
+    assert plan.refreshes(Options(**options), steps) == due
+
+
+@pytest.mark.parametrize(
+    "more, warned",
+    [
+        ([], True),
+        (["--mask-interval", 2], False),
+        (["--mask-interval", 3], True),
+        (["--isolation-ratio", 0], False),
+    ],
+)
+def test_a_run_without_any_isolation_warns_at_the_start(files, tmp_path, capsys, more, warned):
+    assert command(finetune, *arguments(files, tmp_path / "out", "--max-steps", 3, "--dry-run", *more)) == 0
+    assert ("nothing will be isolated" in capsys.readouterr().err) is warned
+
+
+def test_one_example_trains_without_validation(files, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "one.jsonl", qa(1))
+    out = tmp_path / "out"
+    assert command(finetune, "--model", files / "model", "--data", data, "--out", out, *FAST) == 0
+    assert "no validation" in capsys.readouterr().out
+    assert events(out, "eval")[-1]["validation_loss"] is None
+    assert json.loads((out / "done.json").read_text())["step"] == 1
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command, which must refuse with status 2, and returns what it said."""
+
+    def check(*arguments, status=2):
+        assert command(finetune, *arguments) == status
+        return capsys.readouterr().err
+
+    return check
+
+
+def test_everything_is_checked_before_anything_is_written(files, tmp_path, refused):
+    out = tmp_path / "out"
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    (tmp_path / "no_type.json").write_text("{}")
+    (tmp_path / "bert.json").write_text('{"model_type": "bert", "is_decoder": true}')
+    other = tiny_tokenizer(["completely different words " * 9] * 3, 400)
+    other.add_tokens([f"<extra{n}>" for n in range(400 - len(other))])
+    other.save_pretrained(tmp_path / "big")
+    assert "holds no examples" in refused("--model", files / "model", "--data", empty, "--out", out)
+    assert "no such file" in refused(
+        "--model", tmp_path / "nowhere", "--data", files / "qa.jsonl", "--out", out
+    )
+    assert "model_type" in refused(
+        "--model", tmp_path / "no_type.json", "--data", files / "qa.jsonl", "--out", out
+    )
+    assert "--out is required" in refused("--model", files / "model", "--data", files / "qa.jsonl")
+    assert "more than the model's 128" in refused(*arguments(files, out, "--max-length", 200))
+    assert "no example has an answer within 5 tokens" in refused(*arguments(files, out, "--max-length", 5))
+    assert "they do not belong together" in refused(*arguments(files, out, "--tokenizer", tmp_path / "big"))
+    assert "--isolation-ratio is 1.0; allowed" in refused(*arguments(files, out, "--isolation-ratio", 1))
+    assert "--mask-interval is 0; allowed" in refused(*arguments(files, out, "--mask-interval", 0))
+    assert "not with --normalization zscore" in refused(
+        *arguments(files, out, "--hysteresis", 0.1, "--normalization", "zscore")
+    )
+    assert "protects nothing" in refused(*arguments(files, out, "--protect", "x", "--isolation-ratio", 0))
+    assert "no such file" in refused(*arguments(files, out, "--protect", tmp_path / "none"))
+    assert "holds no checkpoint" in refused(*arguments(files, out, "--protect", files))
+    assert "sees no CUDA" in refused(*arguments(files, out, "--device", "cuda")) or torch.cuda.is_available()
+    assert not out.exists()
+
+
+def test_an_output_directory_with_something_in_it_is_refused(files, tmp_path, refused):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "is not empty: choose another" in refused(*arguments(files, out))
+    assert "not a fine-tuning run" in refused(*arguments(files, out, "--overwrite"))
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    assert "no run to resume" in refused("--out", out, "--resume")
+    assert "is a file" in refused(*arguments(files, out / "thesis.txt"))
+
+
+def test_overwrite_replaces_a_run_but_never_its_own_input(files, tmp_path, refused):
+    out = tmp_path / "out"
+    assert command(finetune, *arguments(files, out, "--max-steps", 2)) == 0
+    before = weights(out)
+    assert "--resume continues it, --overwrite replaces it" in refused(*arguments(files, out))
+    text = refused("--model", out, "--data", files / "qa.jsonl", "--out", out, *FAST, "--overwrite")
+    assert "--overwrite would delete --model" in text
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+    assert command(finetune, *arguments(files, out, "--max-steps", 3, "--overwrite")) == 0
+    assert json.loads((out / "done.json").read_text())["step"] == 3
+
+
+def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, refused):
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    broken.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    more = [
+        "--model",
+        tmp_path / "broken",
+        "--data",
+        files / "qa.jsonl",
+        "--out",
+        tmp_path / "out",
+        *FAST,
+        "--no-packing",
+    ]
+    assert "step 1: loss nan" in refused(*more, status=1)
