@@ -1,0 +1,31 @@
+// A block of threads, on the device or played by the host. Kernel bodies are templates over it, so
+// that python_tests can run the very same code without a GPU, one system thread a CUDA thread.
+
+#pragma once
+
+#include "math/platform.h"
+
+#if defined(__CUDACC__)
+#define EPI_KERNEL __device__ __forceinline__
+#else
+#define EPI_KERNEL inline
+#endif
+
+namespace epi::cuda {
+
+#if defined(__CUDACC__)
+
+struct DeviceBlock {
+  EPI_KERNEL int thread() const { return static_cast<int>(threadIdx.x); }
+  EPI_KERNEL int threads() const { return static_cast<int>(blockDim.x); }
+  EPI_KERNEL int64_t index() const { return blockIdx.x; }
+  EPI_KERNEL void sync() const { __syncthreads(); }
+  EPI_KERNEL void add(uint32_t* shared, uint32_t value) const { atomicAdd(shared, value); }
+  EPI_KERNEL void add(int64_t* global, int64_t value) const {
+    atomicAdd(reinterpret_cast<unsigned long long*>(global), static_cast<unsigned long long>(value));
+  }
+};
+
+#endif
+
+}  // namespace epi::cuda

@@ -1,0 +1,343 @@
+"""The four stages in CUDA C++ (csrc/cuda): a fallback where Triton is absent or refused.
+
+A launch covers many tensors. The host divides their elements among programs (blocks of threads):
+chunks of CHUNK elements of one tensor are laid end to end and every program gets a run of them, so
+that the work is even whatever the sizes. What the kernels read (pointers, scalars, division of the
+work) goes to the device in one pinned, asynchronous copy a launch; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epi_kernels.backends import table as table_
+from epi_kernels.backends.table import PointerTable
+from epi_kernels.reference.stats import LayerStats, ScoreTerms
+from epi_kernels.reference.tensors import ParamTensors
+from epi_kernels.reference.threshold import KthSearch
+
+CHUNK = 4096  # kChunk of csrc/cuda/table.h
+MIN_CAPABILITY = (7, 5)
+ALIGNED = 32  # kAligned: every tensor of the row that the kernel touches starts on 16 bytes
+STATS_PARTIAL_WORDS = 4  # StatsPartial, in float64 words
+
+# Enough programs to fill a large GPU several times over, so that its blocks finish together, and
+# few enough that the partial statistics stay below 300 KiB. Reasoned, not measured.
+MAX_PROGRAMS = 8192
+# A program's elements stay below 2^31, whatever the total: kernels count them in 32 bits.
+MAX_CHUNKS_OF_PROGRAM = 1 << 18
+
+_VECTOR_BYTES = 16
+_DTYPE_FLAGS = table_.PARAM_BF16 | table_.STATE_BF16 | table_.IMPORTANCE_BF16
+_STEP_POINTERS = [table_.PARAM, table_.GRAD, table_.EXP_AVG, table_.EXP_AVG_SQ, table_.IMPORTANCE]
+_REFRESH_POINTERS = [table_.EXP_AVG_SQ, table_.IMPORTANCE]
+
+
+@dataclass(slots=True)
+class Layout:
+    """Division of the work over rows of these sizes (and, for statistics, of these layers)."""
+
+    order: np.ndarray  # [n] row numbers: those with elements, consecutive within a layer
+    programs: np.ndarray  # [n_programs + 1, 2] int64: row (in this order), element
+    runs: np.ndarray  # [n] int64: the run of each row; a run is one layer's consecutive rows
+    run_slots: np.ndarray  # [n_runs, 3] int64: layer, first slot, slot after the last
+
+    @property
+    def n_programs(self) -> int:
+        return len(self.programs) - 1
+
+    @property
+    def n_partials(self) -> int:
+        return self.n_programs + len(self.run_slots)
+
+
+def plan(numel: np.ndarray, layers: np.ndarray) -> Layout:
+    """``numel``, ``layers``: [n] int64."""
+    order = np.flatnonzero(numel)
+    order = order[np.argsort(layers[order], kind="stable")]
+    numel, layers = numel[order], layers[order]
+    chunks = -(-numel // CHUNK)
+    ends = np.cumsum(chunks)
+    total = int(ends[-1]) if len(ends) else 0
+    n_programs = min(total, max(MAX_PROGRAMS, -(-total // MAX_CHUNKS_OF_PROGRAM)))
+
+    first_chunk = np.arange(n_programs, dtype=np.int64) * total // max(n_programs, 1)
+    row = np.searchsorted(ends, first_chunk, side="right")
+    programs = np.empty((n_programs + 1, 2), dtype=np.int64)
+    programs[:-1, 0] = row
+    programs[:-1, 1] = (first_chunk - (ends - chunks)[row]) * CHUNK
+    programs[-1] = (len(order), 0)
+
+    starts_run = np.ones(len(order), dtype=bool)
+    starts_run[1:] = layers[1:] != layers[:-1]
+    runs = np.cumsum(starts_run) - 1
+    run_row = np.flatnonzero(starts_run)
+    run_first = (ends - chunks)[run_row]
+    run_last = np.append(run_first[1:], total)[: len(run_row)] - 1
+    number = np.arange(len(run_row), dtype=np.int64)
+    run_slots = np.empty((len(run_row), 3), dtype=np.int64)
+    run_slots[:, 0] = layers[run_row]
+    if total:
+        # the program of chunk c is the last p with floor(p * total / n_programs) <= c
+        run_slots[:, 1] = ((run_first + 1) * n_programs - 1) // total + number
+        run_slots[:, 2] = ((run_last + 1) * n_programs - 1) // total + number + 1
+    return Layout(order, programs, runs.astype(np.int64), run_slots)
+
+
+class Plans:
+    """Layouts seen lately: a training run uses two or three over and over."""
+
+    def __init__(self, size: int = 16) -> None:
+        self._size = size
+        self._plans: OrderedDict[tuple[bytes, bytes], Layout] = OrderedDict()
+
+    def get(self, numel: np.ndarray, layers: np.ndarray) -> Layout:
+        key = (numel.tobytes(), layers.tobytes())
+        layout = self._plans.pop(key, None) or plan(numel, layers)
+        self._plans[key] = layout
+        if len(self._plans) > self._size:
+            self._plans.popitem(last=False)
+        return layout
+
+
+class DeviceWork(NamedTuple):
+    """A launch's tables on the device; views of one buffer."""
+
+    layout: Layout
+    rows: Tensor  # [n, COLUMNS] int64
+    programs: Tensor  # [n_programs + 1, 2] int64
+    runs: Tensor  # [n] int64
+    run_slots: Tensor  # [n_runs, 3] int64
+    scalars: Tensor  # [n, SCALAR_COLUMNS] fp32; empty outside the step
+
+
+def upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """int64 arrays as views of one tensor on the device, copied without waiting for it."""
+    ends = np.cumsum([array.size for array in arrays]).tolist()
+    on_gpu = device.type == "cuda"
+    staging = torch.empty(ends[-1], dtype=torch.int64, pin_memory=on_gpu)
+    host = staging.numpy()
+    begin = 0
+    for array, end in zip(arrays, ends, strict=True):
+        host[begin:end] = array.reshape(-1)
+        begin = end
+    buffer = staging.to(device, non_blocking=True) if on_gpu else staging
+    begins = [0, *ends[:-1]]
+    return [
+        buffer[begin:end].view(array.shape) for begin, end, array in zip(begins, ends, arrays, strict=True)
+    ]
+
+
+def aligned(rows: np.ndarray, pointers: list[int]) -> np.ndarray:
+    """[n] bool: every one of these pointers is a multiple of 16 (0, no tensor, is one).
+
+    Spans start at multiples of CHUNK elements, so this proves every full vector of the row.
+    """
+    return (np.bitwise_or.reduce(rows[:, pointers], axis=1) & (_VECTOR_BYTES - 1)) == 0
+
+
+class CudaBackend:
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._ops: Any = _load_ops()
+        self._plans = Plans()
+        self.description = f"csrc/cuda, {_build_record().get('reason', 'built')}"
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"the cuda backend runs on CUDA devices, not on {device.type}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return f"needs compute capability 7.5 or later, the device has {capability[0]}.{capability[1]}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the cuda backend has no {dtype} path"
+        return None
+
+    def step(
+        self,
+        tensors: Sequence[ParamTensors],
+        *,
+        stochastic_rounding: bool,
+        grad_multiplier: float | None,
+        stats: LayerStats | None,
+    ) -> None:
+        if not tensors:
+            return
+        pointers = table_.step_table(tensors, writes_grad=grad_multiplier is not None)
+        device = tensors[0].exp_avg.device
+        for kind, rows, scalars in _by_dtypes(pointers):
+            work = self._work(device, rows, scalars, _STEP_POINTERS, by_layer=stats is not None)
+            if work is None:
+                continue
+            partials = _partials(work, wanted=stats is not None)
+            moments = stats is not None and stats.with_moments
+            self._ops.cuda_step(
+                work.rows,
+                work.programs,
+                work.runs,
+                work.scalars,
+                kind,
+                stochastic_rounding,
+                grad_multiplier is not None,
+                1.0 if grad_multiplier is None else grad_multiplier,
+                partials,
+                moments,
+            )
+            if stats is not None:
+                self._merge(work, partials, stats)
+        pointers.finish()
+
+    def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
+        def launch(work: DeviceWork) -> None:
+            partials = _partials(work, wanted=True)
+            self._ops.cuda_stats(work.rows, work.programs, work.runs, partials, stats.with_moments)
+            self._merge(work, partials, stats)
+
+        self._refresh(tensors, launch)
+
+    def count(
+        self, tensors: Sequence[ParamTensors], terms: ScoreTerms, search: KthSearch, sample_stride: int = 1
+    ) -> None:
+        def launch(work: DeviceWork) -> None:
+            self._ops.cuda_count(
+                work.rows,
+                work.programs,
+                terms.shift,
+                terms.scale,
+                search.keep_factor,
+                search.domain,
+                search.lo,
+                search.hi,
+                search.shift,
+                search.done,
+                sample_stride,
+                torch.empty(len(terms.shift), 4, device=terms.shift.device),
+                search.histogram,
+            )
+
+        self._refresh(tensors, launch)
+
+    def select(
+        self,
+        tensors: Sequence[ParamTensors],
+        terms: ScoreTerms,
+        thresholds: Tensor,
+        keep_factor: float,
+        drift: Tensor,
+    ) -> None:
+        def launch(work: DeviceWork) -> None:
+            self._ops.cuda_select(
+                work.rows,
+                work.programs,
+                terms.shift,
+                terms.scale,
+                thresholds,
+                keep_factor,
+                terms.positive_only,
+                torch.empty(len(terms.shift), 2, device=terms.shift.device),
+                drift,
+            )
+
+        self._refresh(tensors, launch)
+
+    def _refresh(self, tensors: Sequence[ParamTensors], launch: Callable[[DeviceWork], None]) -> None:
+        """One launch over what the stages after the step read: u and the masks."""
+        if not tensors:
+            return
+        pointers = table_.refresh_table(tensors)
+        device = tensors[0].exp_avg_sq.device
+        work = self._work(device, pointers.rows, None, _REFRESH_POINTERS, by_layer=True)
+        if work is not None:
+            launch(work)
+        pointers.finish()
+
+    def _work(
+        self,
+        device: torch.device,
+        rows: np.ndarray,
+        scalars: np.ndarray | None,
+        pointers: list[int],
+        *,
+        by_layer: bool,
+    ) -> DeviceWork | None:
+        """None where there is no element."""
+        layers = rows[:, table_.LAYER] if by_layer else np.zeros(len(rows), dtype=np.int64)
+        layout = self._plans.get(np.ascontiguousarray(rows[:, table_.NUMEL]), np.ascontiguousarray(layers))
+        if not layout.n_programs:
+            return None
+        rows = rows[layout.order]
+        rows[:, table_.FLAGS] |= np.where(aligned(rows, pointers), ALIGNED, 0)
+        scalars = (
+            np.empty((0, table_.SCALAR_COLUMNS), np.float32) if scalars is None else scalars[layout.order]
+        )
+        words = np.zeros(-(-scalars.size // 2), dtype=np.int64)
+        words.view(np.float32)[: scalars.size] = scalars.reshape(-1)
+        parts = upload(device, [rows, layout.programs, layout.runs, layout.run_slots, words])
+        return DeviceWork(layout, *parts[:4], parts[4].view(torch.float32))
+
+    def _merge(self, work: DeviceWork, partials: Tensor, stats: LayerStats) -> None:
+        self._ops.cuda_merge_stats(
+            work.run_slots,
+            partials,
+            stats.with_moments,
+            stats.minimum,
+            stats.maximum,
+            stats.nonfinite,
+            stats.moments,
+        )
+
+
+def _by_dtypes(pointers: PointerTable) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(kind, rows, scalars) of each combination of dtypes: one launch each, nearly always one in all.
+
+    kind: bit 0 and 1 as in FLAGS; the importance is kind >> 2: 0 shared, 1 float32, 2 bfloat16.
+    """
+    rows, scalars = pointers.rows, pointers.scalars
+    assert scalars is not None
+    flags = rows[:, table_.FLAGS] & _DTYPE_FLAGS
+    own = rows[:, table_.IMPORTANCE] != 0
+    kinds = flags & (table_.PARAM_BF16 | table_.STATE_BF16)
+    kinds = kinds + 4 * np.where(own, 1 + (flags & table_.IMPORTANCE_BF16 != 0), 0)
+    distinct = np.unique(kinds).tolist()
+    if len(distinct) == 1:
+        return [(distinct[0], rows, scalars)]
+    return [(kind, rows[kinds == kind], scalars[kinds == kind]) for kind in distinct]
+
+
+def _partials(work: DeviceWork, *, wanted: bool) -> Tensor:
+    """Room for StatsPartials: [n_partials, STATS_PARTIAL_WORDS] float64 words."""
+    rows = work.layout.n_partials if wanted else 0
+    return torch.empty(rows, STATS_PARTIAL_WORDS, dtype=torch.float64, device=work.rows.device)
+
+
+def _build_record() -> dict[str, Any]:
+    """What setup.py decided about the CUDA part."""
+    try:
+        info = json.loads((Path(__file__).parents[1] / "_build_info.json").read_text())
+        return dict(info["cuda"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _load_ops() -> Any:
+    """The operators of the CUDA library; ImportError with the reason where they cannot run."""
+    try:
+        importlib.import_module("epi_kernels._C_cuda")
+    except ImportError as error:
+        reason = _build_record().get("reason", "the extension is not built (make build)")
+        built = str(reason).startswith("built")
+        raise ImportError(f"the CUDA library does not load: {error}" if built else reason) from error
+    if not torch.cuda.is_available():
+        raise ImportError("no CUDA device")
+    return torch.ops.epi_kernels

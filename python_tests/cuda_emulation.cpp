@@ -1,0 +1,127 @@
+// Plays the CUDA kernels on the CPU: the bodies of csrc/cuda as they are, one system thread a CUDA
+// thread, a barrier for __syncthreads, shared memory full of garbage when a block starts.
+
+#include <barrier>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/mask_body.h"
+#include "cuda/step_body.h"
+
+namespace epi::cuda {
+namespace {
+
+int threads_of_a_block = 8;
+
+struct HostBlock {
+  int thread_, threads_;
+  int64_t index_;
+  std::barrier<>* barrier;
+
+  int thread() const { return thread_; }
+  int threads() const { return threads_; }
+  int64_t index() const { return index_; }
+  void sync() const { barrier->arrive_and_wait(); }
+  void add(uint32_t* shared, uint32_t value) const { __atomic_fetch_add(shared, value, __ATOMIC_RELAXED); }
+  void add(int64_t* global, int64_t value) const { __atomic_fetch_add(global, value, __ATOMIC_RELAXED); }
+};
+
+// body(block, shared) for every block of a launch.
+template <class Shared, class Body>
+void run(int64_t blocks, const Body& body) {
+  const int threads = threads_of_a_block;
+  std::barrier<> barrier(threads);
+  std::vector<Shared> shared(kThreads);
+  auto thread_main = [&](int thread) {
+    for (int64_t index = 0; index < blocks; ++index) {
+      barrier.arrive_and_wait();
+      if (thread == 0) memset(static_cast<void*>(shared.data()), 0xAB, shared.size() * sizeof(Shared));
+      barrier.arrive_and_wait();
+      body(HostBlock{thread, threads, index, &barrier}, shared.data());
+    }
+  };
+  std::vector<std::thread> pool;
+  for (int thread = 1; thread < threads; ++thread) pool.emplace_back(thread_main, thread);
+  thread_main(0);
+  for (auto& thread : pool) thread.join();
+}
+
+template <class P, class S, class U>
+void step(const StepArgs& args, bool stats) {
+  run<StatsPartial>(args.work.n_programs, [&](const HostBlock& block, StatsPartial* shared) {
+    if (stats) {
+      step_stats_program<P, S, U>(args, block, shared);
+    } else {
+      step_program<P, S, U>(args, block);
+    }
+  });
+}
+
+template <class P, class S>
+void step(const StepArgs& args, const StepKind& kind) {
+  switch (kind.importance) {
+    case Importance::kShared:
+      return step<P, S, SharedImportance>(args, kind.stats);
+    case Importance::kFloat32:
+      return step<P, S, float>(args, kind.stats);
+    case Importance::kBfloat16:
+      return step<P, S, uint16_t>(args, kind.stats);
+  }
+}
+
+}  // namespace
+
+int launch_step(const StepArgs& args, const StepKind& kind, void*) {
+  if (kind.param_bf16) {
+    kind.state_bf16 ? step<uint16_t, uint16_t>(args, kind) : step<uint16_t, float>(args, kind);
+  } else {
+    kind.state_bf16 ? step<float, uint16_t>(args, kind) : step<float, float>(args, kind);
+  }
+  return 0;
+}
+
+int launch_stats(const StatsArgs& args, void*) {
+  run<StatsPartial>(args.work.n_programs, [&](const HostBlock& block, StatsPartial* shared) {
+    stats_program(args, block, shared);
+  });
+  return 0;
+}
+
+int launch_merge(const MergeArgs& args, void*) {
+  run<StatsPartial>(args.n_runs,
+                    [&](const HostBlock& block, StatsPartial* shared) { merge_run(args, block, shared); });
+  return 0;
+}
+
+int launch_count(const CountArgs& args, void*) {
+  for (int64_t i = 0; i < 4 * args.n_layers; ++i) count_bound(args, i);
+  run<CountShared>(args.work.n_programs,
+                   [&](const HostBlock& block, CountShared* shared) { count_program(args, block, shared); });
+  return 0;
+}
+
+int launch_select(const SelectArgs& args, void*) {
+  for (int64_t i = 0; i < 2 * args.n_layers; ++i) select_bound(args, i);
+  run<SelectShared>(args.work.n_programs, [&](const HostBlock& block, SelectShared* shared) {
+    select_program(args, block, shared);
+  });
+  return 0;
+}
+
+}  // namespace epi::cuda
+
+// What bindings_cuda.cpp takes from libraries that are not here.
+extern "C" {
+void emulate_threads(int threads) {
+  epi::cuda::threads_of_a_block = threads;
+}
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+const char* cudaGetErrorString(int) {
+  return "no error is emulated";
+}
+}
