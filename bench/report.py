@@ -1,0 +1,294 @@
+"""make tables: writes the README's tables from the newest results, between their markers.
+
+python -m bench.report             rewrites README.md
+python -m bench.report --check     exits 1 when README.md is out of date
+
+<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), memory (counted
+<!-- bench:end NAME -->            from real optimizers, here and now), gpu-status (bench.status)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import results
+
+README = results.ROOT / "README.md"
+BLOCK = re.compile(
+    r"(?P<begin><!-- bench:begin (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- bench:end (?P=name) -->)",
+    re.DOTALL,
+)
+
+Row = dict[str, Any]
+
+
+def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
+    """Markdown; ``align``: one of l, r a column."""
+    rule = ["---:" if side == "r" else "---" for side in align.ljust(len(header), "l")]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+# ---------------------------------------------------------------- cpu
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    ratio = row["ratio"]
+    return f"{ratio['p50']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
+
+
+def _verdict(row: Row) -> str:
+    if row["target"] is None:
+        return "-"
+    return f"{row['target']['high']:g} {'met' if row['met'] else '**missed**'}"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}"
+
+
+STEP_TITLES = {
+    "step-f32": "float32",
+    "step-bf16": "bfloat16, rounding to nearest",
+    "step-bf16-stochastic": "bfloat16, stochastic rounding",
+    "step-f32-own-importance": "float32, importance of its own",
+    "step-f32-ratio-0": "float32, ratio 0",
+    "tensors-f32-300": "float32, 300 tensors of 1,000",
+}
+
+
+def _step_table(rows: list[Row]) -> str:
+    named = {row["name"]: row for row in rows}
+    lines = [
+        [
+            title,
+            _count(row["elements"]),
+            f"{row['ours_ms']['p50']:.3g}",
+            f"{row['beside_ms']['p50']:.3g}",
+            _ratio(row),
+            _verdict(row),
+            f"{row['gbps']:.1f} ({100 * row['copy_share']:.0f} %)",
+        ]
+        for title, row in ((title, named.get(name)) for name, title in STEP_TITLES.items())
+        if row is not None
+    ]
+    header = [
+        "step, isolation on",
+        "elements",
+        "ours, ms",
+        "torch fused, ms",
+        "ratio",
+        "at most",
+        "GB/s (of a copy)",
+    ]
+    return table(header, lines, "lrrrrrr")
+
+
+def _refresh_table(rows: list[Row]) -> str:
+    """Ratio to a step, after a step and stand-alone, of every variant."""
+    named = {row["name"]: row for row in rows}
+    variants = sorted(
+        {m[1] for r in rows if (m := re.match(r"refresh-(?:f32|bf16)-(.*)-after-step$", r["name"]))}
+    )
+    lines = []
+    for variant in variants:
+        cells = [
+            _ratio(named.get(f"refresh-{dtype}-{variant}-{kind}"))
+            for dtype in ("f32", "bf16")
+            for kind in ("after-step", "stand-alone")
+        ]
+        lines.append([variant.replace("-", ", "), *cells])
+    refreshes = [row for row in rows if row["group"] == "refresh" and row["met"] is not None]
+    met = sum(row["met"] for row in refreshes)
+    header = [
+        "refresh / step",
+        "float32, after a step",
+        "stand-alone",
+        "bfloat16, after a step",
+        "stand-alone",
+    ]
+    note = f"At most 1 is the target: {met} of {len(refreshes)} met."
+    return table(header, lines, "lrrrr") + "\n\n" + note
+
+
+def _linear_table(rows: list[Row]) -> str:
+    steps = sorted(
+        (r for r in rows if re.fullmatch(r"linear-step-f32-\d.*", r["name"])), key=lambda r: r["elements"]
+    )
+    refreshes = {r["elements"]: r for r in rows if re.fullmatch(r"linear-refresh-.*-stand-alone", r["name"])}
+    lines = []
+    for row in steps:
+        refresh = refreshes.get(row["elements"])
+        torch_ns = 1e6 * row["beside_ms"]["p50"] / row["elements"]
+        lines.append(
+            [
+                _count(row["elements"]),
+                f"{row['ns_per_element']:.2f}",
+                f"{torch_ns:.2f}",
+                "-" if refresh is None else f"{refresh['ns_per_element']:.2f}",
+                f"{row['gbps']:.1f} ({100 * row['copy_share']:.0f} %)",
+            ]
+        )
+    header = [
+        "elements, float32, cold caches",
+        "step, ns each",
+        "torch fused, ns each",
+        "refresh, ns each",
+        "GB/s (of a copy)",
+    ]
+    fits = [
+        f"{'Step' if 'step' in row['name'] else 'Refresh'}: "
+        + (f"slope {row['slope']:.3f}" if "slope" in row else f"largest / tenth {row['cost_ratio']:.3f}")
+        + ("" if row["met"] is None else " (met)" if row["met"] else " (**missed**)")
+        for row in rows
+        if "slope" in row or "cost_ratio" in row
+    ]
+    note = (
+        "Linear cost is a slope of log time over log size in [0.9, 1.1] from 1e6 elements on, and a cost an "
+        "element at the largest size at most 1.3 times that at a tenth of it; below 1e6 the host's cost a "
+        "call shows. " + "; ".join(fits) + "."
+    )
+    return table(header, lines, "rrrrr") + "\n\n" + note
+
+
+def _memory_line(rows: list[Row]) -> str:
+    peaks = [row for row in rows if row["group"] == "memory"]
+    if not peaks:
+        return ""
+    worst = max(row["extra_mib"]["refresh"] for row in peaks)
+    verdict = "met" if all(row["met"] for row in peaks) else "**missed**"
+    return f"Peak memory of a refresh over {_count(peaks[0]['elements'])} elements: {worst:.2f} MiB above a step's (at most 1: {verdict})."
+
+
+def cpu(folder: Path = results.RESULTS) -> str:
+    rows = results.newest_complete(folder)
+    if rows is None:
+        return "Not measured yet: `make bench`."
+    first = rows[0]
+    facts, backend = first["machine"], next(row["backend"] for row in rows if row["name"] == "step-f32")
+    copy = next(row for row in rows if row["name"] == "copy")
+    caption = (
+        f"{facts['cpu']}, {facts['cores']} cores, {first['threads']} threads, `{backend}` backend ({facts['isa']}), "
+        f"torch {first['versions']['torch']}, {first['date'][:10]}, commit {first['commit']}"
+        + (" with uncommitted changes" if first["dirty"] else "")
+        + (f", on a busy machine (load {first['load_before']})" if first["load_before"] > 0.5 else "")
+        + f"; a copy moves {copy['gbps']:.1f} GB/s. A share above 100 % is no error: a step writes lines it has "
+        "read, a copy must fetch lines it only writes, and those bytes are not counted."
+    )
+    parts = [caption, _step_table(rows), _refresh_table(rows), _linear_table(rows), _memory_line(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _bytes(n: float) -> str:
+    return f"{n:.3f}".rstrip("0").rstrip(".") if n else "0"
+
+
+def memory() -> str:
+    """Bytes a parameter, counted from optimizers over 4,096 of them after one step."""
+    import torch
+
+    from epi_kernels import MaskedEMAAdamW
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    own = {"importance_beta": 0.99}
+    ours: list[tuple[str, torch.dtype, dict[str, Any]]] = [
+        ("ours, default, float32 weights", f32, {}),
+        ("ours, default, bfloat16 weights", bf16, {}),
+        ("ours, bfloat16 weights, float32 states", bf16, {"state_dtype": f32}),
+        ("ours, float32 weights, bfloat16 states", f32, {"state_dtype": bf16}),
+        ("ours, float32 weights, float32 importance of its own", f32, own),
+        ("ours, bfloat16 weights, bfloat16 importance of its own", bf16, own | {"importance_dtype": bf16}),
+        ("ours, 8-bit states, bfloat16 weights", bf16, {"state_dtype": "int8"}),
+    ]
+    n, kinds = 4096, ("exp_avg", "exp_avg_sq", "importance", "isolation_mask")
+
+    def stepped(make: Callable[[list], Any], dtype: torch.dtype) -> Any:
+        param = torch.nn.Parameter(torch.ones(n, dtype=dtype))
+        param.grad = torch.ones_like(param)
+        optimizer = make([param])
+        optimizer.step()
+        return optimizer
+
+    lines = []
+    for name, dtype in (("torch AdamW, float32 weights", f32), ("torch AdamW, bfloat16 weights", bf16)):
+        (state,) = stepped(lambda params: torch.optim.AdamW(params, fused=True), dtype).state.values()
+        sizes = {kind: state[kind].numel() * state[kind].element_size() / n for kind in kinds[:2]}
+        lines.append((name, sizes, sum(sizes.values()), "-"))
+    published = dict(zip(kinds, (4, 4, 4, 1)))
+    name = "EPI as published (float32 EMA, bool mask, sort)"
+    lines.append((name, published, sum(published.values()), "8 or more"))
+    for name, dtype, options in ours:
+        try:
+            found = stepped(
+                lambda params, options=options: MaskedEMAAdamW(params, **options), dtype
+            ).state_bytes()
+        except NotImplementedError:
+            continue
+        sizes = {kind: found[kind] / n for kind in kinds}
+        lines.append((name, sizes, sum(sizes.values()), "0"))
+    header = ["bytes a parameter", "exp_avg", "exp_avg_sq", "importance", "mask", "state", "a refresh adds"]
+    cells = [
+        [name, *(_bytes(sizes.get(kind, 0)) for kind in kinds), f"**{_bytes(total)}**", extra]
+        for name, sizes, total, extra in lines
+    ]
+    return table(header, cells, "lrrrrrr") + "\n\nA persistent mask adds 0.125 where one is set."
+
+
+# ---------------------------------------------------------------- README
+
+
+def gpu_status() -> str:
+    return importlib.import_module("bench.status").line()
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"cpu": cpu, "memory": memory, "gpu-status": gpu_status}
+
+
+def rewrite(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
+    """The README with every marked block written anew; a marker of an unknown name is an error."""
+    makers = SECTIONS if sections is None else sections
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in makers:
+            raise ValueError(f"README marks a block {name!r}; there are {', '.join(makers)}")
+        return f"{match['begin']}{makers[name]().strip()}\n{match['end']}"
+
+    if len(BLOCK.findall(text)) != text.count("<!-- bench:begin "):
+        raise ValueError("a bench:begin marker in the README lacks its bench:end")
+    return BLOCK.sub(block, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when out of date")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    old = args.readme.read_text()
+    new = rewrite(old, SECTIONS | {"cpu": lambda: cpu(args.results)})
+    if new == old:
+        print(f"{args.readme.name} is up to date")
+        return 0
+    if args.check:
+        print(f"{args.readme.name} is out of date: make tables", file=sys.stderr)
+        return 1
+    args.readme.write_text(new)
+    print(f"{args.readme.name}: tables rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

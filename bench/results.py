@@ -1,0 +1,209 @@
+"""Result rows: the arithmetic, what a row carries, and the files they are appended as."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+SCHEMA = 1
+PERCENTILES = (20, 50, 80)
+
+# every row has these, whatever it measures
+ROW_KEYS = (
+    "schema",
+    "name",
+    "group",
+    "dtype",
+    "elements",
+    "tensors",
+    "options",
+    "backend",
+    "threads",
+    "target",
+    "met",
+    "machine",
+    "versions",
+    "commit",
+    "dirty",
+    "date",
+    "load_before",  # load average when the run began
+    "complete",  # the whole plan, at the sizes the targets are for
+)
+# and these, where it is a timing
+TIMING_KEYS = (
+    "rounds",
+    "beside",
+    "ours_ms",
+    "beside_ms",
+    "ratio",
+    "ns_per_element",
+    "gbps",
+    "copy_share",
+    "preempted_per_round",
+)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile, linear between order statistics (numpy's default)."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * q / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{q}": percentile(values, q) for q in PERCENTILES}
+
+
+def paired_ratios(ours: Sequence[float], beside: Sequence[float]) -> list[float]:
+    """Round by round: what slows the machine for a while slows both sides of a ratio."""
+    if len(ours) != len(beside):
+        raise ValueError(f"{len(ours)} timings of ours, {len(beside)} of its pair")
+    return [a / b for a, b in zip(ours, beside)]
+
+
+def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Least squares of log(cost) over log(size): 1 is linear."""
+    x, y = [math.log(s) for s in sizes], [math.log(c) for c in costs]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / spread
+
+
+# ---------------------------------------------------------------- where and from what
+
+
+def _first(pattern: str, path: str) -> str | None:
+    try:
+        match = re.search(pattern, Path(path).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return match.group(1).strip() if match else None
+
+
+def _isa() -> str:
+    import torch
+
+    try:
+        import epi_kernels._C  # noqa: F401
+
+        return torch.ops.epi_kernels.cpu_capability()
+    except (ImportError, AttributeError, RuntimeError):
+        return "none"
+
+
+def machine() -> dict[str, Any]:
+    """No host name: a model, its cores and its caches are what a timing depends on."""
+    model = _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine()
+    memory_kib = _first(r"^MemTotal:\s*(\d+) kB", "/proc/meminfo")
+    # the index of the last-level cache differs; the highest that exists is it
+    caches = [_first(r"(.+)", f"/sys/devices/system/cpu/cpu0/cache/index{i}/size") for i in range(5)]
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "isa": _isa(),
+        "last_level_cache": next((size for size in reversed(caches) if size), None),
+        "memory_gib": round(int(memory_kib) / 2**20, 1) if memory_kib else None,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    import epi_kernels
+
+    found = {"epi_kernels": epi_kernels.__version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "pytest-benchmark"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    """What every row of a run shares. ``dirty``: what is measured, or what measures, is not as committed."""
+    changed = _git(
+        "status", "--porcelain", "--", "csrc", "epi_kernels", "bench", "setup.py", ":!bench/results"
+    )
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
+        "dirty": bool(changed) if changed is not None else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """Raises where a row lacks what every row must carry."""
+    keys = (*ROW_KEYS, *(TIMING_KEYS if "ours_ms" in row else ()))
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise ValueError(f"row {row.get('name')!r} lacks {', '.join(missing)}")
+
+
+def machine_slug(facts: dict[str, Any]) -> str:
+    text = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", " ", facts["cpu"])
+    return f"{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}-{facts['cores']}-cores"
+
+
+def append(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Writes a run as a new file; a file that exists is never written to."""
+    for row in rows:
+        check_row(row)
+    first = rows[0]
+    stem = f"cpu-{machine_slug(first['machine'])}-{first['date'][:10]}-{first['commit']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"  # a row a line
+    for attempt in range(1, 1000):
+        path = folder / (f"{stem}.json" if attempt == 1 else f"{stem}-{attempt}.json")
+        try:
+            with open(path, "x") as file:
+                file.write(text)
+            return path
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{folder} holds 999 runs named {stem}")
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    rows = json.loads(path.read_text())
+    for row in rows:
+        if row["schema"] != SCHEMA:
+            raise ValueError(f"{path.name}: rows of schema {row['schema']}, this reads {SCHEMA}")
+        check_row(row)
+    return rows
+
+
+def newest_complete(folder: Path) -> list[dict[str, Any]] | None:
+    """Rows of the newest run that measured everything, at the sizes the targets are for."""
+    runs: Iterable[list[dict[str, Any]]] = (load(path) for path in sorted(folder.glob("cpu-*.json")))
+    complete = [run for run in runs if run and all(row["complete"] for row in run)]
+    return max(complete, key=lambda run: run[0]["date"], default=None)

@@ -1,0 +1,95 @@
+"""Result files are appended and never edited; the README's tables come from the newest whole run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import report, results
+from python_tests.bench_rows import complete_run
+
+# ---------------------------------------------------------------- files
+
+
+def test_appended_and_never_edited(tmp_path):
+    first = results.append(complete_run(), tmp_path)
+    assert first.name == "cpu-some-2-cores-2030-01-02-0123456789.json"
+    before = first.read_bytes()
+    second = results.append(complete_run(ms=3.0), tmp_path)
+    assert second != first and first.read_bytes() == before
+    assert results.load(first) == json.loads(before)
+
+
+def test_newest_complete_run_counts(tmp_path):
+    assert results.newest_complete(tmp_path) is None
+    results.append(complete_run("2030-01-02T03:04:05Z"), tmp_path)
+    results.append(complete_run("2030-01-03T03:04:05Z"), tmp_path)
+    partial = [row | {"complete": False} for row in complete_run("2030-01-04T03:04:05Z")]
+    results.append(partial, tmp_path)
+    newest = results.newest_complete(tmp_path)
+    assert newest is not None and newest[0]["date"] == "2030-01-03T03:04:05Z"
+
+
+def test_committed_results_load():
+    for path in results.RESULTS.glob("cpu-*.json"):
+        assert results.load(path)
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(
+        "# title\n\n<!-- bench:begin cpu -->\n<!-- bench:end cpu -->\n\nbetween\n\n"
+        "<!-- bench:begin memory -->\nold\n<!-- bench:end memory -->\n\nafter\n"
+    )
+    return path
+
+
+def test_tables_are_written_between_the_markers(readme, tmp_path, capsys):
+    folder = tmp_path / "results"
+    results.append(complete_run(), folder)
+    arguments = ["--readme", str(readme), "--results", str(folder)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "old\n" in readme.read_text(), "--check writes nothing"
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("# title\n\n<!-- bench:begin cpu -->\n") and text.endswith("\n\nafter\n")
+    assert "\n\nbetween\n\n" in text and "old\n" not in text
+    # 2 ms beside 1, 2 and 2 ms
+    assert "| bfloat16, rounding to nearest | 1,000,000 | 2 | 2 | 1.00 (1.00-1.60) | 1.02 met |" in text
+    assert "| minmax, global | 1.00 (1.00-1.60) |" in text and "slope 1.000 (met)" in text
+    assert "0.25 MiB above a step's (at most 1: met)" in text
+    assert report.main([*arguments, "--check"]) == 0
+
+    readme.write_text(text.replace("0.25 MiB", "0.00 MiB"))
+    assert report.main([*arguments, "--check"]) == 1
+    assert "out of date: make tables" in capsys.readouterr().err
+
+
+def test_without_results_the_table_says_so(readme, tmp_path):
+    report.main(["--readme", str(readme), "--results", str(tmp_path / "none")])
+    assert "Not measured yet: `make bench`." in readme.read_text()
+
+
+def test_markers_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match="marks a block 'typo'"):
+        report.rewrite("<!-- bench:begin typo -->\n<!-- bench:end typo -->")
+    with pytest.raises(ValueError, match="lacks its bench:end"):
+        report.rewrite("<!-- bench:begin cpu -->\n")
+
+
+def test_memory_table_counts_real_optimizers():
+    text = report.memory()
+    for name, total in [
+        ("torch AdamW, float32 weights", "8"),
+        ("EPI as published (float32 EMA, bool mask, sort)", "13"),
+        ("ours, default, float32 weights", "8.125"),
+        ("ours, default, bfloat16 weights", "4.125"),
+    ]:
+        assert re.search(rf"^\| {re.escape(name)} \|.*\| \*\*{total}\*\* \|", text, re.MULTILINE), text
