@@ -1,0 +1,28 @@
+// The four stages for one instruction set: included once by each isa_*.cpp, after its vec_*.h.
+
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/mask.h"
+#include "cpu/stats.h"
+#include "cpu/step.h"
+#include "cpu/threshold.h"
+#include "math/score.h"
+
+namespace epi::EPI_ISA {
+
+inline float key_bound(float shift, float scale, float keep_factor, bool isolated, int64_t key) {
+  return u_bound_of_key({shift, scale, keep_factor}, isolated, key);
+}
+
+inline float selection_bound(float shift, float scale, float keep_factor, bool isolated,
+                             float threshold, bool positive_only) {
+  return u_bound_of_selection({shift, scale, keep_factor}, isolated, threshold, positive_only);
+}
+
+constexpr Kernels stages(const char* name) {
+  return {name,        step<F16>, stats<F16>,     count<F16>, select_mask<F16>,
+          key_bound, selection_bound};
+}
+
+}  // namespace epi::EPI_ISA

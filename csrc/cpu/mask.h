@@ -1,0 +1,75 @@
+// Stage 4, mask: one comparison with a bound on u an element; whole bytes are written and the drift
+// is counted by popcounts of the packed bits.
+
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace epi::EPI_ISA {
+
+template <class F>
+struct SelectBounds {
+  F bound[2];
+};
+
+template <class F, class T>
+EPI_INLINE uint64_t select_lanes(const T* u, uint32_t old, const SelectBounds<F>& b,
+                                 bool by_old_bit) {
+  using L = Lanes<F>;
+  using M = typename L::M;
+  const F x = load<F>(u);
+  const F bound = by_old_bit ? select(from_bits<M>(old), b.bound[1], b.bound[0]) : b.bound[0];
+  return to_bits((x >= bound) & (x < L::f32(float_of(0x7F800000u))));
+}
+
+template <class F, class T>
+EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
+  const T* u = importances<T>(row);
+  uint8_t* mask = pointer<uint8_t>(row, kIsolationMask);
+  const uint8_t* persistent = pointer<const uint8_t>(row, kPersistentMask);
+  const SelectBounds<F> b{{Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])}};
+  int64_t isolated = 0, entered = 0, released = 0;
+  for (int64_t i = start; i < stop; i += 64) {
+    const int count = stop - i < 64 ? static_cast<int>(stop - i) : 64;
+    const int bytes = (count + 7) / 8;
+    const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    uint64_t old = 0, kept = 0, now = 0;
+    T rest[64];
+    const T* at = u + i;
+    if (count == 64) [[likely]] {
+      memcpy(&old, mask + i / 8, 8);
+      if (persistent != nullptr) memcpy(&kept, persistent + i / 8, 8);
+    } else {
+      for (int j = 0; j < 64; ++j) rest[j] = j < count ? at[j] : T{};
+      at = rest;
+      for (int j = 0; j < bytes; ++j) {
+        old |= static_cast<uint64_t>(mask[i / 8 + j]) << 8 * j;
+        if (persistent != nullptr) kept |= static_cast<uint64_t>(persistent[i / 8 + j]) << 8 * j;
+      }
+    }
+    for (int j = 0; j < 64; j += kWidth) {
+      const uint32_t old_bits = static_cast<uint32_t>(old >> j) & 0xFFFFu;
+      now |= select_lanes(at + j, old_bits, b, a.by_old_bit) << j;
+    }
+    old &= in_bounds;
+    now = (now | kept) & in_bounds;
+    for (int j = 0; j < bytes; ++j) mask[i / 8 + j] = static_cast<uint8_t>(now >> 8 * j);
+    isolated += __builtin_popcountll(now);
+    entered += __builtin_popcountll(now & ~old);
+    released += __builtin_popcountll(old & ~now);
+  }
+  a.drift[0] += isolated;
+  a.drift[1] += entered;
+  a.drift[2] += released;
+}
+
+template <class F>
+void select_mask(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
+  if ((row[kFlags] & kUBf16) != 0) {
+    select_range<F, uint16_t>(row, start, stop, a);
+  } else {
+    select_range<F, float>(row, start, stop, a);
+  }
+}
+
+}  // namespace epi::EPI_ISA

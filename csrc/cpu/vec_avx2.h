@@ -1,0 +1,173 @@
+// Sixteen lanes in two AVX2 registers. A truth vector is a lane of ones or zeros.
+
+#pragma once
+
+#include "math/scalar.h"
+
+namespace epi::EPI_ISA {
+
+struct F16 {
+  __m256 a, b;
+};
+struct U16 {
+  __m256i a, b;
+};
+struct M16 {
+  __m256i a, b;
+};
+
+template <>
+struct Lanes<F16> {
+  using U = U16;
+  using M = M16;
+  static EPI_INLINE F16 f32(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static EPI_INLINE U16 u32(uint32_t x) {
+    const __m256i v = _mm256_set1_epi32(static_cast<int>(x));
+    return {v, v};
+  }
+  static EPI_INLINE U16 iota(uint32_t first) {
+    const __m256i v = _mm256_set1_epi32(static_cast<int>(first));
+    return {_mm256_add_epi32(v, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+            _mm256_add_epi32(v, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+  }
+};
+
+EPI_INLINE F16 operator+(F16 x, F16 y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+EPI_INLINE F16 operator-(F16 x, F16 y) {
+  return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+EPI_INLINE F16 operator*(F16 x, F16 y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+EPI_INLINE F16 operator/(F16 x, F16 y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+EPI_INLINE F16 sqrt_rn(F16 x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+EPI_INLINE F16 min(F16 x, F16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+EPI_INLINE F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+
+template <int kComparison>
+EPI_INLINE M16 compare(F16 x, F16 y) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, kComparison)),
+          _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, kComparison))};
+}
+EPI_INLINE M16 operator>=(F16 x, F16 y) { return compare<_CMP_GE_OQ>(x, y); }
+EPI_INLINE M16 operator<(F16 x, F16 y) { return compare<_CMP_LT_OQ>(x, y); }
+EPI_INLINE M16 operator!=(F16 x, F16 y) { return compare<_CMP_NEQ_UQ>(x, y); }
+
+EPI_INLINE U16 operator+(U16 x, U16 y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+EPI_INLINE U16 operator-(U16 x, U16 y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
+EPI_INLINE U16 operator*(U16 x, U16 y) {
+  return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)};
+}
+EPI_INLINE U16 operator&(U16 x, U16 y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+EPI_INLINE U16 operator^(U16 x, U16 y) {
+  return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)};
+}
+EPI_INLINE U16 operator>>(U16 x, int count) {
+  const __m128i c = _mm_cvtsi32_si128(count);
+  return {_mm256_srl_epi32(x.a, c), _mm256_srl_epi32(x.b, c)};
+}
+EPI_INLINE M16 operator==(U16 x, U16 y) {
+  return {_mm256_cmpeq_epi32(x.a, y.a), _mm256_cmpeq_epi32(x.b, y.b)};
+}
+
+EPI_INLINE M16 operator&(M16 x, M16 y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+EPI_INLINE M16 operator!(M16 x) {
+  const __m256i ones = _mm256_set1_epi32(-1);
+  return {_mm256_xor_si256(x.a, ones), _mm256_xor_si256(x.b, ones)};
+}
+EPI_INLINE M16 operator!=(U16 x, U16 y) { return !(x == y); }
+// unsigned: x < y unless x is the larger of the two
+EPI_INLINE M16 operator<(U16 x, U16 y) {
+  return !(U16{_mm256_max_epu32(x.a, y.a), _mm256_max_epu32(x.b, y.b)} == x);
+}
+EPI_INLINE uint32_t to_bits(M16 x) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x.a))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x.b))) << 8;
+}
+EPI_INLINE bool any(M16 x) { return !_mm256_testz_si256(_mm256_or_si256(x.a, x.b), _mm256_set1_epi32(-1)); }
+template <class M>
+EPI_INLINE M from_bits(uint32_t bits) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i high = _mm256_slli_epi32(low, 8);
+  return {_mm256_cmpeq_epi32(_mm256_and_si256(all, low), low),
+          _mm256_cmpeq_epi32(_mm256_and_si256(all, high), high)};
+}
+
+EPI_INLINE U16 bits_of(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+EPI_INLINE F16 float_of(U16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+EPI_INLINE U16 select(M16 where, U16 x, U16 y) {
+  return {_mm256_blendv_epi8(y.a, x.a, where.a), _mm256_blendv_epi8(y.b, x.b, where.b)};
+}
+EPI_INLINE F16 select(M16 where, F16 x, F16 y) {
+  return float_of(select(where, bits_of(x), bits_of(y)));
+}
+
+template <class F>
+EPI_INLINE F load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+EPI_INLINE __m256 load_half_bf16(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+template <class F>
+EPI_INLINE F load(const uint16_t* p) {
+  return {load_half_bf16(p), load_half_bf16(p + 8)};
+}
+EPI_INLINE void store(float* p, F16 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+EPI_INLINE void store(uint32_t* p, U16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
+}
+EPI_INLINE void store_low(uint16_t* p, U16 x) {
+  const __m256i low = _mm256_set1_epi32(0xFFFF);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+}
+// Lanes where `where` is not set get `old` back, which is what was loaded from there.
+EPI_INLINE void store_where(float* p, M16 where, F16 x, F16 old) {
+  store(p, select(where, x, old));
+}
+EPI_INLINE void store_low_where(uint16_t* p, M16 where, U16 x, F16 old) {
+  store_low(p, select(where, x, bits_of(old) >> 16));
+}
+
+// Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.
+struct D16 {
+  __m256d v[4];
+};
+EPI_INLINE D16 zero_d16() {
+  const __m256d z = _mm256_setzero_pd();
+  return {{z, z, z, z}};
+}
+EPI_INLINE void add_moments(D16& sum, D16& sum_of_squares, F16 x) {
+  const __m256d wide[4] = {_mm256_cvtps_pd(_mm256_castps256_ps128(x.a)),
+                           _mm256_cvtps_pd(_mm256_extractf128_ps(x.a, 1)),
+                           _mm256_cvtps_pd(_mm256_castps256_ps128(x.b)),
+                           _mm256_cvtps_pd(_mm256_extractf128_ps(x.b, 1))};
+  for (int i = 0; i < 4; ++i) {
+    sum.v[i] = _mm256_add_pd(sum.v[i], wide[i]);
+    sum_of_squares.v[i] = _mm256_add_pd(sum_of_squares.v[i], _mm256_mul_pd(wide[i], wide[i]));
+  }
+}
+EPI_INLINE void store(double* p, D16 x) {
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, x.v[i]);
+}
+
+}  // namespace epi::EPI_ISA

@@ -1,0 +1,111 @@
+// Sixteen lanes in one AVX-512 register. A truth vector is a mask register, and sixteen packed mask
+// bits are one as they stand.
+
+#pragma once
+
+#include "math/scalar.h"
+
+namespace epi::EPI_ISA {
+
+struct F16 {
+  __m512 v;
+};
+struct U16 {
+  __m512i v;
+};
+struct M16 {
+  __mmask16 k;
+};
+
+template <>
+struct Lanes<F16> {
+  using U = U16;
+  using M = M16;
+  static EPI_INLINE F16 f32(float x) { return {_mm512_set1_ps(x)}; }
+  static EPI_INLINE U16 u32(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+  static EPI_INLINE U16 iota(uint32_t first) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_add_epi32(u32(first).v, lane)};
+  }
+};
+
+EPI_INLINE F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+EPI_INLINE F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+EPI_INLINE F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+EPI_INLINE F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+EPI_INLINE F16 sqrt_rn(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
+EPI_INLINE F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+EPI_INLINE F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+EPI_INLINE M16 operator>=(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+EPI_INLINE M16 operator<(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+EPI_INLINE M16 operator!=(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+
+EPI_INLINE U16 operator+(U16 a, U16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+EPI_INLINE U16 operator-(U16 a, U16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+EPI_INLINE U16 operator*(U16 a, U16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+EPI_INLINE U16 operator&(U16 a, U16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+EPI_INLINE U16 operator^(U16 a, U16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+EPI_INLINE U16 operator>>(U16 a, int count) {
+  return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(count))};
+}
+EPI_INLINE M16 operator==(U16 a, U16 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+EPI_INLINE M16 operator!=(U16 a, U16 b) { return {_mm512_cmpneq_epi32_mask(a.v, b.v)}; }
+EPI_INLINE M16 operator<(U16 a, U16 b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
+
+EPI_INLINE M16 operator&(M16 a, M16 b) { return {static_cast<__mmask16>(a.k & b.k)}; }
+EPI_INLINE M16 operator!(M16 a) { return {static_cast<__mmask16>(~a.k)}; }
+EPI_INLINE bool any(M16 a) { return a.k != 0; }
+EPI_INLINE uint32_t to_bits(M16 a) { return a.k; }
+template <class M>
+EPI_INLINE M from_bits(uint32_t bits) {
+  return {static_cast<__mmask16>(bits)};
+}
+
+EPI_INLINE F16 select(M16 where, F16 a, F16 b) { return {_mm512_mask_blend_ps(where.k, b.v, a.v)}; }
+EPI_INLINE U16 select(M16 where, U16 a, U16 b) {
+  return {_mm512_mask_blend_epi32(where.k, b.v, a.v)};
+}
+EPI_INLINE U16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
+EPI_INLINE F16 float_of(U16 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+template <class F>
+EPI_INLINE F load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+template <class F>
+EPI_INLINE F load(const uint16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+EPI_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+EPI_INLINE void store(uint32_t* p, U16 a) { _mm512_storeu_si512(p, a.v); }
+EPI_INLINE void store_low(uint16_t* p, U16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+// Lanes where `where` is not set keep what memory holds; `old` is what was loaded from there.
+EPI_INLINE void store_where(float* p, M16 where, F16 a, F16) {
+  _mm512_mask_storeu_ps(p, where.k, a.v);
+}
+EPI_INLINE void store_low_where(uint16_t* p, M16 where, U16 a, F16) {
+  _mm256_mask_storeu_epi16(p, where.k, _mm512_cvtepi32_epi16(a.v));
+}
+
+// Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.
+struct D16 {
+  __m512d a, b;
+};
+EPI_INLINE D16 zero_d16() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+EPI_INLINE void add_moments(D16& sum, D16& sum_of_squares, F16 x) {
+  const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
+  const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
+  sum.a = _mm512_add_pd(sum.a, a);
+  sum.b = _mm512_add_pd(sum.b, b);
+  sum_of_squares.a = _mm512_add_pd(sum_of_squares.a, _mm512_mul_pd(a, a));
+  sum_of_squares.b = _mm512_add_pd(sum_of_squares.b, _mm512_mul_pd(b, b));
+}
+EPI_INLINE void store(double* p, D16 x) {
+  _mm512_storeu_pd(p, x.a);
+  _mm512_storeu_pd(p + 8, x.b);
+}
+
+}  // namespace epi::EPI_ISA

@@ -1,0 +1,130 @@
+"""The stages in C++ (csrc/cpu): threaded, AVX-512, AVX2 or plain, chosen at run time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from epi_kernels.backends.table import refresh_table, step_table
+from epi_kernels.reference.stats import LayerStats, ScoreTerms
+from epi_kernels.reference.tensors import ParamTensors
+from epi_kernels.reference.threshold import KthSearch
+
+ISA_VARIABLE = "EPI_KERNELS_CPU_ISA"  # avx512 | avx2 | plain; unset: the widest there is
+
+
+class CpuBackend:
+    """Gives the bits of the reference; float64 moments (zscore) may differ in the last place."""
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None) -> None:
+        """
+        Raises:
+            ImportError: the extension is not built, or this processor lacks the instruction set
+                asked for (``isa``, else the variable ``EPI_KERNELS_CPU_ISA``).
+        """
+        try:
+            from epi_kernels import _C  # noqa: F401, importing it registers the operators
+        except ImportError as error:
+            raise ImportError(
+                f"the C++ extension epi_kernels._C cannot be imported ({error}); build it with "
+                "`pip install --no-build-isolation -e .` in the source tree"
+            ) from error
+        self._ops = torch.ops.epi_kernels
+        requested = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
+        try:
+            self._isa = self._ops.cpu_isa(requested)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ImportError(f"{ISA_VARIABLE}={requested!r}: {reason}") from error
+        self.isa = requested or self._ops.cpu_capability()
+        self.description = f"C++, {self.isa}"
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"runs on CPU parameters, not on {device.type}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"has float32 and bfloat16 paths, not {dtype}"
+        return None
+
+    def step(
+        self,
+        tensors: Sequence[ParamTensors],
+        *,
+        stochastic_rounding: bool,
+        grad_multiplier: float | None,
+        stats: LayerStats | None,
+    ) -> None:
+        table = step_table(tensors, writes_grad=grad_multiplier is not None)
+        self._ops.cpu_step(
+            torch.from_numpy(table.rows),
+            torch.from_numpy(table.scalars),
+            stochastic_rounding,
+            grad_multiplier,
+            None if stats is None else stats.minimum,
+            None if stats is None else stats.maximum,
+            None if stats is None else stats.nonfinite,
+            None if stats is None else stats.moments,
+            stats is not None and stats.with_moments,
+            self._isa,
+        )
+        table.finish()
+
+    def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
+        table = refresh_table(tensors)
+        self._ops.cpu_accumulate(
+            torch.from_numpy(table.rows),
+            stats.minimum,
+            stats.maximum,
+            stats.nonfinite,
+            stats.moments,
+            stats.with_moments,
+            self._isa,
+        )
+
+    def count(
+        self,
+        tensors: Sequence[ParamTensors],
+        terms: ScoreTerms,
+        search: KthSearch,
+        sample_stride: int = 1,
+    ) -> None:
+        table = refresh_table(tensors)
+        self._ops.cpu_count(
+            torch.from_numpy(table.rows),
+            terms.shift,
+            terms.scale,
+            search.keep_factor,
+            search.lo,
+            search.hi,
+            search.shift,
+            search.done,
+            search.domain,
+            search.histogram,
+            sample_stride,
+            self._isa,
+        )
+
+    def select(
+        self,
+        tensors: Sequence[ParamTensors],
+        terms: ScoreTerms,
+        thresholds: Tensor,  # [layers] fp32
+        keep_factor: float,
+        drift: Tensor,  # [layers, 3] int64
+    ) -> None:
+        table = refresh_table(tensors)
+        self._ops.cpu_select(
+            torch.from_numpy(table.rows),
+            terms.shift,
+            terms.scale,
+            keep_factor,
+            terms.positive_only,
+            thresholds.contiguous(),
+            drift,
+            self._isa,
+        )
