@@ -36,11 +36,11 @@ INTERPRETED = not isinstance(_step.step_kernel, triton.JITFunction)
 # of the tables, behind it after a few of them; a refresh moves 4. Estimated for an H200, not measured.
 STEP_CHUNK = 1 << 14
 REFRESH_CHUNK = 1 << 16
-# Rows of 8 elements a block. A stage that reads one tensor takes 16 elements a thread, so that it has
-# as many loads in flight as the step.
-REFRESH_ROWS = 2 * THREADS
-_MERGE_BLOCK = 256
-_LARGEST_BLOCK = 8 * REFRESH_ROWS
+# Rows of 8 elements a block: 8 elements a thread. With 16 the counting kernel spills.
+REFRESH_ROWS = THREADS
+MERGE_BLOCK = 256
+LARGEST_BLOCK = 8 * THREADS
+LARGEST_CHUNK = 1 << 16  # beyond it the packed counts of the mask stage would overflow
 
 
 class StepVariant(NamedTuple):
@@ -49,7 +49,7 @@ class StepVariant(NamedTuple):
     param_bf16: bool
     state_bf16: bool
     importance: int  # step.SHARED, OWN_FLOAT32, OWN_BFLOAT16
-    aligned: bool
+    full: bool
 
     @property
     def any_bf16(self) -> bool:
@@ -60,12 +60,20 @@ class StepVariant(NamedTuple):
         """Rows of a block: one access of 128 bits to the narrowest type is a thread's share."""
         return THREADS if self.any_bf16 else THREADS // 2
 
+    @property
+    def block(self) -> int:
+        return self.rows * 8
+
 
 class RefreshVariant(NamedTuple):
     """What the kernels that read u are specialised on."""
 
     bf16: bool
-    aligned: bool
+    full: bool
+
+    @property
+    def block(self) -> int:
+        return REFRESH_ROWS * 8
 
 
 def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
@@ -88,17 +96,21 @@ def refresh_variants(u: np.ndarray, bf16: np.ndarray, chunk: int) -> list[Refres
 
 
 class TritonBackend:
-    """``step_chunk`` and ``refresh_chunk``: elements a program handles, multiples of 2048."""
+    """``step_chunk``, ``refresh_chunk``: elements a program handles, multiples of LARGEST_BLOCK.
+
+    The interpreter, there for tests, takes the smallest by itself, so that small tensors span several.
+    """
 
     name = "triton"
 
-    def __init__(self, step_chunk: int = STEP_CHUNK, refresh_chunk: int = REFRESH_CHUNK) -> None:
-        for chunk in (step_chunk, refresh_chunk):
-            # above 2^16 the packed counts of the mask stage would overflow
-            if chunk % _LARGEST_BLOCK or not 0 < chunk <= 1 << 16:
-                raise ValueError(f"chunks are multiples of {_LARGEST_BLOCK} up to 65536, not {chunk}")
-        self._step_chunk = step_chunk
-        self._refresh_chunk = refresh_chunk
+    def __init__(self, step_chunk: int | None = None, refresh_chunk: int | None = None) -> None:
+        self._step_chunk = step_chunk or (LARGEST_BLOCK if INTERPRETED else STEP_CHUNK)
+        self._refresh_chunk = refresh_chunk or (LARGEST_BLOCK if INTERPRETED else REFRESH_CHUNK)
+        for chunk in (self._step_chunk, self._refresh_chunk):
+            if chunk % LARGEST_BLOCK or not 0 < chunk <= LARGEST_CHUNK:
+                raise ValueError(
+                    f"a chunk is a multiple of {LARGEST_BLOCK} up to {LARGEST_CHUNK}, not {chunk}"
+                )
         self._cache = Cache()
         mode = ", interpreter" if INTERPRETED else ""
         self.description = f"Triton {triton.__version__}{mode}"
@@ -161,7 +173,7 @@ class TritonBackend:
                     PARAM_BF16=variant.param_bf16,
                     STATE_BF16=variant.state_bf16,
                     IMPORTANCE_KIND=variant.importance,
-                    ALIGNED=variant.aligned,
+                    FULL=variant.full,
                     STOCHASTIC=stochastic_rounding and variant.any_bf16,
                     UNSCALE=grad_multiplier is not None,
                     STATS=_stats_kind(stats),
@@ -185,7 +197,7 @@ class TritonBackend:
                     stats.nonfinite,
                     work.partials if stats.with_moments else None,
                     BF16=variant.bf16,
-                    ALIGNED=variant.aligned,
+                    FULL=variant.full,
                     STATS=_stats_kind(stats),
                     ROWS=REFRESH_ROWS,
                     **LAUNCH,
@@ -234,7 +246,7 @@ class TritonBackend:
                     sample_stride,
                     search.keep_factor,
                     BF16=variant.bf16,
-                    ALIGNED=variant.aligned,
+                    FULL=variant.full,
                     HYSTERESIS=hysteresis,
                     BINS=search.histogram.shape[1] - 1,
                     ROWS=REFRESH_ROWS,
@@ -274,7 +286,7 @@ class TritonBackend:
                     limits,
                     drift,
                     BF16=variant.bf16,
-                    ALIGNED=variant.aligned,
+                    FULL=variant.full,
                     HYSTERESIS=keep_factor != 1.0,
                     ROWS=REFRESH_ROWS,
                     **LAUNCH,
@@ -314,7 +326,7 @@ class TritonBackend:
     def _merge_moments(work: DevicePlan, stats: LayerStats | None) -> None:
         if stats is not None and stats.with_moments and len(work.spans):
             _stats.merge_moments_kernel[(len(work.spans),)](
-                work.spans, work.partials, stats.moments, BLOCK=_MERGE_BLOCK, **LAUNCH
+                work.spans, work.partials, stats.moments, BLOCK=MERGE_BLOCK, **LAUNCH
             )
 
     @staticmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.common import score, score_key
+from epi_kernels.backends.triton.common import inlined, score, score_key
 
 # Columns of the bounds: for elements not isolated now, then for those that are.
 LOW, HIGH, LOW_ISOLATED, HIGH_ISOLATED = range(4)
@@ -18,13 +18,13 @@ LOW, HIGH, LOW_ISOLATED, HIGH_ISOLATED = range(4)
 BOUNDS_BLOCK = 64  # layers a program
 
 
-@triton.jit
+@inlined
 def _key_to_float(key):  # [n] int64 in [0, 2^32)
     word = tl.where(key >= 0x80000000, key - 0x80000000, 0xFFFFFFFF - key)
     return word.to(tl.uint32).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@inlined
 def _least_importance(target, least_u_key, shift, scale, isolated, keep_factor, HYSTERESIS: tl.constexpr):
     """Least finite u, from ``least_u_key`` on, whose score's key reaches ``target``; +inf where none does."""
     low = least_u_key

@@ -1,7 +1,11 @@
 """Chunk tables: many tensors of one variant in one launch.
 
-A chunk is a run of elements of one tensor and the work of one program. Its row holds the tensor's
-index, the first element, the number of elements and a slot of its own for partial results. The slots
+A chunk is a run of elements of one tensor and the work of one program. The whole blocks of a tensor
+are cut into chunks, and what is left of it is a chunk of its own: where the tensor's addresses are
+proven to be aligned, the former take the kernel's FULL form, which knows no bounds.
+
+A chunk's row holds the tensor's index, the first element, the number of elements and a slot of its
+own for partial results. The slots
 are numbered by layer, tensor and position, whatever the variant, so that partial results of a layer
 lie together and are added up in an order that depends on nothing but the list of tensors.
 """
@@ -10,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +25,22 @@ from epi_kernels.backends.triton.common import ALIGNMENT
 SAMPLE_RUN = 64  # reference.threshold.SAMPLE_BLOCK
 
 
+class Variant(Protocol):
+    """What a kernel is specialised on for a tensor; a NamedTuple."""
+
+    @property
+    def full(self) -> bool:
+        """Of a tensor: its addresses are aligned. Of a launch: its chunks are whole blocks too."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """Elements of a block."""
+        ...
+
+
 class Launch(NamedTuple):
-    variant: Hashable  # what the kernel is specialised on
+    variant: Any  # Variant
     first: int  # row of the chunk table
     programs: int
 
@@ -60,14 +78,18 @@ def sampled_elements(n_elements: int, stride: int) -> int:
     return last_run * SAMPLE_RUN + min(SAMPLE_RUN, n_elements - last_run * stride * SAMPLE_RUN)
 
 
-def plan(sizes: Sequence[int], variants: Sequence[Hashable], layers: Sequence[int], chunk: int) -> Plan:
-    """Cuts tensors of ``sizes`` elements into chunks of at most ``chunk``."""
+def plan(sizes: Sequence[int], variants: Sequence[Any], layers: Sequence[int], chunk: int) -> Plan:
+    """Cuts tensors of ``sizes`` elements into chunks of at most ``chunk``, a multiple of every block."""
     size = np.asarray(sizes, dtype=np.int64)
-    per_tensor = -(-size // chunk)
+    block = np.asarray([variant.block for variant in variants], dtype=np.int64)
+    whole = size // block * block
+    whole_chunks = -(-whole // chunk)
+    per_tensor = whole_chunks + (size > whole)
     tensor = np.repeat(np.arange(len(size)), per_tensor)
-    first_of_tensor = np.cumsum(per_tensor) - per_tensor
-    start = (np.arange(len(tensor)) - first_of_tensor[tensor]) * chunk
-    count = np.minimum(size[tensor] - start, chunk)
+    turn = np.arange(len(tensor)) - (np.cumsum(per_tensor) - per_tensor)[tensor]
+    is_rest = turn >= whole_chunks[tensor]
+    start = np.where(is_rest, whole[tensor], turn * chunk)
+    end = np.where(is_rest, size[tensor], np.minimum(start + chunk, whole[tensor]))
 
     layer = np.asarray(layers, dtype=np.int64)[tensor]
     by_layer = np.argsort(layer, kind="stable")
@@ -78,14 +100,23 @@ def plan(sizes: Sequence[int], variants: Sequence[Hashable], layers: Sequence[in
     spans = np.stack([rows, first, first + number, np.zeros_like(rows)], axis=1)
 
     names = list(dict.fromkeys(variants))
-    code = np.asarray([names.index(v) for v in variants], dtype=np.int64)[tensor]
-    by_variant = np.argsort(code, kind="stable")
-    chunks = np.stack([tensor, start, count, slot], axis=1)[by_variant]
-    bounds = np.searchsorted(code[by_variant], np.arange(len(names) + 1))
+    bounded = [variant._replace(full=False) for variant in names]
+    # two codes a name: its whole chunks, and what must stay in bounds
+    name = np.asarray([names.index(variant) for variant in variants], dtype=np.int64)
+    code = 2 * name[tensor] + is_rest
+    # an unaligned tensor has one form only: its launch is that of an aligned one's rests
+    code_of = {variant: 2 * i + 1 for i, variant in enumerate(bounded)}
+    same_launch = np.asarray(
+        [c for i, v in enumerate(names) for c in (2 * i if v.full else code_of[v], code_of[bounded[i]])],
+        dtype=np.int64,
+    )
+    code = same_launch[code] if len(code) else code
+    by_launch = np.argsort(code, kind="stable")
+    chunks = np.stack([tensor, start, end - start, slot], axis=1)[by_launch]
+    codes, firsts, programs = np.unique(code[by_launch], return_index=True, return_counts=True)
     launches = tuple(
-        Launch(name, int(low), int(high - low))
-        for name, low, high in zip(names, bounds[:-1], bounds[1:], strict=True)
-        if high > low
+        Launch((bounded if c % 2 else names)[c // 2], int(f), int(n))
+        for c, f, n in zip(codes.tolist(), firsts, programs, strict=True)
     )
     return Plan(chunks, launches, spans[rows >= 0])
 

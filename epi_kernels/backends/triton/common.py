@@ -1,5 +1,8 @@
 """What the kernels of several stages share: typed pointers, packed masks, the hash, the score.
 
+Every kernel comes in two forms. FULL: chunks of whole blocks whose addresses are proven to be aligned,
+read and written without bounds, 128 bits at a time. Otherwise: any address, any length, in bounds.
+
 Every kernel sees a block of elements as [ROWS, 8]: a row is the eight elements of one mask byte. A
 thread then owns whole or half rows, finds its mask bits in one byte, and needs no exchange with
 other threads to tell its elements apart.
@@ -24,8 +27,17 @@ ALIGNMENT = 16  # bytes of the widest access
 LAUNCH = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
-@triton.jit
-def load_address(slot, BF16: tl.constexpr, ALIGNED: tl.constexpr):
+def inlined(function):
+    """``triton.jit`` for what only kernels call.
+
+    In the interpreter a kernel has already patched the language when it calls; letting every helper
+    patch it again would double a test's time.
+    """
+    return function if triton.knobs.runtime.interpret else triton.jit(function)
+
+
+@inlined
+def load_address(slot, BF16: tl.constexpr, FULL: tl.constexpr):
     """The tensor whose address lies in the table at ``slot``.
 
     The hint sits on the pointer: on the integer before the cast Triton drops it, and every access
@@ -35,45 +47,48 @@ def load_address(slot, BF16: tl.constexpr, ALIGNED: tl.constexpr):
         pointer = tl.load(slot).to(tl.pointer_type(tl.uint16))
     else:
         pointer = tl.load(slot).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
+    if FULL:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
-@triton.jit
+@inlined
 def load_mask_address(slot):
     return tl.load(slot).to(tl.pointer_type(tl.uint8))
 
 
-@triton.jit
-def load_block(pointers, in_bounds, BOUNDED: tl.constexpr):
-    if BOUNDED:
-        return tl.load(pointers, mask=in_bounds, other=0)
-    else:
+@inlined
+def load_block(pointers, in_bounds, FULL: tl.constexpr):
+    if FULL:
         return tl.load(pointers)
-
-
-@triton.jit
-def store_block(pointers, values, in_bounds, BOUNDED: tl.constexpr):
-    if BOUNDED:
-        tl.store(pointers, values, mask=in_bounds)
     else:
+        return tl.load(pointers, mask=in_bounds, other=0)
+
+
+@inlined
+def store_block(pointers, values, in_bounds, FULL: tl.constexpr):
+    if FULL:
         tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=in_bounds)
 
 
-@triton.jit
+@inlined
 def load_bits(bytes_, rows, limit):
-    """Packed mask bytes [ROWS, 1] as int32; 0 from row ``limit`` on, which is 0 where there is no mask."""
+    """Packed mask bytes [ROWS, 1] as int32; 0 from row ``limit`` on."""
     return tl.load(bytes_, mask=rows < limit, other=0).to(tl.int32)
 
 
-@triton.jit
-def mask_rows(address, ROWS: tl.constexpr):
-    """The limit of a whole block for ``load_bits``."""
-    return tl.where(tl.load(address) != 0, ROWS, 0)
+@inlined
+def rows_present(address, count, FULL: tl.constexpr):
+    """How many rows of a chunk of ``count`` elements have mask bytes: none where there is no mask."""
+    rows = count // 8
+    if not FULL:
+        rows = (count + 7) // 8
+    return tl.where(tl.load(address) != 0, rows, 0)
 
 
-@triton.jit
+@inlined
 def widen(raw, BF16: tl.constexpr):
     """Stored value -> float32, exactly."""
     if BF16:
@@ -82,12 +97,12 @@ def widen(raw, BF16: tl.constexpr):
         return raw
 
 
-@triton.jit
+@inlined
 def is_finite(x):
     return tl.abs(x) < float("inf")
 
 
-@triton.jit
+@inlined
 def mix(x):
     """lowbias32 of a uint32."""
     x ^= x >> 16
@@ -97,7 +112,7 @@ def mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@inlined
 def round_bfloat16(x, random_bits, STOCHASTIC: tl.constexpr):
     """float32 -> bf16 bits: up by 16 random bits, or to nearest even; then cut.
 
@@ -112,7 +127,7 @@ def round_bfloat16(x, random_bits, STOCHASTIC: tl.constexpr):
     return ((word + tl.where(is_finite(x), increment, 0)) >> 16).to(tl.uint16)
 
 
-@triton.jit
+@inlined
 def score(u, shift, scale, isolated, keep_factor, HYSTERESIS: tl.constexpr):
     """``reference.stats.score``, but for the sign of a zero, which ``score_key`` takes care of."""
     result = tl.where(scale == 0.0, 0.0, tl.div_rn(u - shift, scale + tl.zeros_like(u)))
@@ -121,7 +136,7 @@ def score(u, shift, scale, isolated, keep_factor, HYSTERESIS: tl.constexpr):
     return result
 
 
-@triton.jit
+@inlined
 def score_key(value):
     """``reference.threshold.score_keys`` as uint32; both zeros have one key."""
     word = value.to(tl.uint32, bitcast=True)

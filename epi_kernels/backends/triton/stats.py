@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.common import is_finite, load_address, load_block, widen
+from epi_kernels.backends.triton.common import inlined, is_finite, load_address, load_block, widen
 
 NO_STATS, EXTREMA, WITH_MOMENTS = 0, 1, 2
 
@@ -21,26 +21,36 @@ _WITH_MOMENTS = tl.constexpr(WITH_MOMENTS)
 _U, _U_LAYER, _REFRESH_ROW = tl.constexpr(U), tl.constexpr(U_LAYER), tl.constexpr(REFRESH_ROW)
 
 
-@triton.jit
+@inlined
+def accumulators(ROWS: tl.constexpr, STATS: tl.constexpr):
+    """One of each kind an element of a block; the fp64 ones, dear in registers, only where they are used."""
+    HEIGHT: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
+    WIDTH: tl.constexpr = 8 if STATS == _WITH_MOMENTS else 1
+    lowest = tl.full([ROWS, 8], float("inf"), tl.float32)
+    highest = tl.full([ROWS, 8], float("-inf"), tl.float32)
+    strange = tl.zeros([ROWS, 8], tl.int32)
+    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    squares = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    return lowest, highest, strange, total, squares
+
+
+@inlined
 def fold(
     u,
+    in_bounds,
     lowest,
     highest,
     strange,
     total,
     squares,
-    remaining,
-    BOUNDED: tl.constexpr,
+    FULL: tl.constexpr,
     STATS: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Takes a block of importances into the accumulators, element by element."""
-    finite = is_finite(u)
-    counted = finite
-    odd = (~finite).to(tl.int32)
-    if BOUNDED:
-        in_bounds = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :] < remaining
-        counted = finite & in_bounds
+    counted = is_finite(u)
+    odd = (~counted).to(tl.int32)
+    if not FULL:
+        counted = counted & in_bounds
         odd = tl.where(in_bounds, odd, 0)
     lowest = tl.minimum(lowest, tl.where(counted, u, float("inf")))
     highest = tl.maximum(highest, tl.where(counted, u, float("-inf")))
@@ -52,7 +62,7 @@ def fold(
     return lowest, highest, strange, total, squares
 
 
-@triton.jit
+@inlined
 def publish(
     lowest,
     highest,
@@ -87,42 +97,29 @@ def stats_kernel(
     nonfinite,  # [layers] int64
     partials,  # [chunks, 2] fp64
     BF16: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
     STATS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     chunk = chunks + tl.program_id(0) * 4
     row = tensors + tl.load(chunk) * _REFRESH_ROW
-    start = tl.multiple_of(tl.load(chunk + 1), 1024)
+    start = tl.multiple_of(tl.load(chunk + 1), 64)
     count = tl.load(chunk + 2).to(tl.int32)
-    u_first = load_address(row + _U, BF16, ALIGNED) + start
+    u_first = load_address(row + _U, BF16, FULL) + start
     layer = tl.load(row + _U_LAYER)
 
-    BLOCK: tl.constexpr = ROWS * 8
-    offsets = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    lowest = tl.full([ROWS, 8], float("inf"), tl.float32)
-    highest = tl.full([ROWS, 8], float("-inf"), tl.float32)
-    strange = tl.zeros([ROWS, 8], tl.int32)
-    WIDTH: tl.constexpr = 8 if STATS == _WITH_MOMENTS else 1
-    HEIGHT: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
-    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
-    squares = tl.zeros([HEIGHT, WIDTH], tl.float64)
-
-    full_blocks = count // BLOCK
-    for i in range(full_blocks):
-        u = widen(tl.load(u_first + i * BLOCK + offsets), BF16)
+    elements = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    lowest, highest, strange, total, squares = accumulators(ROWS, STATS)
+    for begin in range(0, count, ROWS * 8):
+        offsets = begin + elements
+        in_bounds = offsets < count
+        u = widen(load_block(u_first + offsets, in_bounds, FULL), BF16)
         lowest, highest, strange, total, squares = fold(
-            u, lowest, highest, strange, total, squares, 0, False, STATS, ROWS
-        )
-    done = full_blocks * BLOCK
-    if done < count:
-        u = widen(load_block(u_first + done + offsets, offsets < count - done, True), BF16)
-        lowest, highest, strange, total, squares = fold(
-            u, lowest, highest, strange, total, squares, count - done, True, STATS, ROWS
+            u, in_bounds, lowest, highest, strange, total, squares, FULL, STATS
         )
     publish(
-        lowest, highest, strange, total, squares,
-        minimum + layer, maximum + layer, nonfinite + layer, partials, chunk + 3, STATS,
+        lowest, highest, strange, total, squares, minimum + layer, maximum + layer, nonfinite + layer,
+        partials, chunk + 3, STATS,
     )  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+"""Arguments and output of `epi-kernels kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+ARCHITECTURES = (80, 90, 100, 120)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch",
+        action="append",
+        type=_arch,
+        metavar="SM",
+        help="an architecture, 90 or sm_90; repeatable (80, 90, 100, 120)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 1 on a spill, a step access narrower than 128 bits, or a step of more than 100 "
+        "instructions an element (float32 states)",
+    )
+    parser.add_argument("--cuda", action="store_true", help="the CUDA sources instead, compiled by nvcc")
+    parser.add_argument("--jobs", type=int, help="processes that compile (one a core, 8 at most)")
+
+
+def _arch(text: str) -> int:
+    digits = text.removeprefix("sm_")
+    if not digits.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an architecture such as sm_90")
+    return int(digits)
+
+
+def run(args: argparse.Namespace) -> int:
+    from epi_kernels.kernels_report.rows import table
+
+    archs = tuple(args.arch or ARCHITECTURES)
+    if args.cuda:
+        from epi_kernels.kernels_report import cuda_kernels
+
+        try:
+            rows = cuda_kernels.rows(archs)
+        except RuntimeError as error:
+            raise SystemExit(f"epi-kernels kernels --cuda: {error}") from error
+    else:
+        from epi_kernels.kernels_report import triton_kernels
+
+        rows = triton_kernels.rows(archs, args.jobs)
+    bad = [row for row in rows if row.problems]
+    if args.json:
+        print(json.dumps([row.as_json() for row in rows], indent=1))
+    else:
+        print(table(rows))
+        print("\nInstructions, loads and stores (how many x bits) are those of the loop over full blocks,")
+        print("rare slow paths inside it included; loads of 8 bits are the packed masks.")
+    if args.check:
+        for row in bad:
+            print(f"FAILED {row.kernel} {row.arch}: {'; '.join(row.problems)}", file=sys.stderr)
+        if bad:
+            return 1
+        print(f"check: {len(rows)} kernels pass", file=sys.stderr)
+    return 0

@@ -1,0 +1,96 @@
+"""The CUDA sources, compiled by nvcc to cubins: the same table, with ptxas' own account of spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from epi_kernels.kernels_report.rows import Row, make_row
+from epi_kernels.kernels_report.sass import read_cubin
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+_PTXAS_FUNCTION = re.compile(
+    r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
+
+
+def sources() -> list[Path]:
+    return sorted((SOURCES / "cuda").glob("*.cu"))
+
+
+def spills(ptxas_output: str) -> dict[str, int]:
+    """Mangled kernel name -> bytes spilled, the larger of stores and loads, from ``ptxas -v``."""
+    return {name: max(int(s), int(l)) for name, s, l in _PTXAS_FUNCTION.findall(ptxas_output)}
+
+
+def rows(archs: Iterable[int], nvcc: str | None = None) -> list[Row]:
+    """
+    Raises:
+        RuntimeError: there is no nvcc, there are no sources, or one does not compile; the text says which.
+    """
+    compiler = nvcc or shutil.which("nvcc")
+    if compiler is None:
+        raise RuntimeError("nvcc is not on PATH")
+    if not sources():
+        raise RuntimeError(f"no CUDA sources under {SOURCES}")
+    tasks = [(compiler, source, arch) for source in sources() for arch in archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for part in pool.map(_compile, tasks) for row in part]
+
+
+def _compile(task: tuple[str, Path, int]) -> list[Row]:
+    compiler, source, arch = task
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        command = [compiler, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-fmad=false"]
+        command += ["-Xptxas", "-v", "-I", str(SOURCES), str(source), "-o", str(cubin)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{result.stderr.strip()}")
+        kernels = read_cubin(cubin, _cuobjdump(compiler))
+    spilled = spills(result.stderr + result.stdout)
+    names = _demangle([kernel.name for kernel in kernels])
+    found = []
+    for kernel, name in zip(kernels, names, strict=True):
+        row = make_row("cuda", f"{source.stem} {name}", f"sm_{arch}", kernel, None)
+        n_bytes = spilled.get(kernel.name, row.spill_bytes)
+        problems = (f"spills {n_bytes} bytes",) if n_bytes else ()
+        found.append(replace(row, spill_bytes=n_bytes, problems=problems))
+    return found
+
+
+def _cuobjdump(nvcc: str) -> str:
+    beside = Path(nvcc).resolve().parent / "cuobjdump"
+    if beside.exists():
+        return str(beside)
+    from epi_kernels.kernels_report.triton_kernels import find_cuobjdump
+
+    return shutil.which("cuobjdump") or find_cuobjdump()
+
+
+def _demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return names
+    output = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout
+    return [_short(line) for line in output.splitlines()]
+
+
+def _short(signature: str) -> str:
+    """``void ns::kernel<a, b>(args)`` -> ``kernel<a, b>``."""
+    name = re.sub(r"\(anonymous namespace\)|<unnamed>", "_", signature)
+    name = re.sub(r"^(void|static)\s+", "", name)
+    depth = 0
+    for position, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            name = name[:position]
+            break
+    return re.sub(r"\b\w+::", "", name)

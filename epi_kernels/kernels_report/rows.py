@@ -1,0 +1,121 @@
+"""A row of the table, what `--check` demands of it, and how the table is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from epi_kernels.kernels_report.sass import Kernel, widths
+
+# What an H200 has time for while it moves the 28 bytes of a float32 element is about 200.
+MAX_INSTRUCTIONS = 100
+FULL_WIDTH = 128  # bits
+MASK_WIDTH = 8  # a packed mask is read byte by byte; nothing else here has an element of 8 bits
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the check knows of a kernel beforehand."""
+
+    elements: float  # elements a thread handles in one turn of its hot loop
+    full_width: bool = False  # the full-chunk path of a step kernel
+    loads: int = 0  # accesses of FULL_WIDTH bits in the loop, where full_width
+    stores: int = 0
+    limited: bool = False  # MAX_INSTRUCTIONS applies: a step with float32 states
+
+
+@dataclass(frozen=True)
+class Row:
+    source: str  # "triton" | "cuda"
+    kernel: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions_per_element: float | None  # None: no loop over elements, or the count is not known
+    loads: dict[int, int]  # of the hot loop: width in bits -> how many
+    stores: dict[int, int]
+    problems: tuple[str, ...]
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def make_row(source: str, name: str, arch: str, kernel: Kernel, expected: Expectation | None) -> Row:
+    loop = kernel.hot_loop
+    loads, stores = dict(widths(loop, "LDG", "LD")), dict(widths(loop, "STG", "ST"))
+    per_element = None
+    if expected is not None and expected.elements and loop:
+        per_element = len(loop) / expected.elements
+    problems = list(_problems(kernel, loads, stores, per_element, expected))
+    return Row(
+        source,
+        name,
+        arch,
+        kernel.registers,
+        kernel.spill_bytes,
+        kernel.shared_bytes,
+        per_element,
+        loads,
+        stores,
+        tuple(problems),
+    )
+
+
+def _problems(
+    kernel: Kernel,
+    loads: dict[int, int],
+    stores: dict[int, int],
+    per_element: float | None,
+    expected: Expectation | None,
+) -> Iterable[str]:
+    if kernel.spill_bytes:
+        yield f"spills {kernel.spill_bytes} bytes"
+    if expected is None:
+        return
+    if expected.full_width:
+        for what, found, wanted in (("load", loads, expected.loads), ("store", stores, expected.stores)):
+            narrow = {w: n for w, n in found.items() if w < FULL_WIDTH and w != MASK_WIDTH}
+            if narrow:
+                yield f"narrow {what}s: {describe(narrow)}"
+            wide = sum(n * w // FULL_WIDTH for w, n in found.items() if w >= FULL_WIDTH)
+            if wide != wanted:
+                yield f"{wide} {what}s of {FULL_WIDTH} bits, {wanted} expected"
+    if expected.limited:
+        if per_element is None:
+            yield "no loop over elements was found"
+        elif per_element > MAX_INSTRUCTIONS:
+            yield f"{per_element:.0f} instructions an element, more than {MAX_INSTRUCTIONS}"
+
+
+def describe(accesses: dict[int, int]) -> str:
+    return " ".join(f"{n}x{width}" for width, n in sorted(accesses.items(), reverse=True)) or "-"
+
+
+def table(rows: Iterable[Row]) -> str:
+    header = ("kernel", "arch", "regs", "spill B", "shared B", "instr/elem", "loads", "stores", "")
+    lines = [header]
+    for row in rows:
+        per_element = row.instructions_per_element
+        lines.append(
+            (
+                row.kernel,
+                row.arch,
+                str(row.registers),
+                str(row.spill_bytes),
+                str(row.shared_bytes),
+                "-" if per_element is None else f"{per_element:.1f}",
+                describe(row.loads),
+                describe(row.stores),
+                "; ".join(row.problems),
+            )
+        )
+    column = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    left = {0, 1, 6, 7, 8}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, column, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,97 @@
+"""Reads a cubin: the instructions of each kernel, its hot loop, and the width of every global access."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_BRANCH = re.compile(r"^BRA\b\S*\s.*?(?:`\(\.\w+\)|(0x[0-9a-f]+))")
+_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
+_RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_WIDTH_SUFFIXES = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # with its suffixes, without a predicate
+    text: str
+
+    @property
+    def base(self) -> str:
+        return self.opcode.split(".", 1)[0]
+
+    @property
+    def width(self) -> int:
+        """Bits a thread moves, for a memory access."""
+        suffixes = self.opcode.split(".")[1:]
+        return next((_WIDTH_SUFFIXES[s] for s in suffixes if s in _WIDTH_SUFFIXES), 32)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function of a cubin."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    registers: int
+    shared_bytes: int
+
+    @property
+    def spill_bytes(self) -> int:
+        """Bytes a thread stores to local memory. No kernel here has an array there, so these are spills."""
+        return sum(i.width // 8 for i in self.instructions if i.base == "STL")
+
+    @property
+    def hot_loop(self) -> tuple[Instruction, ...]:
+        """The loop with the most global accesses: what a full chunk runs. Empty where there is none.
+
+        Rare paths (a division's slow case) that lie between its first and last instruction count too.
+        """
+        best: tuple[Instruction, ...] = ()
+        for branch in self.instructions:
+            target = _BRANCH.match(_PREDICATE.sub("", branch.text))
+            if target is None or target[1] is None or int(target[1], 16) >= branch.address:
+                continue
+            first = int(target[1], 16)
+            body = tuple(i for i in self.instructions if first <= i.address <= branch.address)
+            if global_accesses(body) > global_accesses(best):
+                best = body
+        return best
+
+
+def global_accesses(instructions: tuple[Instruction, ...]) -> int:
+    return sum(widths(instructions, "LDG", "LD").values()) + sum(widths(instructions, "STG", "ST").values())
+
+
+def widths(instructions: tuple[Instruction, ...], *bases: str) -> Counter[int]:
+    """How many accesses of each width, in bits."""
+    return Counter(i.width for i in instructions if i.base in bases)
+
+
+def parse(output: str) -> list[Kernel]:
+    """From the output of ``cuobjdump -sass -res-usage``."""
+    usage = {name: (int(reg), int(shared)) for name, reg, _, shared, _ in _RESOURCES.findall(output)}
+    pieces = _FUNCTION.split(output)[1:]
+    kernels = []
+    for name, body in zip(pieces[::2], pieces[1::2], strict=True):
+        instructions = []
+        for address, text in _INSTRUCTION.findall(body):
+            opcode = _PREDICATE.sub("", text).split(maxsplit=1)[0]
+            instructions.append(Instruction(int(address, 16), opcode, text))
+        registers, shared = usage[name]
+        kernels.append(Kernel(name, tuple(instructions), registers, shared))
+    return kernels
+
+
+def read_cubin(cubin: Path, cuobjdump: str) -> list[Kernel]:
+    command = [cuobjdump, "-sass", "-res-usage", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr.strip()}")
+    return parse(result.stdout)

@@ -1,0 +1,186 @@
+"""Every Triton kernel in the forms the backend launches, compiled ahead of time.
+
+Runs in processes of its own: under TRITON_INTERPRET=1 the kernels are Python functions, and two
+processes compile twice as fast.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from epi_kernels.kernels_report.rows import Expectation, Row, make_row
+from epi_kernels.kernels_report.sass import read_cubin
+
+# How the backend passes every argument that is not constexpr; tensors start at multiples of 16 bytes.
+_TYPES = {
+    **dict.fromkeys(("chunks", "tensors", "nonfinite", "spans", "domain", "lo", "hi"), "*i64"),
+    **dict.fromkeys(("bin_shifts", "histogram", "drift"), "*i64"),
+    **dict.fromkeys(("minimum", "maximum", "shift", "scale", "bounds", "thresholds"), "*fp32"),
+    **dict.fromkeys(("partials", "moments"), "*fp64"),
+    **dict.fromkeys(("stride", "layers"), "i32"),
+    "done": "*u8",
+    "keep_factor": "fp32",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel in one form."""
+
+    name: str
+    module: str  # of epi_kernels.backends.triton
+    function: str
+    constants: tuple[tuple[str, Any], ...]
+    expected: Expectation
+
+
+def catalog() -> list[Entry]:
+    """What is compiled: the step in every combination of dtypes, its other switches on the two pure ones."""
+    from epi_kernels.backends.triton.backend import StepVariant
+    from epi_kernels.backends.triton.stats import EXTREMA, NO_STATS, WITH_MOMENTS
+
+    entries = []
+    for importance in range(3):
+        for param_bf16 in (False, True):
+            for state_bf16 in (False, True):
+                entries.append(_step(StepVariant(param_bf16, state_bf16, importance, True)))
+    for bf16 in (False, True):
+        pure = StepVariant(bf16, bf16, 0, True)
+        entries += [_step(pure, stats=EXTREMA), _step(pure, stats=WITH_MOMENTS), _step(pure, unscale=True)]
+        entries.append(_step(pure._replace(full=False)))
+    entries.append(_step(StepVariant(True, True, 0, True), stochastic=False))
+    assert NO_STATS == 0
+    return entries + list(_refresh())
+
+
+def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
+    from epi_kernels.backends.triton.common import THREADS
+
+    stochastic = stochastic and variant.any_bf16
+    kinds = {False: "f32", True: "bf16"}
+    name = f"step {kinds[variant.param_bf16]}/{kinds[variant.state_bf16]}/{('shared', 'f32', 'bf16')[variant.importance]}"
+    name += "".join(
+        word
+        for word, present in (
+            ("", variant.full),
+            (" bounded", not variant.full),
+            (" nearest", variant.any_bf16 and not stochastic),
+            (" +unscale", unscale),
+            (" +minmax", stats == 1),
+            (" +zscore", stats == 2),
+        )
+        if present
+    )
+    elements = variant.rows * 8 // THREADS
+    per_vector = {False: 4, True: 8}  # elements of 128 bits
+    param, state = elements // per_vector[variant.param_bf16], elements // per_vector[variant.state_bf16]
+    own = 0 if variant.importance == 0 else elements // per_vector[variant.importance == 2]
+    expected = Expectation(
+        elements=elements,
+        full_width=variant.full,
+        loads=2 * param + 2 * state + own,
+        stores=(2 if unscale else 1) * param + 2 * state + own,
+        limited=variant.full and not variant.state_bf16,
+    )
+    constants = {
+        "PARAM_BF16": variant.param_bf16,
+        "STATE_BF16": variant.state_bf16,
+        "IMPORTANCE_KIND": variant.importance,
+        "FULL": variant.full,
+        "STOCHASTIC": stochastic,
+        "UNSCALE": unscale,
+        "STATS": stats,
+        "ROWS": variant.rows,
+    }
+    return Entry(name, "step", "step_kernel", tuple(constants.items()), expected)
+
+
+def _refresh() -> Iterator[Entry]:
+    from epi_kernels.backends.triton.backend import MERGE_BLOCK, REFRESH_ROWS
+    from epi_kernels.backends.triton.bounds import BOUNDS_BLOCK
+    from epi_kernels.backends.triton.common import THREADS
+
+    expected = Expectation(elements=REFRESH_ROWS * 8 // THREADS)
+    scalar = Expectation(elements=0)
+    for bf16 in (False, True):
+        kind = "bf16" if bf16 else "f32"
+        common = (("BF16", bf16), ("FULL", True), ("ROWS", REFRESH_ROWS))
+        for stats, name in ((1, "minmax"), (2, "zscore")):
+            yield Entry(
+                f"stats {kind} {name}", "stats", "stats_kernel", (*common, ("STATS", stats)), expected
+            )
+        for hysteresis in (False, True):
+            suffix = " hysteresis" if hysteresis else ""
+            constants = (*common, ("HYSTERESIS", hysteresis))
+            # blocks without an element in the bracket, nearly all, pass over most of the loop
+            counted = (*constants, ("BINS", 2048))
+            yield Entry(f"count {kind}{suffix}", "threshold", "count_kernel", counted, expected)
+            yield Entry(f"select {kind}{suffix}", "mask", "select_kernel", constants, expected)
+    tiny = (("HYSTERESIS", True), ("BLOCK", BOUNDS_BLOCK))
+    yield Entry("count bounds", "bounds", "count_bounds_kernel", tiny, scalar)
+    yield Entry("select bounds", "bounds", "select_bounds_kernel", (*tiny, ("POSITIVE_ONLY", True)), scalar)
+    yield Entry("merge moments", "stats", "merge_moments_kernel", (("BLOCK", MERGE_BLOCK),), scalar)
+
+
+def compile_cubin(function, signature: dict[str, str], constants: dict[str, Any], arch: int, **options):
+    """Triton's compiled kernel for ``sm_<arch>``; pointers are taken to be aligned to 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*")]
+    source = ASTSource(
+        fn=function,
+        signature={name: signature[name] for name in function.arg_names},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def measure(compiled, name: str, arch: int, expected: Expectation | None) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        (kernel,) = read_cubin(cubin, find_cuobjdump())
+    return make_row("triton", name, f"sm_{arch}", kernel, expected)
+
+
+def find_cuobjdump() -> str:
+    """Triton's own: it is in every wheel, and knows every architecture that its ptxas knows."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def compile_entry(task: tuple[Entry, int]) -> Row:
+    import importlib
+
+    from epi_kernels.backends.triton.common import LAUNCH
+
+    entry, arch = task
+    module = importlib.import_module(f"epi_kernels.backends.triton.{entry.module}")
+    function = getattr(module, entry.function)
+    constants = dict(entry.constants)
+    signature = {name: "constexpr" if name in constants else _TYPES[name] for name in function.arg_names}
+    compiled = compile_cubin(function, signature, constants, arch, **LAUNCH)
+    return measure(compiled, entry.name, arch, entry.expected)
+
+
+def rows(archs: Iterable[int], jobs: int | None = None) -> list[Row]:
+    tasks = [(entry, arch) for entry in catalog() for arch in archs]
+    jobs = jobs or min(len(os.sched_getaffinity(0)), 8)
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(compile_entry, tasks, chunksize=1))
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
