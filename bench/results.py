@@ -97,14 +97,10 @@ def _first(pattern: str, path: str) -> str | None:
 
 
 def _isa() -> str:
-    import torch
+    """The instruction set that the cpu backend takes here."""
+    from epi_kernels.backends.dispatch import load
 
-    try:
-        import epi_kernels._C  # noqa: F401
-
-        return torch.ops.epi_kernels.cpu_capability()
-    except (ImportError, AttributeError, RuntimeError):
-        return "none"
+    return getattr(load("cpu"), "isa", "none")
 
 
 def machine() -> dict[str, Any]:
