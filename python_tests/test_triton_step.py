@@ -1,0 +1,161 @@
+"""The Triton step, with the stats inside it, gives the reference's bits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from epi_kernels.reference.stats import LayerStats
+from python_tests.triton_stages import (
+    BF16,
+    BLOCK,
+    CHUNK,
+    DEVICE,
+    F32,
+    REFERENCE,
+    Spec,
+    assert_same,
+    backend,
+    make,
+    on_device,
+    same_bits,
+    stats_on_device,
+)
+
+DTYPES = list(itertools.product((F32, BF16), (F32, BF16), (None, F32, BF16)))
+SIZES = (0, 1, 7, BLOCK // 2 - 1, BLOCK // 2, BLOCK // 2 + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * CHUNK + 13)
+
+
+def check(*specs: Spec, steps: int = 1, stats: LayerStats | None = None, edit=None, **options) -> None:
+    expected = make(*specs)
+    if edit is not None:
+        edit(expected)
+    actual = on_device(expected, specs)
+    options = {"stochastic_rounding": True, "grad_multiplier": None} | options
+    moved = None if stats is None else stats_on_device(stats)
+    for _ in range(steps):
+        REFERENCE.step(expected, stats=stats, **options)
+        backend().step(actual, stats=moved, **options)
+    assert_same(actual, expected)
+    if stats is not None:
+        for name in ("minimum", "maximum", "nonfinite"):
+            same_bits(getattr(moved, name), getattr(stats, name), name)
+        # sums in another order: the last bits may differ
+        torch.testing.assert_close(moved.moments.cpu(), stats.moments, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("stochastic_rounding", [True, False])
+def test_every_combination_of_dtypes_in_one_call(stochastic_rounding):
+    specs = [Spec(CHUNK + 9, *dtypes, layer=i % 3) for i, dtypes in enumerate(DTYPES)]
+    check(*specs, steps=2, stochastic_rounding=stochastic_rounding)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_awkward_sizes(dtype):
+    check(*(Spec(n, dtype, dtype) for n in SIZES))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_unaligned_views(dtype):
+    check(*(Spec(CHUNK + 5, dtype, dtype, dtype, offset=offset) for offset in (1, 2, 4)))
+
+
+def test_tensors_that_are_not_contiguous():
+    specs = (Spec(CHUNK + 6, transposed=True), Spec(30, BF16, BF16, transposed=True))
+    check(*specs, grad_multiplier=0.5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_maximize_multiplier_and_missing_masks(dtype):
+    specs = (
+        Spec(700, dtype, dtype, maximize=True),
+        Spec(700, dtype, dtype, maximize=True, isolated=None),
+        Spec(700, dtype, F32, isolated=1.0),
+    )
+    check(*specs, grad_multiplier=1 / 3)
+
+
+@pytest.mark.parametrize("first", [(1 << 32) - 700, (1 << 32) - 1, 1 << 32, (5 << 32) + 3, 1 << 40])
+def test_rounding_beyond_four_billion_elements(first):
+    check(Spec(CHUNK + 77, BF16, BF16, BF16, index_offset=first))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_special_values(dtype):
+    tiny = 1e-45 if dtype == F32 else 9.2e-41
+    values = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, -tiny, 1e-38, 3e38, -3e38, 1.0, 1e-20]
+    pairs = torch.tensor(list(itertools.product(values, values)))
+
+    def edit(items):
+        for item, column in ((items[0], "grad"), (items[1], "exp_avg"), (items[2], "exp_avg_sq")):
+            item.param.copy_(pairs[:, 0])
+            getattr(item, column).copy_(pairs[:, 1].abs() if column == "exp_avg_sq" else pairs[:, 1])
+
+    specs = [Spec(len(pairs), dtype, dtype, isolated=0.5) for _ in range(3)]
+    for stochastic_rounding in (True, False):
+        check(*specs, edit=edit, stochastic_rounding=stochastic_rounding, grad_multiplier=0.25)
+
+
+@pytest.mark.parametrize("with_moments", [False, True], ids=["minmax", "zscore"])
+def test_stats_inside_the_step(with_moments):
+    specs = (
+        Spec(CHUNK + 100, layer=2),
+        Spec(2 * CHUNK, BF16, BF16, layer=0, u_values=(math.inf, math.nan)),
+        Spec(300, F32, F32, BF16, layer=2, u_values=(-math.inf, 0.0)),
+        Spec(50, layer=-1),  # takes no part
+        Spec(0, layer=3),
+        Spec(40, layer=3, u_values=(math.nan,) * 40),
+    )
+    stats = LayerStats.empty(5, torch.device("cpu"), with_moments=with_moments)
+    check(*specs, stats=stats)
+
+
+def test_a_parameter_without_a_gradient_is_skipped_whole():
+    specs = (Spec(100), Spec(CHUNK + 1, BF16, BF16), Spec(9))
+    before, expected = make(*specs), make(*specs)
+    actual = on_device(expected, specs)
+    for item in (before[1], expected[1], actual[1]):
+        item.grad = None
+    present = [expected[0], expected[2]]
+    REFERENCE.step(present, stochastic_rounding=True, grad_multiplier=None, stats=None)
+    backend().step(actual, stochastic_rounding=True, grad_multiplier=None, stats=None)
+    assert_same(actual, [expected[0], before[1], expected[2]])
+
+
+def test_isolated_elements_keep_their_bits():
+    spec = Spec(CHUNK + 40, BF16, BF16, isolated=0.5)
+    items = on_device(make(spec), (spec,))
+    before = items[0].param.clone()
+    for _ in range(3):
+        backend().step(items, stochastic_rounding=True, grad_multiplier=None, stats=None)
+    from epi_kernels.reference import bits
+
+    isolated = bits.unpack(items[0].isolation_mask, spec.n)
+    assert torch.equal(items[0].param[isolated], before[isolated])
+    assert (items[0].param[~isolated] != before[~isolated]).float().mean() > 0.9
+
+
+def test_two_runs_agree_to_the_bit_with_moments():
+    specs = [Spec(CHUNK * 2 + 11, layer=i % 2) for i in range(4)]
+    moments = []
+    for _ in range(2):
+        stats = stats_on_device(LayerStats.empty(2, torch.device("cpu"), with_moments=True))
+        items = on_device(make(*specs), tuple(specs))
+        backend().step(items, stochastic_rounding=False, grad_multiplier=None, stats=stats)
+        moments.append(stats.moments.cpu())
+    assert torch.equal(*moments)
+
+
+def test_which_devices_are_refused():
+    triton = backend()
+    assert triton.refuses(DEVICE, torch.float16) is not None
+    assert triton.refuses(DEVICE, torch.float64) is not None
+    assert triton.refuses(DEVICE, torch.float32) is None
+    if DEVICE.type == "cpu":
+        assert triton.only_by_name(DEVICE) is not None
+        assert triton.refuses(torch.device("cuda"), torch.float32) is not None
