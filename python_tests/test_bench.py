@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import registry, results, run
+from bench import bench_memory, registry, results, run
 from bench.registry import Case, Plan, Target
 from python_tests.bench_rows import library_case, linear_rows, shared
 
@@ -120,6 +120,28 @@ def test_names_are_unique_and_every_variant_is_there():
     assert len(set(names)) == len(names)
     assert len(registry.refresh_cases(plan)) == 2 * (2 * 2 * 3 - 2)  # zscore refuses hysteresis
     assert {"linear-step-f32-1e5", "linear-step-f32-1e8"} <= set(names)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
+def test_a_temporary_that_is_given_back_is_seen():
+    """The memory rows are worth as much as what they would notice: 8 MiB, freed before the call returns."""
+    script = (
+        "from bench.bench_memory import peak_mib\n"
+        "print(peak_mib(lambda: None), peak_mib(lambda: len(b'x' * (8 << 20))), peak_mib(lambda: None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | bench_memory.MALLOC,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, during, after = map(float, done.stdout.split())
+    assert before < 0.5 and 7.5 < during < 9 and after < 0.5
 
 
 # ---------------------------------------------------------------- a run
