@@ -7,7 +7,9 @@ and barriers. What is left to a device: vector instructions, the memory model, s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -72,6 +74,14 @@ def missing() -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def only_one(output: Path):
+    """Of several test processes that want to build this file, one at a time."""
+    with open(output.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def build(*extra: str) -> Path:
     """The shared library, compiled anew when a source, a header or a flag has changed."""
@@ -82,36 +92,47 @@ def build(*extra: str) -> Path:
     folder = ROOT / "build" / "cuda_emulation"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"emulation-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        objects, processes = [], []
-        for source in SOURCES:
-            objects.append(library.with_suffix(f".{Path(source).stem}.{os.getpid()}.o"))
-            command = [
-                "g++",
-                "-c",
-                *FLAGS,
-                *extra,
-                *include_flags(),
-                str(ROOT / source),
-                "-o",
-                str(objects[-1]),
-            ]
-            processes.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with only_one(library):
+        if not library.exists():
+            objects, processes = [], []
+            for source in SOURCES:
+                objects.append(library.with_suffix(f".{Path(source).stem}.o"))
+                command = [
+                    "g++",
+                    "-c",
+                    *FLAGS,
+                    *extra,
+                    *include_flags(),
+                    str(ROOT / source),
+                    "-o",
+                    str(objects[-1]),
+                ]
+                processes.append(
+                    subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                )
+            for process in processes:
+                output, _ = process.communicate()
+                assert process.returncode == 0, output
+            torch_lib = os.path.join(os.path.dirname(torch.__file__), "lib")
+            fresh = library.with_suffix(f".{os.getpid()}.so")
+            subprocess.run(
+                [
+                    "g++",
+                    "-shared",
+                    *extra,
+                    *map(str, objects),
+                    "-L",
+                    torch_lib,
+                    "-ltorch_cpu",
+                    "-ltorch",
+                    "-lc10",
+                ]
+                + [f"-Wl,-rpath,{torch_lib}", "-pthread", "-o", str(fresh)],
+                check=True,
             )
-        for process in processes:
-            output, _ = process.communicate()
-            assert process.returncode == 0, output
-        torch_lib = os.path.join(os.path.dirname(torch.__file__), "lib")
-        fresh = library.with_suffix(f".{os.getpid()}.so")
-        subprocess.run(
-            ["g++", "-shared", *extra, *map(str, objects), "-L", torch_lib, "-ltorch_cpu", "-ltorch", "-lc10"]
-            + [f"-Wl,-rpath,{torch_lib}", "-pthread", "-o", str(fresh)],
-            check=True,
-        )
-        fresh.replace(library)
-        for path in objects:
-            path.unlink()
+            fresh.replace(library)
+            for path in objects:
+                path.unlink()
     return library
 
 

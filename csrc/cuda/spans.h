@@ -14,7 +14,12 @@ struct Span {
 
   template <class T>
   EPI_KERNEL T* pointer(Column column) const {
-    return reinterpret_cast<T*>(row[column]);
+    T* p = reinterpret_cast<T*>(row[column]);
+#if defined(__CUDA_ARCH__)
+    // An address from a table could be of any memory: say which, or accesses stay generic.
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
   }
   EPI_KERNEL bool has(Flag flag) const { return (row[kFlags] & flag) != 0; }
 };

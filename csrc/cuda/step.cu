@@ -11,8 +11,6 @@ namespace {
 // and more a multiprocessor, is above latency times bandwidth of an H200 on paper; not measured.
 template <class P, class S, class U>
 constexpr int kStepBlocks = kOwn<U> || sizeof(P) != sizeof(S) ? 2 : 3;
-                            : sizeof(P) == 2                  ? 3
-                                                              : 4;
 constexpr int kStepStatsBlocks = 2;
 
 template <class P, class S, class U>

@@ -128,11 +128,13 @@ EPI_KERNEL void step_span(const StepArgs& args, const Span& span, const Block& b
   int64_t begin = span.begin;
   if (span.has(kAligned)) {
     const int64_t whole = (span.end - begin) / kWidth;
+#pragma unroll 1
     for (int64_t i = block.thread(); i < whole; i += block.threads()) {
       update<kWidth>(tensors, constants, args, maximize, random, begin + i * kWidth, include);
     }
     begin += whole * kWidth;
   }
+#pragma unroll 1
   for (int64_t i = begin + block.thread(); i < span.end; i += block.threads()) {
     update<1>(tensors, constants, args, maximize, random, i, include);
   }
