@@ -17,10 +17,10 @@ MASK_WIDTH = 8  # a packed mask is read byte by byte; nothing else here has an e
 class Expectation:
     """What the check knows of a kernel beforehand."""
 
-    elements: float  # elements a thread handles in one turn of its hot loop
-    full_width: bool = False  # the full-chunk path of a step kernel
-    loads: int = 0  # accesses of FULL_WIDTH bits in the loop, where full_width
+    elements: float  # elements a thread handles in a block; 0: no loop over elements
+    loads: int = 0  # accesses of FULL_WIDTH bits a thread makes in a block, or their worth in narrower ones
     stores: int = 0
+    full_width: bool = False  # the full-chunk path of a step kernel: none may be narrower
     limited: bool = False  # MAX_INSTRUCTIONS applies: a step with float32 states
 
 
@@ -45,9 +45,18 @@ def make_row(source: str, name: str, arch: str, kernel: Kernel, expected: Expect
     loop = kernel.hot_loop
     loads, stores = dict(widths(loop, "LDG", "LD")), dict(widths(loop, "STG", "ST"))
     per_element = None
-    if expected is not None and expected.elements and loop:
-        per_element = len(loop) / expected.elements
-    problems = list(_problems(kernel, loads, stores, per_element, expected))
+    problems = [f"spills {kernel.spill_bytes} bytes"] if kernel.spill_bytes else []
+    if expected is not None:
+        blocks = _unrolled(loads, expected)
+        if expected.elements and blocks:
+            per_element = len(loop) / (expected.elements * blocks)
+        if expected.full_width:
+            problems += _width_problems("load", loads, expected.loads * (blocks or 1))
+            problems += _width_problems("store", stores, expected.stores * (blocks or 1))
+        if expected.limited and per_element is None:
+            problems.append("no loop over elements was found")
+        elif expected.limited and per_element > MAX_INSTRUCTIONS:
+            problems.append(f"{per_element:.0f} instructions an element, more than {MAX_INSTRUCTIONS}")
     return Row(
         source,
         name,
@@ -62,30 +71,20 @@ def make_row(source: str, name: str, arch: str, kernel: Kernel, expected: Expect
     )
 
 
-def _problems(
-    kernel: Kernel,
-    loads: dict[int, int],
-    stores: dict[int, int],
-    per_element: float | None,
-    expected: Expectation | None,
-) -> Iterable[str]:
-    if kernel.spill_bytes:
-        yield f"spills {kernel.spill_bytes} bytes"
-    if expected is None:
-        return
-    if expected.full_width:
-        for what, found, wanted in (("load", loads, expected.loads), ("store", stores, expected.stores)):
-            narrow = {w: n for w, n in found.items() if w < FULL_WIDTH and w != MASK_WIDTH}
-            if narrow:
-                yield f"narrow {what}s: {describe(narrow)}"
-            wide = sum(n * w // FULL_WIDTH for w, n in found.items() if w >= FULL_WIDTH)
-            if wide != wanted:
-                yield f"{wide} {what}s of {FULL_WIDTH} bits, {wanted} expected"
-    if expected.limited:
-        if per_element is None:
-            yield "no loop over elements was found"
-        elif per_element > MAX_INSTRUCTIONS:
-            yield f"{per_element:.0f} instructions an element, more than {MAX_INSTRUCTIONS}"
+def _unrolled(loads: dict[int, int], expected: Expectation) -> int:
+    """How many blocks a turn of the loop handles: what it loads over what a block needs."""
+    if not expected.loads:
+        return 0
+    return sum(n * w for w, n in loads.items() if w != MASK_WIDTH) // (expected.loads * FULL_WIDTH)
+
+
+def _width_problems(what: str, found: dict[int, int], wanted: int) -> Iterable[str]:
+    narrow = {w: n for w, n in found.items() if w < FULL_WIDTH and w != MASK_WIDTH}
+    if narrow:
+        yield f"narrow {what}s: {describe(narrow)}"
+    wide = sum(n * w // FULL_WIDTH for w, n in found.items() if w >= FULL_WIDTH)
+    if wide != wanted:
+        yield f"{wide} {what}s of {FULL_WIDTH} bits, {wanted} expected"
 
 
 def describe(accesses: dict[int, int]) -> str:

@@ -7,10 +7,11 @@ processes compile twice as fast.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ _TYPES = {
     **dict.fromkeys(("stride", "layers"), "i32"),
     "done": "*u8",
     "keep_factor": "fp32",
+}
+
+
+_INEXACT = {
+    "contraction": r"\b(fma|mad)\.\S*f(32|64)",
+    "subnormals flushed": r"\b\w+\.\S*ftz\S*",
+    "approximation": r"\b\w+\.\S*(approx|full)\S*f32",
 }
 
 
@@ -107,10 +115,11 @@ def _refresh() -> Iterator[Entry]:
     from epi_kernels.backends.triton.bounds import BOUNDS_BLOCK
     from epi_kernels.backends.triton.common import THREADS
 
-    expected = Expectation(elements=REFRESH_ROWS * 8 // THREADS)
+    elements = REFRESH_ROWS * 8 // THREADS
     scalar = Expectation(elements=0)
     for bf16 in (False, True):
         kind = "bf16" if bf16 else "f32"
+        expected = Expectation(elements, loads=elements // (8 if bf16 else 4))
         common = (("BF16", bf16), ("FULL", True), ("ROWS", REFRESH_ROWS))
         for stats, name in ((1, "minmax"), (2, "zscore")):
             yield Entry(
@@ -150,7 +159,16 @@ def measure(compiled, name: str, arch: int, expected: Expectation | None) -> Row
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (kernel,) = read_cubin(cubin, find_cuobjdump())
-    return make_row("triton", name, f"sm_{arch}", kernel, expected)
+    row = make_row("triton", name, f"sm_{arch}", kernel, expected)
+    return replace(row, problems=(*row.problems, *inexact(compiled.asm["ptx"])))
+
+
+def inexact(ptx: str) -> Iterator[str]:
+    """What would give other bits than one IEEE-rounded operation at a time."""
+    for what, pattern in _INEXACT.items():
+        found = re.search(pattern, ptx)
+        if found:
+            yield f"{what}: {found[0]}"
 
 
 def find_cuobjdump() -> str:

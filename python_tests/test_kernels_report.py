@@ -1,0 +1,137 @@
+"""`epi-kernels kernels`: every kernel compiles for every architecture and passes; bad ones do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from epi_kernels.kernels_report import cuda_kernels, sass
+from epi_kernels.kernels_report.command import ARCHITECTURES
+from epi_kernels.kernels_report.rows import Expectation, describe, make_row
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs python with Triton's compiler in place of its interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_passes_the_check(arch):
+    result = compiling("-m", "epi_kernels", "kernels", "--check", "--json", "--jobs=1", f"--arch=sm_{arch}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    steps = [row for row in rows if row["kernel"].startswith("step ") and "bounded" not in row["kernel"]]
+    # the check looked at something: twelve combinations of dtypes and the switches on top
+    assert len(steps) >= 12
+    for row in steps:
+        assert row["arch"] == f"sm_{arch}" and row["registers"] > 0
+        assert set(row["loads"]) == {"128", "8"} and set(row["stores"]) == {"128"}
+        assert row["loads"]["128"] >= 4 and row["stores"]["128"] >= 3
+        assert row["instructions_per_element"] > 20
+    bounded = next(row for row in rows if "bounded" in row["kernel"])
+    assert set(bounded["loads"]) == {"32", "8"}
+
+
+def test_bad_kernels_are_found():
+    result = compiling("-m", "python_tests.bad_kernels")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    problems = {name: "; ".join(row["problems"]) for name, row in rows.items()}
+    assert problems["good"] == "" and problems["good step"] == ""
+    assert re.search(r"narrow loads: \d+x32; .*narrow stores: \d+x32", problems["narrow"])
+    assert "contraction: fma" in problems["fused"]
+    assert re.search(
+        r"8 loads of 128 bits, 6 expected; 8 stores of 128 bits, 4 expected", problems["too few"]
+    )
+    assert "instructions an element, more than 100" in problems["too long"]
+    assert "spills" in problems["spilling step"] and rows["spilling step"]["spill_bytes"] > 0
+
+
+LISTING = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function stream:
+  REG:24 STACK:8 SHARED:512 LOCAL:0 CONSTANT[0]:576 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+\tcode for sm_90
+\t\tFunction : stream
+\t.headerflags    @"EF_CUDA_TEXMODE_UNIFIED"
+        /*0000*/                   LDG.E R9, desc[UR10][R2.64] ;    /* 0x0 */
+                                                                    /* 0x1 */
+        /*0010*/                   STL.64 [R1], R4 ;
+        /*0020*/              @!P1 LDG.E.128 R24, desc[UR10][R70.64] ;
+        /*0030*/                   LDG.E.U8.CONSTANT R3, desc[UR10][R70.64] ;
+        /*0040*/              @P0  BRA 0x60 ;
+        /*0050*/                   STG.E.U16 desc[UR10][R2.64], R3 ;
+        /*0060*/                   STG.E.EF.128 desc[UR10][R2.64], R24 ;
+        /*0070*/              @!P0 BRA 0x20 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_reading_a_listing():
+    (kernel,) = sass.parse(LISTING)
+    assert (kernel.name, kernel.registers, kernel.shared_bytes, kernel.spill_bytes) == ("stream", 24, 512, 8)
+    loop = kernel.hot_loop
+    assert [i.address for i in loop] == [0x20, 0x30, 0x40, 0x50, 0x60, 0x70]
+    row = make_row("triton", "stream", "sm_90", kernel, Expectation(4, full_width=True, loads=1, stores=1))
+    assert row.instructions_per_element == 1.5
+    assert row.loads == {128: 1, 8: 1} and row.stores == {128: 1, 16: 1}
+    assert row.problems == ("spills 8 bytes", "narrow stores: 1x16")
+    assert describe(row.loads) == "1x128 1x8"
+
+
+PTXAS = """
+ptxas info    : Compiling entry function '_Z4stepILb1EEvPKlS0_' for 'sm_90'
+ptxas info    : Function properties for _Z4stepILb1EEvPKlS0_
+    24 bytes stack frame, 20 bytes spill stores, 36 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack size
+"""
+
+
+def test_reading_what_ptxas_says():
+    assert cuda_kernels.spills(PTXAS) == {"_Z4stepILb1EEvPKlS0_": 36}
+    assert cuda_kernels._short("void epi::(anonymous namespace)::step<true, 2>(long const*, int)") == (
+        "step<true, 2>"
+    )
+
+
+@pytest.mark.cuda_compile
+def test_a_cuda_source_gets_the_same_table(tmp_path, monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    folder = tmp_path / "cuda"
+    folder.mkdir()
+    (folder / "copy.cu").write_text(
+        "namespace epi { __global__ void copy(float4* to, const float4* from, int n) {\n"
+        "  for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = from[i]; } }\n"
+    )
+    monkeypatch.setattr(cuda_kernels, "SOURCES", tmp_path)
+    (row,) = cuda_kernels.rows([90])
+    assert row.kernel == "copy copy" and row.arch == "sm_90" and row.spill_bytes == 0
+    assert set(row.loads) == {128} and set(row.stores) == {128} and row.registers > 0
+
+
+def test_missing_sources_and_compilers_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "SOURCES", tmp_path)
+    with pytest.raises(RuntimeError, match="no CUDA sources"):
+        cuda_kernels.rows([90], nvcc="nvcc")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="nvcc is not on PATH"):
+        cuda_kernels.rows([90])
