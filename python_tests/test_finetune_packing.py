@@ -100,22 +100,41 @@ def test_positions_restart_in_every_example_and_in_the_padding():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3, 4]]
 
 
-class IgnoresPositions(torch.nn.Module):
-    """A model that mixes all tokens before a position, as a recurrent one does."""
+def test_one_row_for_flash_attention_keeps_examples_apart_too():
+    """It reads boundaries only in a batch of one row; the joined row gives what the separate ones give."""
+    rows = [[FIRST, SECOND], [OTHER]]
+    joined = collate(rows, 0, packing=True, attention="flash_attention_2")
+    assert joined["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    model = tiny_llama().eval()
+    one, two = answer_loss(model, joined), answer_loss(model, collate(rows, 0, packing=True))
+    assert one[1] == two[1]
+    torch.testing.assert_close(one[0], two[0], rtol=1e-5, atol=1e-5)
 
-    def __init__(self):
+
+class Leaking(torch.nn.Module):
+    """Mixes tokens along a row, as a recurrent model does, or across the rows of a batch."""
+
+    def __init__(self, dim):
         super().__init__()
-        self.embed = torch.nn.Embedding(50, 50)
+        self.embed, self.dim = torch.nn.Embedding(50, 50), dim
 
     def forward(self, input_ids, position_ids=None, use_cache=None):
         class Output:
-            logits = self.embed(input_ids).cumsum(1)
+            logits = self.embed(input_ids).cumsum(self.dim)
 
         return Output
+
+
+class WithoutPositions(torch.nn.Linear):
+    def forward(self, input_ids, use_cache=None):
+        raise AssertionError("never called")
 
 
 def test_a_model_that_would_leak_is_refused_before_training():
     packing.assert_no_leak(tiny_llama(), 300)
     packing.assert_no_leak(tiny_llama(dtype=torch.bfloat16), 300)
-    with pytest.raises(UserError, match="IgnoresPositions lets packed examples see each other.*--no-packing"):
-        packing.assert_no_leak(IgnoresPositions(), 50)
+    for dim in (0, 1):
+        with pytest.raises(UserError, match="Leaking lets packed examples see each other.*--no-packing"):
+            packing.assert_no_leak(Leaking(dim), 50)
+    with pytest.raises(UserError, match="does not take position_ids.*--no-packing"):
+        packing.assert_no_leak(WithoutPositions(2, 2), 50)

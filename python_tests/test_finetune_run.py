@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,3 +385,28 @@ def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, refused):
         "--no-packing",
     ]
     assert "step 1: loss nan" in refused(*more, status=1)
+
+
+def make_qa(out, *more, seed="0"):
+    tool = Path(__file__).resolve().parents[1] / "tools" / "make_stdlib_qa.py"
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    subprocess.run(
+        [sys.executable, tool, out, *more], check=True, capture_output=True, env=environment, timeout=120
+    )
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_real_text_from_the_standard_library(tmp_path, capsys):
+    """The documentation of Python itself: more than a thousand pairs, the same ones each time; a run on a few."""
+    every = make_qa(tmp_path / "all.jsonl")
+    assert len(every) > 1000 and len({pair["prompt"] for pair in every}) == len(every)
+    assert make_qa(tmp_path / "again.jsonl", seed="77") == every
+    few = make_qa(tmp_path / "few.jsonl", "--limit", "60")
+    assert len(few) == 60 and all(pair in every for pair in few)
+    write_config(tmp_path, vocab_size=600)
+    more = ["--max-length", 96, "--batch-size", 4, "--epochs", 4, "--lr", 1e-2, "--mask-interval", 5]
+    data = ["--data", tmp_path / "few.jsonl", "--out", tmp_path / "out", "--backend", backend(), "--quiet"]
+    assert command(finetune, "--model", tmp_path / "config-tiny.json", *data, *more) == 0
+    evals = events(tmp_path / "out", "eval")
+    assert evals[-1]["validation_loss"] < 0.9 * evals[0]["validation_loss"]
+    assert events(tmp_path / "out", "refresh")

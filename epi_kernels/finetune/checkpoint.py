@@ -35,14 +35,30 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _probe(directory: Path) -> None:
+    """Writes and removes 1 MiB."""
+    path = directory / (TEMPORARY + "probe")
+    try:
+        with open(path, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def is_disk_full(error: BaseException, directory: Path) -> bool:
-    """True for ENOSPC in the forms it comes in: safetensors and torch.save wrap it in exceptions of their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
+    """True for ENOSPC in the forms it comes in: safetensors and torch.save raise errors of their own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     if "No space left" in str(error) or "os error 28" in str(error):
         return True
-    # torch's zip writer says only that it failed: ask the file system.
-    return "PytorchStreamWriter failed" in str(error) and shutil.disk_usage(directory).free < 1 << 20
+    # torch.save's messages name no cause ("iostream error", "unexpected pos 7808 vs 7700"): try the disk.
+    try:
+        _probe(directory)
+    except OSError as probed:
+        return probed.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def write_directory(target: Path, write: Callable[[Path], None]) -> None:
@@ -62,6 +78,7 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
         os.rename(temporary, target)
         _sync(parent)
     except BaseException as error:
+        # Asked before the half-written files go, which may be what fills the disk.
         full = isinstance(error, Exception) and is_disk_full(error, parent)
         shutil.rmtree(temporary, ignore_errors=True)
         if full:

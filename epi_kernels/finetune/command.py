@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from . import checkpoint, compare, model, plan
 from .arguments import add_arguments
 from .errors import UserError
@@ -50,6 +52,8 @@ def _run(args) -> int:
     dtype = model.model_dtype(prepared.config, options.dtype, options.model)
     memory = plan.memory(model.empty_model(prepared.config).parameters(), dtype, options)
     print(plan.describe_steps(options, job.steps, job.schedule.steps_per_epoch, job.schedule.rows))
+    if options.compare and dtype == torch.bfloat16 and options.stochastic_rounding is not False:
+        print("note: torch.optim.AdamW rounds bf16 weights to nearest, this run's optimizer stochastically")
     if options.dry_run:
         print(plan.describe_memory(memory))
     caution = plan.warning(options, job.steps)

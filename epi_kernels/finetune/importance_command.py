@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
     # Dropout off: the importance is of the model as it is used.
     net.eval()
     if args.packing:
-        packing.assert_no_leak(net, tokenizer.vocab_size)
+        packing.assert_no_leak(net, tokenizer.vocab_size, args.attention)
     if args.gradient_checkpointing:
         # Checkpointing is active in training mode only; dropout is silenced one by one instead.
         model.enable_checkpointing(net)
@@ -169,7 +169,9 @@ def _run(args: argparse.Namespace) -> int:
         quiet = args.quiet or not sys.stderr.isatty()
         for step in tqdm(range(batches), desc="importance", unit="batch", disable=quiet):
             (indices,) = schedule.micro_batches(step)
-            loss, answers = answer_loss(net, rows.batch(indices, pad_id, args.packing, device))
+            loss, answers = answer_loss(
+                net, rows.batch(indices, pad_id, args.packing, device, args.attention)
+            )
             if not torch.isfinite(loss):
                 raise UserError(f"batch {step + 1}: the loss is {float(loss)}; nothing was written", status=1)
             (loss / answers).backward()

@@ -1,9 +1,9 @@
 """Several examples in one row, without a leak between them; the order of batches as a pure function of seed and step.
 
 Positions restart at 0 in every example. With `attention_mask=None` and no cache, transformers (5.x) reads example
-boundaries from `position_ids` and builds block-diagonal masks for "sdpa" and "eager"; "flash_attention_2" takes
-variable-length segments from them. Models without attention (recurrent ones) ignore positions and would leak:
-`assert_no_leak` tries the model at hand before training.
+boundaries from `position_ids` and builds block-diagonal masks for "sdpa" and "eager". "flash_attention_2" takes
+variable-length segments from them, but only in a batch of one row: all rows are joined for it. Models without
+attention (recurrent ones) ignore positions and would leak: `assert_no_leak` tries the model at hand before training.
 """
 
 from __future__ import annotations
@@ -69,12 +69,18 @@ class Schedule:
 
 
 def collate(
-    rows: Sequence[Sequence[Encoded]], pad_id: int, packing: bool, device: torch.device | str = "cpu"
+    rows: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    packing: bool,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
 ) -> dict[str, torch.Tensor]:
     """One micro-batch: input_ids, labels, position_ids (all [rows, longest] int64); unpacked rows get an attention_mask.
 
     In packed rows the padding at the end is a segment of its own, so it needs no mask.
     """
+    if packing and attention == "flash_attention_2":
+        rows = [[one for row in rows for one in row]]
     width = max(sum(len(one.input_ids) for one in row) for row in rows)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
     for row in rows:
@@ -94,25 +100,32 @@ def collate(
 
 
 @torch.no_grad()
-def assert_no_leak(model, vocab_size: int) -> None:
-    """Raises UserError when, in this model, the second of two packed examples sees the first."""
+def assert_no_leak(model, vocab_size: int, attention: str = "sdpa") -> None:
+    """Raises UserError when, in this model, a packed example sees another of its row or its batch."""
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
-        second = [(3 + 5 * i) % vocab_size for i in range(6)]
-        logits = []
-        for shift in (0, 1):
-            first = [(7 * i + 11 * shift + 1) % vocab_size for i in range(6)]
-            rows = [[Encoded(first, [IGNORE] * 6), Encoded(second, [IGNORE] * 6)]]
-            batch = collate(rows, 0, packing=True, device=device)
+        first = next(model.parameters())
+        samples = [[(7 * i + 11 * start + 1) % vocab_size for i in range(6)] for start in range(4)]
+        seen = []
+        for change in (0, 1):
+            changed = [(token + change) % vocab_size for token in samples[0]]
+            every = [Encoded(ids, [IGNORE] * 6) for ids in (changed, *samples[1:])]
+            batch = collate([every[:2], every[2:]], 0, packing=True, device=first.device, attention=attention)
             del batch["labels"]
-            logits.append(model(**batch, use_cache=False).logits[0, 6:].float())
+            # All but the changed example, whatever the layout.
+            seen.append(model(**batch, use_cache=False).logits.reshape(24, -1)[6:].float())
         # Equal bits on CPUs; a GPU's batched kernels may round differently, a leak is far larger.
-        difference = (logits[0] - logits[1]).abs().max() / logits[0].std().clamp_min(1e-20)
-        if not difference <= (1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2):
-            raise UserError(
-                f"{type(model).__name__} lets packed examples see each other (logits move by {difference:.2g} of their spread): pass --no-packing"
-            )
+        difference = (seen[0] - seen[1]).abs().max() / seen[0].std().clamp_min(1e-20)
+        leaks = not difference <= (1e-4 if first.dtype == torch.float32 else 2e-2)
+    except TypeError as error:
+        raise UserError(
+            f"{type(model).__name__} does not take position_ids ({error}): pass --no-packing"
+        ) from None
     finally:
         model.train(was_training)
+    if leaks:
+        raise UserError(
+            f"{type(model).__name__} lets packed examples see each other "
+            f"(logits move by {difference:.2g} of their spread): pass --no-packing"
+        )

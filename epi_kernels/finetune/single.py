@@ -74,7 +74,7 @@ def one_run(
             options.protect, shapes, model.structure_fingerprint(net), options.beta2, options.protect_steps
         )
     if options.packing:
-        packing.assert_no_leak(net, job.tokenizer.vocab_size)
+        packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
     optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
@@ -147,6 +147,7 @@ def _carry(optimizer, source: protect.Source) -> None:
         optimizer.carry_importance(source.state_dict)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--protect {source.path}: the optimizer refuses it ({error})") from None
+    source.state_dict = {}  # the optimizer has its own copy; this one may be as large as the model
     optimizer.refresh_isolation_mask()
     report = optimizer.isolation_report()
     print(f"protected from the first step: {report.isolated} weights isolated ({source.description})")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from . import checkpoint
 from .chat import IGNORE, Encoded
@@ -32,11 +33,10 @@ class Rows:
     rows: list[list[int]]
 
     def batch(
-        self, indices: Sequence[int], pad_id: int, packing: bool, device: str
+        self, indices: Sequence[int], pad_id: int, packing: bool, device: str, attention: str
     ) -> dict[str, torch.Tensor]:
-        return collate(
-            [[self.examples[i] for i in self.rows[row]] for row in indices], pad_id, packing, device
-        )
+        rows = [[self.examples[i] for i in self.rows[row]] for row in indices]
+        return collate(rows, pad_id, packing, device, attention)
 
 
 @dataclass
@@ -53,6 +53,9 @@ class Job:
     pad_id: int
     device: str
     fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def batch(self, rows: Rows, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        return rows.batch(indices, self.pad_id, self.options.packing, self.device, self.options.attention)
 
     @property
     def eval_every(self) -> int:
@@ -104,7 +107,7 @@ def evaluate(model, rows: Rows | None, job: Job) -> float | None:
     size = job.options.batch_size
     for start in range(0, len(rows.rows), size):
         indices = range(start, min(start + size, len(rows.rows)))
-        loss, count = answer_loss(model, rows.batch(indices, job.pad_id, job.options.packing, job.device))
+        loss, count = answer_loss(model, job.batch(rows, indices))
         total, tokens = total + float(loss), tokens + count
     model.train()
     return total / max(1, tokens)
@@ -165,6 +168,10 @@ class Run:
             retain_loss=retain,
             seconds=round(time.perf_counter() - begin, 4),
         )
+        if not self.job.options.quiet:
+            known = [("validation loss", validation), ("old-data loss", retain)]
+            text = ", ".join(f"{name} {value:.4f}" for name, value in known if value is not None)
+            tqdm.write(f"{self.label}: step {step} of {self.job.steps}" + (f", {text}" if text else ""))
         self.carried["validation"] = validation
         self.carried.setdefault("retain_before", retain)
         self.carried["retain_after"] = retain
@@ -212,10 +219,7 @@ class Run:
         """One optimizer step over all micro-batches of step `index`; the loss is a mean over all their answer tokens."""
         job, options = self.job, self.job.options
         torch.manual_seed(step_seed(options.seed, index))
-        batches = [
-            job.train.batch(rows, job.pad_id, options.packing, job.device)
-            for rows in job.schedule.micro_batches(index)
-        ]
+        batches = [job.batch(job.train, rows) for rows in job.schedule.micro_batches(index)]
         answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
@@ -240,8 +244,6 @@ class Run:
 
     def run(self, start: int) -> Outcome:
         """Steps `start` .. steps. Returns early, with a checkpoint, when interrupted."""
-        from tqdm import tqdm
-
         job, options = self.job, self.job.options
         if start == 0:
             self.log_refresh(0)
@@ -269,12 +271,13 @@ class Run:
                 bar.update()
                 if done % job.eval_every == 0 or done == job.steps:
                     self.eval(done)
-                if done == job.steps or interrupts.signal is not None:
+                stop = interrupts.signal is not None  # read once: a signal may come at any time
+                if done == job.steps or stop:
                     if not self.save(done, final=True):
                         raise UserError("free some space, then continue with --resume", status=1)
                 elif done % options.checkpoint_every == 0:
                     self.save(done)
-                if interrupts.signal is not None and done < job.steps:
+                if stop:
                     break
         return Outcome(
             self.saved_step or 0,
