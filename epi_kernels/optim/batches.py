@@ -59,6 +59,15 @@ def param_tensors(
     )
 
 
+def _stores_bfloat16(tensors: ParamTensors) -> bool:
+    importance = tensors.importance
+    return (
+        tensors.param.dtype == torch.bfloat16
+        or tensors.exp_avg.dtype == torch.bfloat16
+        or (importance is not None and importance.dtype == torch.bfloat16)
+    )
+
+
 class _Scalars:
     """Host scalars of a step, computed once for the parameters that share group and ``t``."""
 
@@ -104,7 +113,8 @@ def run_step(
         tensors = param_tensors(param, state, group, row)
         tensors.grad, tensors.maximize = param.grad, group["maximize"]
         tensors.scalars = scalars.of(group, t, param.dtype)
-        tensors.rng_key = stream_key(config.seed, t, rng_id)
+        if config.stochastic_rounding and _stores_bfloat16(tensors):
+            tensors.rng_key = stream_key(config.seed, t, rng_id)
         backend = choose(config.backend, param.device, param.dtype).backend
         batches.setdefault((backend.name, param.device), (backend, []))[1].append(tensors)
     for (_, device), (backend, batch) in batches.items():

@@ -113,9 +113,9 @@ class IsolationReport:
     def released(self) -> int:
         return sum(row.released for row in self.layers)
 
-    @property
+    @functools.cached_property
     def nonfinite(self) -> int:
-        return sum(row.nonfinite for row in self.layers)
+        return int(self._nonfinite.sum())
 
     @property
     def jaccard(self) -> float:

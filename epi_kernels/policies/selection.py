@@ -13,6 +13,9 @@ from epi_kernels.reference.threshold import KEY_END, score_keys
 SAMPLE_FROM_ELEMENTS = 1 << 20
 SAMPLE_STRIDE = 64
 
+MAX_BIN_BITS, MIN_BIN_BITS = 11, 8
+HISTOGRAM_BYTES = 256 * 1024  # past this, fewer bins and one more pass
+
 
 def selected_count(ratio: float, n_elements: int) -> int:
     """k = floor(p * N), in float64."""
@@ -36,5 +39,8 @@ def key_range(normalization: str, factor: float) -> tuple[int, int]:
 
 
 def bin_bits(domains: int) -> int:
-    """2,048 bins for one domain; fewer for many, so that ``scope="layer"`` stays small."""
-    return 11 if domains == 1 else 8
+    """2,048 bins a domain, fewer where many domains would make the histogram large."""
+    bits = MAX_BIN_BITS
+    while bits > MIN_BIN_BITS and domains * ((1 << bits) + 1) * 8 > HISTOGRAM_BYTES:
+        bits -= 1
+    return bits
