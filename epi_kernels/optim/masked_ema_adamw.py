@@ -242,7 +242,7 @@ class MaskedEMAAdamW(Optimizer):
                 continue
             row, state = layers.row_of[param], self.state.get(param)
             if not state:
-                stateless[row] += param.numel()
+                stateless[row] += param.numel() if group["isolate"] else 0
                 continue
             state_.complete_state(state, param, group, self._config)
             backend = choose(self._config.backend, param.device, param.dtype).backend
