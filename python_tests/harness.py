@@ -59,7 +59,13 @@ class Target:
         backend = dispatch.load(self.backend)
         if isinstance(backend, str):
             return backend
+        assert self.isa in (None, getattr(backend, "isa", None)), f"asked for {self.isa}, got {backend.isa}"
         return backend.refuses(torch.device(self.device), torch.float32)
+
+    @property
+    def interpreted(self) -> bool:
+        """Kernels run through Triton's interpreter: a refresh costs seconds, so tests do fewer."""
+        return self.backend == "triton" and self.device == "cpu"
 
     @property
     def must_run(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -111,7 +112,8 @@ def test_4_runs_repeat_and_resume(dtype, target: Target):
     train(again, again_params, steps)
     assert_same_run(whole, again)
 
-    for stop in range(steps + 1):
+    # test_state.py stops at every step of every configuration, on the reference.
+    for stop in (2,) if target.interpreted else range(steps + 1):
         first_params = small_model(dtype, device=target.device)
         first = make(first_params, **arguments)
         train(first, first_params, stop)
@@ -154,27 +156,31 @@ def _mask_of(target: Target, pattern: str, sizes: tuple[int, ...], **settings) -
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("ratio", [0.001, 0.3])
-@pytest.mark.parametrize("hysteresis", [0.0, 0.5])
+@pytest.mark.parametrize(("ratio", "hysteresis"), [(0.001, 0.0), (0.3, 0.0), (0.3, 0.5)])
 def test_5_mask_equals_the_definition(pattern, ratio, hysteresis, target: Target, monkeypatch):
     """Exactly, ties included, also where a sample is used to bracket the threshold."""
     from epi_kernels.policies import selection
 
     monkeypatch.setattr(selection, "SAMPLE_FROM_ELEMENTS", 1 << 10)
-    sizes = (3000, 1100) if target.backend == "triton" else (20_000, 7_001)
+    sizes = (20_000, 7_001)
+    if target.interpreted:
+        if not hysteresis or pattern not in ("two-values", "phase-63", "neighbours", "nonfinite", "denormal"):
+            pytest.skip("the interpreter is given the five hardest patterns, with hysteresis")
+        sizes = (3000, 1100)
     _mask_of(target, pattern, sizes, isolation_ratio=ratio, hysteresis=hysteresis)
 
 
 @pytest.mark.parametrize("pattern", ["random", "phase-63", "two-values"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_5_mask_equals_the_definition_at_size(pattern, scope, target: Target):
-    if target.backend == "triton" and target.device == "cpu":
+    if target.interpreted:
         pytest.skip("a million elements through the interpreter take minutes")
     _mask_of(target, pattern, (1_300_007, 11), isolation_ratio=0.01, scope=scope)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.001, 1 / 3, 0.5, 0.9])
-@pytest.mark.parametrize("persistent", [0, 40])
+@pytest.mark.parametrize(
+    ("ratio", "persistent"), [(0.0, 0), (0.0, 40), (0.0005, 40), (0.001, 0), (1 / 3, 40), (0.5, 0), (0.9, 40)]
+)
 def test_6_count_isolated(ratio: float, persistent: int, target: Target):
     """floor(p * N), plus ties, less what may not be isolated, plus persistent bits."""
     n, tied, zeros = 1000, 5, 100
@@ -198,21 +204,13 @@ def test_6_count_isolated(ratio: float, persistent: int, target: Target):
         gradient[n - k - tied : n - k] = gradient[n - k]
     params["w"].grad = gradient.to(target.device)
     optimizer.step()
-    if k:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # k = 0
         report = optimizer.refresh_isolation_mask()
-    else:
-        with pytest.warns(UserWarning) if ratio else _no_expectation():
-            report = optimizer.refresh_isolation_mask()
     selected = k + tied if 0 < k < n - zeros else k
     assert report.isolated == selected + persistent
     assert int(optimizer.isolation_mask(params["w"]).sum()) == report.isolated
     assert report.ties == selected - k
-
-
-def _no_expectation():
-    import warnings
-
-    return warnings.catch_warnings()
 
 
 def test_7_a_failed_call_changes_nothing():
@@ -270,7 +268,7 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("automatic", [True, False])
 def test_8_a_refresh_allocates_no_tensor_that_grows(scope: str, automatic: bool, target: Target):
     """Four times the elements and no larger allocation; temporaries inside C++ are measured in test_memory.py."""
-    if target.backend == "triton" and target.device == "cpu":
+    if target.interpreted:
         pytest.skip("the interpreter's own temporaries are not the kernels'")
     sizes = []
     for n in (1 << 20, 1 << 22):

@@ -64,20 +64,18 @@ def test_zscore_may_isolate_negative_scores():
 
 
 @pytest.mark.parametrize("normalization", ["minmax", "zscore"])
-@pytest.mark.parametrize("value", [1.0, 0.1, 1 / 3, 1e-12, 1e12])
-def test_layer_of_equal_importances_is_never_isolated(normalization: str, value: float, target: Target):
+def test_layer_of_equal_importances_is_never_isolated(normalization: str, target: Target):
     """Whatever their value and number: no rounding of a mean may make them differ."""
-    for n in (1, 3, 7, 100, 1023):
-        params = {
-            "equal": torch.nn.Parameter(torch.ones(n, device=target.device)),
-            "other": torch.nn.Parameter(torch.ones(4, device=target.device)),
-        }
-        params["equal"].grad = torch.full((n,), value, device=target.device)
-        params["other"].grad = torch.tensor([1.0, 2.0, 3.0, 4.0], device=target.device)
-        optimizer = observed(params, isolation_ratio=0.9, normalization=normalization, backend=target.backend)
-        optimizer.refresh_isolation_mask()
-        assert not optimizer.isolation_mask(params["equal"]).any(), n
-        assert optimizer.isolation_mask(params["other"]).any()
+    params = {"other": torch.nn.Parameter(torch.ones(4, device=target.device))}
+    params["other"].grad = torch.tensor([1.0, 2.0, 3.0, 4.0], device=target.device)
+    for value in (1.0, 0.1, 1 / 3, 1e-12, 1e12):
+        for n in (1, 3, 7, 100, 1023):
+            p = params[f"{n} of {value}"] = torch.nn.Parameter(torch.ones(n, device=target.device))
+            p.grad = torch.full((n,), value, device=target.device)
+    optimizer = observed(params, isolation_ratio=0.99, normalization=normalization, backend=target.backend)
+    optimizer.refresh_isolation_mask()
+    isolated = [name for name, p in params.items() if optimizer.isolation_mask(p).any()]
+    assert isolated == ["other"]
 
 
 @pytest.mark.parametrize("normalization", ["minmax", "zscore", "none"])
@@ -260,10 +258,8 @@ def test_fewer_finite_scores_than_k():
 def test_zscore_repeats_to_the_bit(target: Target):
     """Sums in a fixed order: no atomics, whatever the threads do."""
     thresholds = set()
-    for _ in range(3):
-        w = torch.nn.Parameter(
-            torch.ones(50_001 if target.backend != "triton" else 3001, device=target.device)
-        )
+    for _ in range(2 if target.interpreted else 3):
+        w = torch.nn.Parameter(torch.ones(3001 if target.interpreted else 50_001, device=target.device))
         w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(target.device)
         optimizer = observed({"w": w}, normalization="zscore", backend=target.backend, mask_interval=1)
         thresholds.add(optimizer.isolation_report().threshold)
