@@ -112,6 +112,14 @@ def test_reading_what_ptxas_says():
     )
 
 
+def test_what_a_cuda_step_is_held_to():
+    shared = cuda_kernels.expectation("step_kernel<float, float, SharedImportance>")
+    assert (shared.elements, shared.loads, shared.stores, shared.full_width) == (4, 4, 4, True)
+    own = cuda_kernels.expectation("step_stats_kernel<unsigned short, float, unsigned short>")
+    assert (own.elements, own.loads, own.stores, own.full_width) == (8, 7, 7, True)
+    assert cuda_kernels.expectation("count_kernel") is None
+
+
 @pytest.mark.cuda_compile
 def test_a_cuda_source_gets_the_same_table(tmp_path, monkeypatch):
     if shutil.which("nvcc") is None:

@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from epi_kernels.kernels_report.rows import Row, make_row
+from epi_kernels.kernels_report.rows import Expectation, Row, make_row
 from epi_kernels.kernels_report.sass import read_cubin
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 _PTXAS_FUNCTION = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
+
+_STEP = re.compile(r"step(?:_stats)?_kernel<(.*)>")
+_BYTES = {"float": 4, "unsigned short": 2}  # the third type is neither where the importance is shared
 
 
 def sources() -> list[Path]:
@@ -59,11 +62,33 @@ def _compile(task: tuple[str, Path, int]) -> list[Row]:
     names = _demangle([kernel.name for kernel in kernels])
     found = []
     for kernel, name in zip(kernels, names, strict=True):
-        row = make_row("cuda", f"{source.stem} {name}", f"sm_{arch}", kernel, None)
+        row = make_row("cuda", f"{source.stem} {name}", f"sm_{arch}", kernel, expectation(name))
         n_bytes = spilled.get(kernel.name, row.spill_bytes)
-        problems = (f"spills {n_bytes} bytes",) if n_bytes else ()
-        found.append(replace(row, spill_bytes=n_bytes, problems=problems))
+        problems = [f"spills {n_bytes} bytes"] if n_bytes else []
+        problems += [p for p in row.problems if not p.startswith("spills")]
+        found.append(replace(row, spill_bytes=n_bytes, problems=tuple(problems)))
     return found
+
+
+def expectation(name: str) -> Expectation | None:
+    """Of ``step_kernel<param, state, importance>`` and ``step_stats_kernel<...>``; None for the others.
+
+    A thread's share of a block is one access of 128 bits to the narrowest of the three types.
+    """
+    types = _STEP.fullmatch(name)
+    if types is None:
+        return None
+    n_bytes = [_BYTES.get(t.strip(), 0) for t in types[1].split(",")]
+    elements = 16 // min(n for n in n_bytes if n)
+    param, state, own = (n * elements // 16 for n in n_bytes)
+    return Expectation(
+        elements,
+        loads=2 * param + 2 * state + own,
+        stores=2 * param + 2 * state + own,  # the unscaled gradient among them, under a run-time flag
+        full_width=True,
+        # not limited: what the Triton kernels settle at compile time is a run-time switch here, so
+        # the loop holds every path and its length bounds what runs from far above
+    )
 
 
 def _cuobjdump(nvcc: str) -> str:

@@ -49,24 +49,25 @@ class Kernel:
 
     @property
     def hot_loop(self) -> tuple[Instruction, ...]:
-        """The loop with the most global accesses: what a full chunk runs. Empty where there is none.
+        """The loop that a full chunk runs: the smallest with most of the wide global accesses.
 
-        Rare paths (a division's slow case) that lie between its first and last instruction count too.
+        Where a kernel has none of 128 bits, all count. Rare paths (a division's slow case) that lie
+        between the loop's first and last instruction belong to it. Empty where there is no loop.
         """
-        best: tuple[Instruction, ...] = ()
+        loops = [()]
         for branch in self.instructions:
             target = _BRANCH.match(_PREDICATE.sub("", branch.text))
-            if target is None or target[1] is None or int(target[1], 16) >= branch.address:
-                continue
-            first = int(target[1], 16)
-            body = tuple(i for i in self.instructions if first <= i.address <= branch.address)
-            if global_accesses(body) > global_accesses(best):
-                best = body
-        return best
+            if target is not None and target[1] is not None and int(target[1], 16) < branch.address:
+                first = int(target[1], 16)
+                loops.append(tuple(i for i in self.instructions if first <= i.address <= branch.address))
 
+        def rank(loop: tuple[Instruction, ...]) -> tuple[int, int, int]:
+            accesses = widths(loop, "LDG", "LD", "STG", "ST")
+            wide = sum(n for width, n in accesses.items() if width >= 128)
+            return wide, 0 if wide else sum(accesses.values()), -len(loop)
 
-def global_accesses(instructions: tuple[Instruction, ...]) -> int:
-    return sum(widths(instructions, "LDG", "LD").values()) + sum(widths(instructions, "STG", "ST").values())
+        best = max(loops, key=rank)
+        return best if rank(best)[:2] > (0, 0) else ()
 
 
 def widths(instructions: tuple[Instruction, ...], *bases: str) -> Counter[int]:

@@ -85,6 +85,10 @@ def step_kernel(
     beta1, one_minus_beta1 = tl.load(scalars), tl.load(scalars + 1)
     beta2, one_minus_beta2 = tl.load(scalars + 2), tl.load(scalars + 3)
     eps, decay, step_size = tl.load(scalars + 6), tl.load(scalars + 7), tl.load(scalars + 8)
+    if IMPORTANCE_KIND != _SHARED:
+        beta_u, one_minus_beta_u = tl.load(scalars + 4), tl.load(scalars + 5)
+    if UNSCALE:
+        multiplier = tl.load(scalars + 9)
 
     # a chunk crosses at most one multiple of 2^32, so two keys serve all of its elements
     position = tl.load(row + _INDEX_OFFSET) + start
@@ -107,7 +111,7 @@ def step_kernel(
         isolated = ((load_bits(mask_bytes + byte, byte, mask_rows) >> columns) & 1) != 0
 
         if UNSCALE:
-            g = g * tl.load(scalars + 9)
+            g = g * multiplier
             store_block(grad + offsets, _stored(g, 0, PARAM_BF16, False), in_bounds, FULL)
         g_squared = g * g
         m = beta1 * m + one_minus_beta1 * g
@@ -127,7 +131,7 @@ def step_kernel(
         store_block(param + offsets, tl.where(isolated, theta_raw, new_raw), in_bounds, FULL)
         if IMPORTANCE_KIND != _SHARED:
             u = widen(load_block(importance + offsets, in_bounds, FULL), OWN_BF16)
-            u = tl.load(scalars + 4) * u + tl.load(scalars + 5) * g_squared
+            u = beta_u * u + one_minus_beta_u * g_squared
             u_raw = _stored(u, w1 >> 16, OWN_BF16, STOCHASTIC)
             store_block(importance + offsets, u_raw, in_bounds, FULL)
             u_stored = widen(u_raw, OWN_BF16)
