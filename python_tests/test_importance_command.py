@@ -296,3 +296,34 @@ def test_fingerprint_sees_one_bit():
     with torch.no_grad():
         net.weight.view(torch.int32)[1, 1] ^= 1
     assert weights_fingerprint(net) != before
+
+
+def test_carried_importance_is_the_mean_counted_as_some_steps(files, tmp_path):
+    from epi_kernels.finetune import protect
+
+    means = load_file(files / "imp.safetensors")
+    shapes = {name: one.shape for name, one in means.items()}
+    for steps, counted in ((None, 10), (40, 40)):
+        carried = protect.load(
+            str(files / "imp.safetensors"), shapes, (0.9, 0.99), steps, own=False
+        ).state_dict
+        (group,) = carried["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            state = carried["state"][index]
+            assert state["step"] == counted
+            torch.testing.assert_close(state["exp_avg_sq"] / (1 - 0.99**counted), means[name])
+    own = protect.load(str(files / "imp.safetensors"), shapes, (0.9, 0.99), None, own=True).state_dict
+    assert all(
+        torch.equal(own["state"][index]["exp_avg_sq"], means[name]) for index, name in enumerate(shapes)
+    )
+
+    # A run's exp_avg_sq after its steps, without the bias of its start.
+    out = tmp_path / "out"
+    assert command(finetune, *tuned(files, out)) == 0
+    optimizer = checkpoint.load_optimizer(checkpoint.list_checkpoints(out)[-1])["optimizer"]
+    carried = protect.load(str(out), shapes, (0.9, 0.999), None, own=True).state_dict
+    position = {name: index for index, name in enumerate(shapes)}
+    for group in optimizer["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            expected = optimizer["state"][index]["exp_avg_sq"] / (1 - 0.999**4)
+            torch.testing.assert_close(carried["state"][position[name]]["exp_avg_sq"], expected)

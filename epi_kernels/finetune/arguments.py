@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         group,
         "--protect-steps",
-        "an importance file counts as this many steps of evidence [1/(1-beta2)]",
+        "carried importance counts as this many steps of evidence; many make the first updates overshoot [1/(1-beta1)]",
         type=int,
         metavar="STEPS",
     )

@@ -15,7 +15,7 @@ from .importance import FORMAT, load_metadata
 
 @dataclass
 class Source:
-    """An optimizer's state_dict, or what looks like one, and where it is from."""
+    """What looks like an optimizer's state_dict, and where it is from."""
 
     state_dict: dict
     kind: str  # "importance" | "run"
@@ -24,23 +24,47 @@ class Source:
     description: str
 
 
+def default_steps(beta1: float) -> int:
+    """Steps of evidence that carried importance counts for in a shared exp_avg_sq: exp_avg's own time constant.
+
+    At its optimum the old data's second moment is small. Carried over as the evidence of many steps it switches the
+    bias correction off, and the first updates overshoot (up to 6.5 times lr for 1,000 steps; 1.1 times for 10).
+    Measured on a two-layer Llama (sums, then strings; 2 seeds, ratio 0.2), the old data's loss rose by 7.5 under plain
+    AdamW, 2.8 with 3 steps, 3.2 with 10, 3.8 with 30, 10.1 with 100, 10.4 with 1,000, 2.5 with an own importance.
+    """
+    return max(1, round(1 / (1 - beta1)))
+
+
 def load(
-    path: str, shapes: Mapping[str, torch.Size], structure: str, beta2: float, steps: int | None
+    path: str, shapes: Mapping[str, torch.Size], betas: tuple[float, float], steps: int | None, own: bool
 ) -> Source:
     """Reads an importance file or a run directory for a model with parameters of these names and shapes.
 
-    Raises UserError when it is neither, or belongs to another model.
+    `own`: the optimizer has an importance of its own, which takes the mean squared gradient as it is; into a shared
+    exp_avg_sq it goes as the evidence of `steps` steps. Raises UserError when it is neither file nor run, or belongs
+    to another model.
     """
     source = Path(path)
+    steps = steps or default_steps(betas[0])
     if source.is_dir():
-        if steps is not None:
-            raise UserError(
-                f"--protect-steps is for importance files; the run in {path} brings its own count of steps"
-            )
-        return _from_run(source, shapes)
-    if not source.is_file():
+        means, weights, description = _from_run(source, shapes)
+        kind = "run"
+    elif source.is_file():
+        means, weights, description = _from_file(source, shapes)
+        kind = "importance"
+    else:
         raise UserError(f"--protect {path}: no such file or directory")
-    return _from_file(source, shapes, structure, beta2, steps)
+    if not any(one.any() for one in means.values()):
+        raise UserError(f"--protect {path}: all importances are 0, nothing would be protected")
+    # The optimizer divides by 1 - beta2^t: what it then sees is the mean again.
+    factor = 1.0 if own else 1 - betas[1] ** steps
+    state = {
+        index: {"step": torch.tensor(float(steps)), "exp_avg_sq": means[name] * factor}
+        for index, name in enumerate(shapes)
+    }
+    group = {"params": list(state), "param_names": list(shapes)}
+    description += "" if own else f", counted as {steps} steps"
+    return Source({"state": state, "param_groups": [group]}, kind, path, weights, description)
 
 
 def _compare(path: Path, found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
@@ -59,61 +83,43 @@ def _compare(path: Path, found: Mapping[str, torch.Size], wanted: Mapping[str, t
         )
 
 
-def _from_file(
-    path: Path, shapes: Mapping[str, torch.Size], structure: str, beta2: float, steps: int | None
-) -> Source:
+Means = tuple[dict[str, torch.Tensor], "str | None", str]
+
+
+def _from_file(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
+    """(mean squared gradients by name, fingerprint of the weights, description)."""
     from safetensors import SafetensorError, safe_open
 
     metadata = load_metadata(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"--protect {path}: not written by `epi-kernels importance`")
-    # One time constant: long enough that the estimate is not forgotten at once, short enough that the second moment
-    # adapts to gradients the old data never had (a longer one lets the first updates overshoot).
-    steps = steps or max(1, round(1 / (1 - beta2)))
-    # A bias-corrected average equals the mean when the raw average is the mean times (1 - beta2^t).
-    raw = 1 - beta2**steps
-    state, names = {}, list(shapes)
     try:
         with safe_open(path, "pt") as file:
             _compare(
                 path, {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}, shapes
             )
-            for index, name in enumerate(names):
-                state[index] = {
-                    "step": torch.tensor(float(steps)),
-                    "exp_avg_sq": file.get_tensor(name).mul_(raw),
-                }
+            means = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
         raise UserError(f"--protect {path}: damaged ({error})") from None
-    if not any(one["exp_avg_sq"].any() for one in state.values()):
-        raise UserError(f"--protect {path}: all importances are 0, nothing would be protected")
-    group = {"params": list(range(len(names))), "param_names": names}
-    description = f"importance of {metadata['examples']} examples in {metadata['batches']} batches, counted as {steps} steps"
-    return Source(
-        {"state": state, "param_groups": [group]},
-        "importance",
-        str(path),
-        metadata.get("weights"),
-        description,
-    )
+    description = f"importance of {metadata['examples']} examples in {metadata['batches']} batches"
+    return means, metadata.get("weights"), description
 
 
-def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Source:
+def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
+    """The same from a run's optimizer: its own importance if it had one, else exp_avg_sq, without their bias."""
     found = [path] if (path / "optimizer.pt").is_file() else checkpoint.list_checkpoints(path)
     if not found:
         raise UserError(f"--protect {path}: holds no checkpoint of a fine-tuning run")
-    state = checkpoint.load_state(found[-1])
+    run = checkpoint.load_state(found[-1])
     optimizer = checkpoint.load_optimizer(found[-1])["optimizer"]
-    names = {
-        index: name
-        for group in optimizer["param_groups"]
-        for index, name in zip(group["params"], group.get("param_names", ()))
-    }
-    moments = {
-        names.get(index, str(index)): one.get("exp_avg_sq") for index, one in optimizer["state"].items()
-    }
-    if all(isinstance(value, torch.Tensor) for value in moments.values()):
-        _compare(path, {name: value.shape for name, value in moments.items()}, shapes)
-    return Source(
-        optimizer, "run", str(path), state.get("weights"), f"the run's optimizer after step {state['step']}"
-    )
+    means = {}
+    for group in optimizer["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            state = optimizer["state"].get(index, {})
+            kept = "importance" if "importance" in state else "exp_avg_sq"
+            if not isinstance(state.get(kept), torch.Tensor) or not state[kept].is_floating_point():
+                raise UserError(f"--protect {path}: the run's {kept} of {name} is not kept as floating point")
+            beta = group["importance_beta"] if kept == "importance" else group["betas"][1]
+            means[name] = state[kept].float() / (1 - beta ** float(state["step"]))
+    _compare(path, {name: mean.shape for name, mean in means.items()}, shapes)
+    return means, run.get("weights"), f"the run's optimizer after step {run['step']}"

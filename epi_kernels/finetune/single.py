@@ -70,9 +70,8 @@ def one_run(
         and not (saved is not None and checkpoint.list_checkpoints(directory))
     ):
         shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
-        source = protect.load(
-            options.protect, shapes, model.structure_fingerprint(net), options.beta2, options.protect_steps
-        )
+        betas, own = (options.beta1, options.beta2), options.importance_beta not in (None, options.beta2)
+        source = protect.load(options.protect, shapes, betas, options.protect_steps, own)
     if options.packing:
         packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
