@@ -40,7 +40,7 @@ def _least_importance(target, least_u_key, shift, scale, isolated, keep_factor, 
     return _key_to_float(high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers"])
 def count_bounds_kernel(
     bounds,  # [layers, 4] fp32, written
     shift,  # [layers] fp32
@@ -72,7 +72,7 @@ def count_bounds_kernel(
         tl.store(bounds + layer * 4 + isolated * 2 + 1, tl.maximum(low, high), mask=in_bounds)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers"])
 def select_bounds_kernel(
     bounds,  # [layers, 4] fp32, written; the columns HIGH are +inf
     shift,  # [layers] fp32
