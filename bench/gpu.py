@@ -1,0 +1,242 @@
+"""make gpu: every test on the device, then the first timings, into one JSON under bench/results.
+
+Runs in slices that are not repeated: what is done is kept beside the results, for the same commit,
+kernels and machine, until the run is whole. Needs torch and pytest; nothing from the network.
+
+Exit status: 0 done, or stopped by --time-limit (the same command continues); 1 a test failed;
+2 no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import gpu_timing, results
+from bench.gpu_device import Device, open_device, versions
+from bench.gpu_record import record, slug, summary, write_new
+from bench.status import kernel_hash
+
+SCHEMA = 1
+GPU_TESTS = results.ROOT / "python_tests" / "gpu"
+# Seconds a slice takes at most, guessed: what --time-limit leaves must hold the next one.
+TEST_SECONDS, TIMING_SECONDS, COPY_SECONDS = 240, 60, 20
+
+
+@dataclass(frozen=True)
+class Slice:
+    name: str
+    seconds: float
+    run: Callable[[], dict[str, Any]]
+
+
+# ---------------------------------------------------------------- tests
+
+
+def run_pytest(arguments: list[str], timeout: float = 1800) -> dict[str, Any]:
+    """Counts, failures by name, skips by reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        paths = [str(results.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        try:
+            done = subprocess.run(
+                [*command, *arguments],
+                cwd=results.ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+            status, output = done.returncode, done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            status, output = 124, f"stopped after {error.timeout:.0f} s"
+        counts = read_junit(report) if report.exists() else {"run": 0, "failures": [], "skipped": {}}
+    # 5: nothing was collected
+    if status not in (0, 1) or (status == 1 and not counts["failures"]):
+        counts["failures"].append(f"pytest ended with {status}: {output[-2000:]}")
+    return {"arguments": arguments, **counts, "output_tail": output[-4000:] if counts["failures"] else ""}
+
+
+def read_junit(path: Path) -> dict[str, Any]:
+    run, failures, skipped = 0, [], {}
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        problem = case.find("failure") if case.find("failure") is not None else case.find("error")
+        skip = case.find("skipped")
+        if skip is not None:
+            reason = skip.get("message") or "no reason"
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        run += 1
+        if problem is not None:
+            failures.append(
+                f"{case.get('classname')}::{case.get('name')}: {problem.get('message') or ''}"[:500]
+            )
+    return {"run": run, "failures": failures, "skipped": skipped}
+
+
+def test_slices(device: Device, backends: list[str], smoke: bool) -> list[Slice]:
+    # the folder's own conftest alone: the one above it needs hypothesis
+    common = ["-m", "gpu", f"--confcutdir={GPU_TESTS}", "--device", device.type]
+    slices = []
+    for path in sorted(GPU_TESTS.glob("test_*.py")):
+        for backend in backends:
+            arguments = [*common, "--backend", backend, str(path)]
+            if smoke:
+                arguments += ["-k", "mixed or off-by-one-mixed or two_to_the_31 or sampled"]
+            name = f"tests-{path.stem.removeprefix('test_gpu_')}-{backend}"
+            slices.append(Slice(name, TEST_SECONDS, lambda a=arguments: run_pytest(a)))
+    return slices
+
+
+def suite_slices(smoke: bool) -> list[Slice]:
+    """Every test that takes its backend from the suite's own fixture; needs hypothesis."""
+    if smoke or importlib.util.find_spec("hypothesis") is None:
+        return []
+    arguments = ["-k", "triton-cuda or cuda-cuda or reference-cuda", f"--ignore={GPU_TESTS}"]
+    arguments.append(str(GPU_TESTS.parent))
+    return [Slice("tests-suite", 2 * TEST_SECONDS, lambda: run_pytest(arguments))]
+
+
+# ---------------------------------------------------------------- slices
+
+
+def timing_slices(
+    device: Device, backends: list[str], smoke: bool, done: dict[str, dict[str, Any]]
+) -> list[Slice]:
+    effort = gpu_timing.SMOKE if smoke else gpu_timing.Effort()
+
+    def timing(work: gpu_timing.Workload) -> dict[str, Any]:
+        tests = [done[n] for n in done if n.startswith("tests-") and n.endswith(f"-{work.backend}")]
+        if any("error" in result or result["failures"] for result in tests):
+            return {"skipped": f"not timed: tests of {work.backend} fail"}
+        try:
+            return gpu_timing.measure(work, device, effort, smoke)
+        finally:
+            gpu_timing.release()
+
+    slices = [Slice("copy", COPY_SECONDS, lambda: gpu_timing.copy_gbps(device, effort))]
+    timed = [backend for backend in backends if backend != "reference"]
+    for work in gpu_timing.workloads(timed):
+        slices.append(Slice(work.slice_name, TIMING_SECONDS, lambda w=work: timing(w)))
+    return slices
+
+
+def run_slices(
+    slices: list[Slice], done: dict[str, Any], save: Callable[[], None], limit: float | None
+) -> int:
+    """Runs what is not done yet; how many are left."""
+    start, ran = time.monotonic(), 0
+    for number, piece in enumerate(slices, 1):
+        if piece.name in done:
+            continue
+        left = None if limit is None else limit - (time.monotonic() - start)
+        if left is not None and (left <= 0 or (ran and left < piece.seconds)):
+            break
+        print(f"[{number}/{len(slices)}] {piece.name} ...", flush=True)
+        before = time.monotonic()
+        try:
+            result = piece.run()
+        except Exception as error:
+            result = {
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc()[-4000:],
+            }
+        seconds = round(time.monotonic() - before, 1)
+        done[piece.name] = {**result, "seconds": seconds}
+        save()
+        ran += 1
+        print(f"    {outcome(result)}  ({seconds} s)", flush=True)
+    return sum(piece.name not in done for piece in slices)
+
+
+def outcome(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return result["error"]
+    if "failures" in result:
+        text = f"{result['run']} run, {len(result['failures'])} failed, {sum(result['skipped'].values())} skipped"
+        return "\n    ".join([text, *result["failures"][:5]])
+    if "ms" in result:
+        return f"step / torch {result['step_over_torch']['p50']:.3f}, refresh / step {result['refresh_over_step']['p50']:.3f}"
+    return result.get("skipped") or (f"{result['p50']} GB/s" if "p50" in result else "done")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the result (bench/results/gpu-...json)")
+    parser.add_argument("--only", metavar="REGEX", help="slices whose names match; the run stays incomplete")
+    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--write-now", action="store_true", help="write what is done, complete or not")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: tests this program, times nothing")
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and not args.smoke:
+        parser.error("--device cpu is for --smoke: a CPU's figures are no GPU's")
+
+    device = open_device(args.device)
+    if isinstance(device, str):
+        print(f"make gpu: no GPU here: {device}. Nothing was run.", file=sys.stderr)
+        return 2
+    backends = ["cpu", "reference"] if device.type == "cpu" else ["triton", "cuda", "reference"]
+    done: dict[str, Any] = {}
+    slices = test_slices(device, backends, args.smoke)
+    slices += timing_slices(device, backends, args.smoke, done) + suite_slices(args.smoke)
+    chosen = [piece for piece in slices if args.only is None or re.search(args.only, piece.name)]
+
+    origin = results.provenance()
+    identity = {
+        "schema": SCHEMA,
+        "device": device.facts(),
+        "machine": origin["machine"],
+        "versions": {**origin["versions"], **versions()},
+        "commit": args.commit if origin["commit"] == "unknown" and args.commit else origin["commit"],
+        "dirty": origin["dirty"],
+        "kernel_hash": kernel_hash(),
+        "date": origin["date"],
+        "smoke": args.smoke,
+    }
+    key = f"{slug(identity['device']['name'])}-{identity['commit']}-{identity['kernel_hash']}"
+    folder = results.RESULTS if args.out is None else args.out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / f"gpu-{key}{'-smoke' if args.smoke else ''}.state.tmp"
+    done.update(json.loads(state.read_text()) if state.exists() else {})
+    if done:
+        print(f"{len(done)} slices were done before: {state.name}")
+
+    def save() -> None:
+        fresh = state.with_suffix(".new.tmp")
+        fresh.write_text(json.dumps(done))
+        fresh.replace(state)
+
+    run_slices(chosen, done, save, args.time_limit)
+    run = record(identity, [piece.name for piece in slices], done)
+    print("\n" + summary(run))
+    if run["complete"] or args.write_now:
+        print(f"written: {write_new(run, args.out)}")
+        if run["complete"]:
+            state.unlink(missing_ok=True)
+    left = len(slices) - sum(piece.name in done for piece in slices)
+    if left:
+        print(f"incomplete: {left} of {len(slices)} slices are left; the same command continues")
+    return 1 if run["tests"]["failed"] or any("error" in row for row in run["rows"]) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

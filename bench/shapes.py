@@ -1,0 +1,45 @@
+"""Parameter lists that GPU timings run over."""
+
+from __future__ import annotations
+
+# Llama 3.2 1B: vocab_size 128256, hidden_size 2048, intermediate_size 8192, 16 layers, 32 heads and 8
+# key-value heads of 64, tied embeddings. A test compares the list with transformers' own model.
+LLAMA_1B_CONFIG = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+
+
+def llama(config: dict) -> list[tuple[int, ...]]:
+    """Shapes of a Llama's parameters, in the order of ``named_parameters``."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    key_value = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    layer = [
+        (hidden, hidden),
+        (key_value, hidden),
+        (key_value, hidden),
+        (hidden, hidden),
+        (inner, hidden),
+        (inner, hidden),
+        (hidden, inner),
+        (hidden,),
+        (hidden,),
+    ]
+    head = [] if config["tie_word_embeddings"] else [(config["vocab_size"], hidden)]
+    return [(config["vocab_size"], hidden), *layer * config["num_hidden_layers"], (hidden,), *head]
+
+
+def llama_1b() -> list[tuple[int, ...]]:
+    """146 tensors, 1,235,814,400 elements."""
+    return llama(LLAMA_1B_CONFIG)
+
+
+def tiny_llama() -> list[tuple[int, ...]]:
+    """The same list in small, for smoke runs."""
+    small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return llama({**LLAMA_1B_CONFIG, **small, "num_attention_heads": 4, "num_key_value_heads": 2})

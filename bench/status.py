@@ -1,0 +1,71 @@
+"""The README's "GPU status" line, from the newest result of `make gpu`.
+
+python -m bench.status                    prints the line
+python -m bench.status --check README.md  exits 1 when the README says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.results import RESULTS, ROOT
+
+KERNEL_FILES = (
+    "csrc/math/*.h",
+    "csrc/cuda/*",
+    "epi_kernels/backends/cuda.py",
+    "epi_kernels/backends/table.py",
+    "epi_kernels/backends/triton/*.py",
+)
+
+
+def kernel_hash(root: Path = ROOT) -> str:
+    """Of every file that decides what runs on a GPU."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in KERNEL_FILES for path in root.glob(pattern) if path.is_file()):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def newest(folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The newest whole run on a GPU; smoke runs and unfinished ones are none."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
+    real = [run for run in runs if run["complete"] and not run["smoke"] and run["device"]["type"] == "cuda"]
+    return max(real, key=lambda run: run["date"], default=None)
+
+
+def line(folder: Path = RESULTS, root: Path = ROOT) -> str:
+    run = newest(folder)
+    if run is None:
+        return "**GPU status:** never run."
+    where = f"{run['device']['name']}, {run['date'][:10]}, commit {run['commit']}"
+    where += " with uncommitted changes" if run["dirty"] else ""
+    if run["kernel_hash"] != kernel_hash(root):
+        return f"**GPU status:** stale: kernels changed since the last run ({where})."
+    tests = run["tests"]
+    if tests["failed"]:
+        return f"**GPU status:** failing: {tests['failed']} of {tests['run']} device tests ({where})."
+    return f"**GPU status:** {tests['run']} device tests passed ({where})."
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.status", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", type=Path, metavar="README", help="exit 1 when it lacks the line")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    expected = line(args.results)
+    print(expected)
+    if args.check is None or expected in args.check.read_text().splitlines():
+        return 0
+    print(f"{args.check} has another GPU status line: make tables", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

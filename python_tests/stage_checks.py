@@ -1,0 +1,260 @@
+"""One stage of a backend beside the reference's on the CPU, bit for bit; on any device.
+
+The tests of a backend call these with their own parametrization.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from epi_kernels.backends.protocol import Backend
+from epi_kernels.backends.reference import ReferenceBackend
+from epi_kernels.policies import selection
+from epi_kernels.reference.scalars import step_scalars
+from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
+from epi_kernels.reference.tensors import ParamTensors
+from epi_kernels.reference.threshold import KthSearch
+from python_tests.harness import assert_same_bits, logical
+
+CPU = torch.device("cpu")
+REFERENCE = ReferenceBackend()
+F32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [(p, s, u) for p in (F32, BF16) for s in (F32, BF16) for u in (None, F32, BF16)]
+# around a chunk of the cuda backend, with one and with no element
+SIZES = (5, 4099, 0, 8192, 1, 77, 300)
+KEEP = selection.keep_factor(0.3)
+NORMALIZATIONS = [  # hysteresis is refused with zscore
+    ("minmax", 1.0),
+    ("none", 1.0),
+    ("zscore", 1.0),
+    ("minmax", KEEP),
+    ("none", KEEP),
+]
+
+
+def names(dtypes: tuple[torch.dtype | None, ...]) -> str:
+    """A test's id: param-state-importance."""
+    return "-".join({None: "shared", F32: "f32", BF16: "bf16"}[dtype] for dtype in dtypes)
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def params(
+    sizes: tuple[int, ...],
+    param: torch.dtype,
+    state: torch.dtype,
+    importance: torch.dtype | None,
+    shift: int = 0,
+) -> list[ParamTensors]:
+    """On the CPU. ``shift``: elements that every tensor lies behind its allocation's start."""
+    generator = torch.Generator().manual_seed(len(sizes) + shift)
+
+    def make(n: int, dtype: torch.dtype, positive: bool = False) -> torch.Tensor:
+        values = torch.randn(n + shift, generator=generator).to(dtype)[shift:]
+        return values.abs_() if positive else values
+
+    scalars = step_scalars(
+        3,
+        lr=1e-2,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.1,
+        importance_beta=None if importance is None else 0.5,
+    )
+    result = []
+    for row, n in enumerate(sizes):
+        mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, generator=generator)
+        if n % 8:
+            mask[-1] &= (1 << n % 8) - 1
+        result.append(
+            ParamTensors(
+                param=make(n, param),
+                grad=make(n, param),
+                exp_avg=make(n, state),
+                exp_avg_sq=make(n, state, positive=True),
+                importance=None if importance is None else make(n, importance, positive=True),
+                isolation_mask=mask if row % 3 else None,
+                persistent_mask=None if row % 2 else mask >> 1,
+                layer=row % 3 - 1 if row else 0,
+                scalars=scalars,
+                maximize=row % 2 == 1,
+                rng_key=12345 + row,
+                index_offset=[0, 2**32 - 3000, 2**33 + 5][row % 3],
+            )
+        )
+    return result
+
+
+def refresh_params(dtype: torch.dtype, shift: int) -> list[ParamTensors]:
+    """Three layers, every row with a mask, non-finite and zero importances among the rest."""
+    tensors = params(SIZES, dtype, dtype, None, shift)
+    for row, t in enumerate(tensors):
+        t.layer = row % 3
+        if t.isolation_mask is None:
+            t.isolation_mask = torch.zeros((t.param.numel() + 7) // 8, dtype=torch.uint8)
+        if t.exp_avg_sq.numel() > 4:
+            t.exp_avg_sq[:4] = torch.tensor([math.inf, math.nan, 0.0, -math.inf], dtype=dtype)
+    return nonempty(tensors)
+
+
+def nonempty(tensors: list[ParamTensors]) -> list[ParamTensors]:
+    """The reference's minimum wants an element."""
+    return [t for t in tensors if t.param.numel()]
+
+
+def copies(tensors: list[ParamTensors], device: torch.device, shift: int = 0) -> list[ParamTensors]:
+    """On a device; every float tensor ``shift`` elements behind its allocation's start there too."""
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        behind = shift if value.is_floating_point() else 0
+        buffer = torch.empty(value.numel() + behind, dtype=value.dtype, device=device)
+        return buffer[behind:].copy_(value)
+
+    fields = [field.name for field in dataclasses.fields(ParamTensors)]
+    return [dataclasses.replace(t, **{name: copy(getattr(t, name)) for name in fields}) for t in tensors]
+
+
+def to(value, device: torch.device):
+    """A dataclass of tensors, on another device."""
+    moved = {
+        field.name: getattr(value, field.name).to(device, copy=True)
+        for field in dataclasses.fields(value)
+        if isinstance(getattr(value, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(value, **moved)
+
+
+# --- comparisons --------------------------------------------------------------------------------------------
+
+
+def assert_same(actual: list[ParamTensors], expected: list[ParamTensors]) -> None:
+    for row, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        for field in dataclasses.fields(a):
+            value = getattr(b, field.name)
+            if isinstance(value, torch.Tensor):
+                assert_same_bits(logical(getattr(a, field.name)), logical(value), f"row {row} {field.name}")
+
+
+def assert_same_stats(actual: LayerStats, expected: LayerStats) -> None:
+    """zscore's sums may differ in their last bits between backends."""
+    for name in ("minimum", "maximum", "nonfinite"):
+        assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
+    torch.testing.assert_close(actual.moments.cpu(), expected.moments, rtol=1e-12, atol=0)
+
+
+# --- stages -------------------------------------------------------------------------------------------------
+
+
+def check_step(
+    backend: Backend, device: torch.device, dtypes: tuple, shift: int, stochastic_rounding: bool
+) -> None:
+    """Three steps: with stats and moments, with an unscaled gradient, with stats alone."""
+    expected = nonempty(params(SIZES, *dtypes, shift=shift))
+    ours = copies(expected, device, shift)
+    for multiplier, with_stats, moments in ((None, True, True), (0.25, False, False), (None, True, False)):
+        stats = [LayerStats.empty(3, d, with_moments=moments) for d in (device, CPU)]
+        for side, tensors, into in ((backend, ours, stats[0]), (REFERENCE, expected, stats[1])):
+            side.step(
+                tensors,
+                stochastic_rounding=stochastic_rounding,
+                grad_multiplier=multiplier,
+                stats=into if with_stats else None,
+            )
+        assert_same(ours, expected)
+        assert_same_stats(*stats)
+
+
+def check_mixed_step(backend: Backend, device: torch.device) -> None:
+    """Every combination of dtypes in one call."""
+    expected = [t for dtypes in DTYPES for t in params((9, 4097), *dtypes)]
+    ours = copies(expected, device)
+    for side, tensors in ((backend, ours), (REFERENCE, expected)):
+        side.step(tensors, stochastic_rounding=True, grad_multiplier=None, stats=None)
+    assert_same(ours, expected)
+
+
+def check_refresh(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    shift: int,
+    normalization: str,
+    factor: float,
+    domains: int,
+) -> None:
+    """Stand-alone stats, the k-th score, and masks at it, at no threshold and at zero."""
+    expected = refresh_params(dtype, shift)
+    ours = copies(expected, device, shift)
+    stats = [LayerStats.empty(3, d, with_moments=normalization == "zscore") for d in (device, CPU)]
+    backend.accumulate(ours, stats[0])
+    REFERENCE.accumulate(expected, stats[1])
+    assert_same_stats(*stats)
+
+    n = torch.tensor([sum(t.param.numel() for t in expected if t.layer == layer) for layer in range(3)])
+    terms = score_terms(stats[1], n, normalization)
+    thresholds = [
+        _kth_score(side, d, tensors, to(terms, d), n, normalization, factor, domains)
+        for side, d, tensors in ((backend, device, ours), (REFERENCE, CPU, expected))
+    ]
+    assert torch.equal(*thresholds)
+    layer_thresholds = thresholds[1].expand(3).clone() if domains == 1 else thresholds[1]
+    for bound in (layer_thresholds, torch.full((3,), math.inf), torch.zeros(3)):
+        drift = [torch.ones(3, 3, dtype=torch.int64, device=d) for d in (device, CPU)]
+        backend.select(ours, to(terms, device), bound.to(device), factor, drift[0])
+        REFERENCE.select(expected, terms, bound, factor, drift[1])
+        assert torch.equal(drift[0].cpu(), drift[1])
+        assert_same(ours, expected)
+
+
+def _kth_score(
+    backend: Backend,
+    device: torch.device,
+    tensors: list[ParamTensors],
+    terms: ScoreTerms,
+    n: torch.Tensor,
+    normalization: str,
+    factor: float,
+    domains: int,
+) -> torch.Tensor:
+    floor, end = selection.key_range(normalization, factor)
+    k = [int(n.sum()) // 10] if domains == 1 else [int(n[0]) // 10, 0, 3]
+    domain = [0, 0, 0] if domains == 1 else [0, 1, 2]
+    search = KthSearch.start(
+        torch.tensor(k, device=device),
+        torch.tensor(domain, device=device),
+        floor=floor,
+        end=end,
+        bin_bits=selection.bin_bits(domains),
+        keep_factor=factor,
+    )
+    for _ in range(6):
+        search.histogram.zero_()
+        backend.count(tensors, terms, search)
+        search.select()
+    assert bool(search.done.all())
+    return search.threshold.cpu()
+
+
+def check_sampled_counts(backend: Backend, device: torch.device, stride: int, shift: int) -> None:
+    """Every ``stride``-th block, one domain done, one layer without spread."""
+    expected = refresh_params(F32, shift)
+    terms = ScoreTerms(torch.tensor([0.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 0.0]), positive_only=True)
+    search = KthSearch.start(
+        torch.tensor([50, 0]),
+        torch.tensor([0, 1, 0]),
+        floor=2**31,
+        end=2**32,
+        bin_bits=8,
+        keep_factor=0.5,
+    )
+    on_device = to(search, device)
+    backend.count(copies(expected, device, shift), to(terms, device), on_device, stride)
+    REFERENCE.count(expected, terms, search, stride)
+    assert int(search.histogram.sum()) > 0
+    assert torch.equal(on_device.histogram.cpu(), search.histogram)
