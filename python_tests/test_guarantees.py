@@ -156,7 +156,7 @@ def _mask_of(target: Target, pattern: str, sizes: tuple[int, ...], **settings) -
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(("ratio", "hysteresis"), [(0.001, 0.0), (0.3, 0.0), (0.3, 0.5)])
+@pytest.mark.parametrize(("ratio", "hysteresis"), [(0.001, 0.0), (0.3, 0.0), (0.3, 0.1)])
 def test_5_mask_equals_the_definition(pattern, ratio, hysteresis, target: Target, monkeypatch):
     """Exactly, ties included, also where a sample is used to bracket the threshold."""
     from epi_kernels.policies import selection
@@ -179,7 +179,8 @@ def test_5_mask_equals_the_definition_at_size(pattern, scope, target: Target):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "persistent"), [(0.0, 0), (0.0, 40), (0.0005, 40), (0.001, 0), (1 / 3, 40), (0.5, 0), (0.9, 40)]
+    ("ratio", "persistent"),
+    [(0.0, 0), (0.0, 40), (0.0007, 40), (0.001, 0), (0.0019, 0), (2 / 3, 40), (0.5, 0), (0.9, 40)],
 )
 def test_6_count_isolated(ratio: float, persistent: int, target: Target):
     """floor(p * N), plus ties, less what may not be isolated, plus persistent bits."""
@@ -218,7 +219,7 @@ def test_7_a_failed_call_changes_nothing():
     optimizer = make(params)
     train(optimizer, params, 3)
     other = {"w": torch.nn.Parameter(torch.ones(3))}
-    foreign = make(other)
+    foreign = make(other, isolation_ratio=0.5)
     train(foreign, other, 2)
     truncated = copy.deepcopy(optimizer.state_dict())
     truncated["state"][1]["isolation_mask"] = truncated["state"][1]["isolation_mask"][:-1]

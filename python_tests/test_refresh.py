@@ -244,6 +244,13 @@ def test_non_finite_importance(normalization: str, target: Target):
     assert masks(optimizer, params) == {"a": [0, 0, 0, 0, 0, 1, 1, 0, 1, 1]}
     [row] = report.layers
     assert (row.elements, row.nonfinite) == (10, 3)
+    u = np.array([x * x for x in values if math.isfinite(x)])  # a threshold is of these alone
+    expected = {
+        "minmax": (25 - u.min()) / (u.max() - u.min()),
+        "zscore": (25 - u.mean()) / u.std(),
+        "none": 25.0,
+    }
+    assert report.threshold == pytest.approx(expected[normalization], rel=1e-5)
 
 
 def test_fewer_finite_scores_than_k():
