@@ -9,15 +9,14 @@ import torch
 pytest.importorskip("triton")
 
 from epi_kernels.backends import table
-from epi_kernels.backends.triton.backend import (
-    LARGEST_BLOCK,
+from epi_kernels.backends.triton.backend import LARGEST_BLOCK, TritonBackend
+from epi_kernels.backends.triton.chunks import Cache, aligned_tensors, plan, sampled_elements
+from epi_kernels.backends.triton.variants import (
     RefreshVariant,
     StepVariant,
-    TritonBackend,
     refresh_variants,
     step_variants,
 )
-from epi_kernels.backends.triton.chunks import Cache, aligned_tensors, plan, sampled_elements
 from epi_kernels.reference.threshold import SAMPLE_BLOCK
 from python_tests.triton_stages import BF16, F32, Spec, make
 

@@ -55,7 +55,7 @@ def make_row(source: str, name: str, arch: str, kernel: Kernel, expected: Expect
             problems += _width_problems("store", stores, expected.stores * (blocks or 1))
         if expected.limited and per_element is None:
             problems.append("no loop over elements was found")
-        elif expected.limited and per_element > MAX_INSTRUCTIONS:
+        elif expected.limited and per_element is not None and per_element > MAX_INSTRUCTIONS:
             problems.append(f"{per_element:.0f} instructions an element, more than {MAX_INSTRUCTIONS}")
     return Row(
         source,
@@ -93,7 +93,7 @@ def describe(accesses: dict[int, int]) -> str:
 
 def table(rows: Iterable[Row]) -> str:
     header = ("kernel", "arch", "regs", "spill B", "shared B", "instr/elem", "loads", "stores", "")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     for row in rows:
         per_element = row.instructions_per_element
         lines.append(

@@ -54,7 +54,7 @@ class Kernel:
         Where a kernel has none of 128 bits, all count. Rare paths (a division's slow case) that lie
         between the loop's first and last instruction belong to it. Empty where there is no loop.
         """
-        loops = [()]
+        loops: list[tuple[Instruction, ...]] = [()]
         for branch in self.instructions:
             target = _BRANCH.match(_PREDICATE.sub("", branch.text))
             if target is not None and target[1] is not None and int(target[1], 16) < branch.address:

@@ -51,8 +51,8 @@ class Entry:
 
 def catalog() -> list[Entry]:
     """What is compiled: the step in every combination of dtypes, its other switches on the two pure ones."""
-    from epi_kernels.backends.triton.backend import StepVariant
     from epi_kernels.backends.triton.stats import EXTREMA, NO_STATS, WITH_MOMENTS
+    from epi_kernels.backends.triton.variants import StepVariant
 
     entries = []
     for importance in range(3):
@@ -111,9 +111,10 @@ def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = 
 
 
 def _refresh() -> Iterator[Entry]:
-    from epi_kernels.backends.triton.backend import MERGE_BLOCK, REFRESH_ROWS
+    from epi_kernels.backends.triton.backend import MERGE_BLOCK
     from epi_kernels.backends.triton.bounds import BOUNDS_BLOCK
     from epi_kernels.backends.triton.common import THREADS
+    from epi_kernels.backends.triton.variants import REFRESH_ROWS
 
     elements = REFRESH_ROWS * 8 // THREADS
     scalar = Expectation(elements=0)

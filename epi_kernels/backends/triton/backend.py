@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +19,18 @@ from epi_kernels.backends.triton import threshold as _threshold
 from epi_kernels.backends.triton.chunks import (
     Cache,
     DevicePlan,
-    aligned_tensors,
     plan,
     sampled_elements,
     upload,
 )
 from epi_kernels.backends.triton.common import LAUNCH, THREADS
+from epi_kernels.backends.triton.variants import (
+    REFRESH_ROWS,
+    RefreshVariant,
+    StepVariant,
+    refresh_variants,
+    step_variants,
+)
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -36,63 +41,9 @@ INTERPRETED = not isinstance(_step.step_kernel, triton.JITFunction)
 # of the tables, behind it after a few of them; a refresh moves 4. Estimated for an H200, not measured.
 STEP_CHUNK = 1 << 14
 REFRESH_CHUNK = 1 << 16
-# Rows of 8 elements a block: 8 elements a thread. With 16 the counting kernel spills.
-REFRESH_ROWS = THREADS
 MERGE_BLOCK = 256
 LARGEST_BLOCK = 8 * THREADS
 LARGEST_CHUNK = 1 << 16  # beyond it the packed counts of the mask stage would overflow
-
-
-class StepVariant(NamedTuple):
-    """What the step kernel is specialised on, tensor by tensor."""
-
-    param_bf16: bool
-    state_bf16: bool
-    importance: int  # step.SHARED, OWN_FLOAT32, OWN_BFLOAT16
-    full: bool
-
-    @property
-    def any_bf16(self) -> bool:
-        return self.param_bf16 or self.state_bf16 or self.importance == _step.OWN_BFLOAT16
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block: one access of 128 bits to the narrowest type is a thread's share."""
-        return THREADS if self.any_bf16 else THREADS // 2
-
-    @property
-    def block(self) -> int:
-        return self.rows * 8
-
-
-class RefreshVariant(NamedTuple):
-    """What the kernels that read u are specialised on."""
-
-    bf16: bool
-    full: bool
-
-    @property
-    def block(self) -> int:
-        return REFRESH_ROWS * 8
-
-
-def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
-    """The variant of every row of ``table.step_table``, for chunks of ``chunk`` elements."""
-    flags = rows[:, _table.FLAGS]
-    param_bf16, state_bf16 = flags & _table.PARAM_BF16 != 0, flags & _table.STATE_BF16 != 0
-    own, own_bf16 = rows[:, _table.IMPORTANCE] != 0, flags & _table.IMPORTANCE_BF16 != 0
-    importance = np.where(own, np.where(own_bf16, _step.OWN_BFLOAT16, _step.OWN_FLOAT32), _step.SHARED)
-    is_bf16 = np.stack([param_bf16, param_bf16, state_bf16, state_bf16, own_bf16], axis=1)
-    columns = [_table.PARAM, _table.GRAD, _table.EXP_AVG, _table.EXP_AVG_SQ, _table.IMPORTANCE]
-    aligned = aligned_tensors(rows[:, columns], np.where(is_bf16, 2, 4), chunk)
-    columns = (param_bf16.tolist(), state_bf16.tolist(), importance.tolist(), aligned.tolist())
-    return list(map(StepVariant, *columns))
-
-
-def refresh_variants(u: np.ndarray, bf16: np.ndarray, chunk: int) -> list[RefreshVariant]:
-    """The variant of every importance: its address and whether it is bfloat16, [n] each."""
-    aligned = aligned_tensors(u[:, None], np.where(bf16, 2, 4)[:, None], chunk)
-    return list(map(RefreshVariant, bf16.tolist(), aligned.tolist()))
 
 
 class TritonBackend:
