@@ -18,8 +18,8 @@
 #include "math/adamw.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
 
@@ -48,12 +48,12 @@ T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> s
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(tensor.scalar_type() == kScalarType<T>, name, ": wrong dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ",
-                  sizes.size(), " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
+                  " dimensions, got ", tensor.dim());
   int64_t i = 0;
   for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(size == kAny || tensor.size(i) == size, name, ": expected size ", size,
-                    " in dimension ", i, ", got ", tensor.size(i));
+    STD_TORCH_CHECK(size == kAny || tensor.size(i) == size, name, ": expected size ", size, " in dimension ",
+                    i, ", got ", tensor.size(i));
     ++i;
   }
   return static_cast<T*>(tensor.data_ptr());
@@ -70,8 +70,8 @@ epi::Table table_of(const Tensor& tensor, int64_t layers, int64_t least) {
   const epi::Table table{data<int64_t>(tensor, "table", {kAny, epi::kColumns}), tensor.size(0)};
   for (int64_t i = 0; i < table.size && layers != kAny; ++i) {
     const int64_t layer = table[i][epi::kLayer];
-    STD_TORCH_CHECK(layer >= least && layer < layers, "row ", i, " of the table: layer ", layer,
-                    " of ", layers);
+    STD_TORCH_CHECK(layer >= least && layer < layers, "row ", i, " of the table: layer ", layer, " of ",
+                    layers);
   }
   return table;
 }
@@ -89,19 +89,20 @@ int64_t cpu_isa(std::string name) {
   return found;
 }
 
-std::string cpu_capability() { return kIsaNames[cpu_isa("")]; }
+std::string cpu_capability() {
+  return kIsaNames[cpu_isa("")];
+}
 
 epi::LayerStats layer_stats(const Tensor& minimum, const Tensor& maximum, const Tensor& nonfinite,
                             const Tensor& moments, bool with_moments) {
   const int64_t layers = minimum.numel();
   return {data<float>(minimum, "minimum", {layers}), data<float>(maximum, "maximum", {layers}),
-          data<int64_t>(nonfinite, "nonfinite", {layers}),
-          data<double>(moments, "moments", {layers, 2}), with_moments};
+          data<int64_t>(nonfinite, "nonfinite", {layers}), data<double>(moments, "moments", {layers, 2}),
+          with_moments};
 }
 
-void cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding,
-              std::optional<double> grad_multiplier, std::optional<Tensor> minimum,
-              std::optional<Tensor> maximum, std::optional<Tensor> nonfinite,
+void cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding, std::optional<double> grad_multiplier,
+              std::optional<Tensor> minimum, std::optional<Tensor> maximum, std::optional<Tensor> nonfinite,
               std::optional<Tensor> moments, bool with_moments, int64_t isa) {
   const bool with_stats = minimum.has_value();
   STD_TORCH_CHECK(with_stats == maximum.has_value() && with_stats == nonfinite.has_value() &&
@@ -134,11 +135,10 @@ void cpu_accumulate(Tensor table, Tensor minimum, Tensor maximum, Tensor nonfini
 }
 
 void cpu_count(Tensor table, Tensor shift, Tensor scale, double keep_factor, Tensor lo, Tensor hi,
-               Tensor bin_shift, Tensor done, Tensor domain, Tensor histogram,
-               int64_t sample_stride, int64_t isa) {
+               Tensor bin_shift, Tensor done, Tensor domain, Tensor histogram, int64_t sample_stride,
+               int64_t isa) {
   const int64_t layers = shift.numel(), domains = lo.numel();
-  const epi::LayerTerms terms{data<float>(shift, "shift", {layers}),
-                              data<float>(scale, "scale", {layers}),
+  const epi::LayerTerms terms{data<float>(shift, "shift", {layers}), data<float>(scale, "scale", {layers}),
                               static_cast<float>(keep_factor)};
   int64_t* counts = data<int64_t>(histogram, "histogram", {domains, kAny});
   const epi::Search search{data<int64_t>(lo, "lo", {domains}),
@@ -149,16 +149,16 @@ void cpu_count(Tensor table, Tensor shift, Tensor scale, double keep_factor, Ten
                            counts,
                            histogram.size(1)};
   for (int64_t i = 0; i < layers; ++i) {
-    STD_TORCH_CHECK(search.domain[i] >= 0 && search.domain[i] < domains, "domain of layer ", i,
-                    " is ", search.domain[i], " of ", domains);
+    STD_TORCH_CHECK(search.domain[i] >= 0 && search.domain[i] < domains, "domain of layer ", i, " is ",
+                    search.domain[i], " of ", domains);
   }
   for (int64_t i = 0; i < domains; ++i) {
     if (search.done[i]) continue;
     const int64_t s = search.bin_shift[i];
     STD_TORCH_CHECK(search.lo[i] >= 0 && search.hi[i] <= int64_t{1} << 32 && s >= 0 && s < 32,
                     "bracket of domain ", i, " is out of range");
-    STD_TORCH_CHECK(search.hi[i] - search.lo[i] <= (search.columns - 1) << s, "bracket of domain ",
-                    i, " is wider than its bins");
+    STD_TORCH_CHECK(search.hi[i] - search.lo[i] <= (search.columns - 1) << s, "bracket of domain ", i,
+                    " is wider than its bins");
   }
   STD_TORCH_CHECK(sample_stride >= 1, "sample_stride: expected at least 1, got ", sample_stride);
   epi::count(kernels_of(isa), table_of(table, layers, 0), terms, search, sample_stride);
@@ -167,8 +167,7 @@ void cpu_count(Tensor table, Tensor shift, Tensor scale, double keep_factor, Ten
 void cpu_select(Tensor table, Tensor shift, Tensor scale, double keep_factor, bool positive_only,
                 Tensor thresholds, Tensor drift, int64_t isa) {
   const int64_t layers = shift.numel();
-  const epi::LayerTerms terms{data<float>(shift, "shift", {layers}),
-                              data<float>(scale, "scale", {layers}),
+  const epi::LayerTerms terms{data<float>(shift, "shift", {layers}), data<float>(scale, "scale", {layers}),
                               static_cast<float>(keep_factor)};
   const float* threshold = data<float>(thresholds, "thresholds", {layers});
   int64_t* counts = data<int64_t>(drift, "drift", {layers, 3});

@@ -15,8 +15,7 @@ const Kernels* kernels(int64_t isa) {
                  ? &kAvx512Kernels
                  : nullptr;
     case 1:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") ? &kAvx2Kernels
-                                                                                : nullptr;
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") ? &kAvx2Kernels : nullptr;
   }
 #endif
   return isa == 0 ? &kPlainKernels : nullptr;

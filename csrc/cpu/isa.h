@@ -15,14 +15,13 @@ inline float key_bound(float shift, float scale, float keep_factor, bool isolate
   return u_bound_of_key({shift, scale, keep_factor}, isolated, key);
 }
 
-inline float selection_bound(float shift, float scale, float keep_factor, bool isolated,
-                             float threshold, bool positive_only) {
+inline float selection_bound(float shift, float scale, float keep_factor, bool isolated, float threshold,
+                             bool positive_only) {
   return u_bound_of_selection({shift, scale, keep_factor}, isolated, threshold, positive_only);
 }
 
 constexpr Kernels stages(const char* name) {
-  return {name,        step<F16>, stats<F16>,     count<F16>, select_mask<F16>,
-          key_bound, selection_bound};
+  return {name, step, stats<F16>, count<F16>, select_mask<F16>, key_bound, selection_bound};
 }
 
 }  // namespace epi::EPI_ISA

@@ -33,7 +33,7 @@ enum Flag : int64_t {
 
 using TableRow = const int64_t*;  // [kColumns]
 
-constexpr int64_t kBlock = 512;  // elements; ranges start at multiples of it, so they own mask bytes
+constexpr int64_t kBlock = 512;   // elements; ranges start at multiples of it, so they own mask bytes
 constexpr int kSampleBlock = 64;  // SAMPLE_BLOCK of reference/threshold.py
 
 struct StatsPartial {
@@ -57,8 +57,8 @@ struct CountArguments {
   uint32_t lo;                      // key
   int bin_shift;
   int64_t sample_stride;
-  int64_t last_bin;     // the column of keys >= hi
-  int64_t* histogram;   // [last_bin + 1], this thread's own
+  int64_t last_bin;    // the column of keys >= hi
+  int64_t* histogram;  // [last_bin + 1], this thread's own
 };
 
 struct SelectArguments {
@@ -76,8 +76,8 @@ struct Kernels {
   void (*select)(TableRow, int64_t start, int64_t stop, SelectArguments&);
   // bounds on u, searched with the same score the kernels compute
   float (*u_bound_of_key)(float shift, float scale, float keep_factor, bool isolated, int64_t key);
-  float (*u_bound_of_selection)(float shift, float scale, float keep_factor, bool isolated,
-                                float threshold, bool positive_only);
+  float (*u_bound_of_selection)(float shift, float scale, float keep_factor, bool isolated, float threshold,
+                                bool positive_only);
 };
 
 extern const Kernels kPlainKernels;

@@ -13,8 +13,7 @@ struct SelectBounds {
 };
 
 template <class F, class T>
-EPI_INLINE uint64_t select_lanes(const T* u, uint32_t old, const SelectBounds<F>& b,
-                                 bool by_old_bit) {
+EPI_INLINE uint64_t select_lanes(const T* u, uint32_t old, const SelectBounds<F>& b, bool by_old_bit) {
   using L = Lanes<F>;
   using M = typename L::M;
   const F x = load<F>(u);
@@ -31,29 +30,29 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
   int64_t isolated = 0, entered = 0, released = 0;
   for (int64_t i = start; i < stop; i += 64) {
     const int count = stop - i < 64 ? static_cast<int>(stop - i) : 64;
-    const int bytes = (count + 7) / 8;
     const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    uint64_t old = 0, kept = 0, now = 0;
     T rest[64];
     const T* at = u + i;
+    uint64_t old, kept, now = 0;
     if (count == 64) [[likely]] {
-      memcpy(&old, mask + i / 8, 8);
-      if (persistent != nullptr) memcpy(&kept, persistent + i / 8, 8);
+      old = mask_word<uint64_t>(mask, i);
+      kept = mask_word<uint64_t>(persistent, i);
     } else {
       for (int j = 0; j < 64; ++j) rest[j] = j < count ? at[j] : T{};
       at = rest;
-      for (int j = 0; j < bytes; ++j) {
-        old |= static_cast<uint64_t>(mask[i / 8 + j]) << 8 * j;
-        if (persistent != nullptr) kept |= static_cast<uint64_t>(persistent[i / 8 + j]) << 8 * j;
-      }
+      old = mask_bits<uint64_t>(mask, i, count) & in_bounds;
+      kept = mask_bits<uint64_t>(persistent, i, count);
     }
     for (int j = 0; j < 64; j += kWidth) {
       const uint32_t old_bits = static_cast<uint32_t>(old >> j) & 0xFFFFu;
       now |= select_lanes(at + j, old_bits, b, a.by_old_bit) << j;
     }
-    old &= in_bounds;
     now = (now | kept) & in_bounds;
-    for (int j = 0; j < bytes; ++j) mask[i / 8 + j] = static_cast<uint8_t>(now >> 8 * j);
+    if (count == 64) [[likely]] {
+      memcpy(mask + i / 8, &now, 8);
+    } else {
+      for (int j = 0; 8 * j < count; ++j) mask[i / 8 + j] = static_cast<uint8_t>(now >> 8 * j);
+    }
     isolated += __builtin_popcountll(now);
     entered += __builtin_popcountll(now & ~old);
     released += __builtin_popcountll(old & ~now);

@@ -32,11 +32,22 @@ EPI_INLINE const T* importances(TableRow row) {
   return pointer<const T>(row, row[kImportance] != 0 ? kImportance : kExpAvgSq);
 }
 
-// Packed bits of the sixteen elements from `start` on; reads only the bytes that hold `count` bits.
-EPI_INLINE uint32_t mask_bits(const uint8_t* mask, int64_t start, int count = kWidth) {
-  if (mask == nullptr) return 0;
-  const uint8_t* bytes = mask + start / 8;
-  return bytes[0] | (count > 8 ? static_cast<uint32_t>(bytes[1]) << 8 : 0u);
+// Packed bits of the `count` (at most 64) elements from `start` on, a multiple of 8; reads only the
+// bytes that hold them.
+template <class Word = uint32_t>
+EPI_INLINE Word mask_bits(const uint8_t* mask, int64_t start, int count) {
+  Word bits = 0;
+  if (mask == nullptr) return bits;
+  for (int i = 0; 8 * i < count; ++i) bits |= static_cast<Word>(mask[start / 8 + i]) << 8 * i;
+  return bits;
+}
+
+// A whole word of them.
+template <class Word = uint32_t>
+EPI_INLINE Word mask_word(const uint8_t* mask, int64_t start) {
+  Word bits = 0;
+  if (mask != nullptr) memcpy(&bits, mask + start / 8, sizeof bits);
+  return bits;
 }
 
 template <class T>

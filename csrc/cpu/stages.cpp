@@ -5,7 +5,9 @@
 namespace epi {
 namespace {
 
-bool skip_none(TableRow) { return false; }
+bool skip_none(TableRow) {
+  return false;
+}
 
 // In the order of the tasks, whoever finished them first.
 void merge(const Table& table, const Tasks& tasks, const std::vector<StatsPartial>& partials,
@@ -52,8 +54,8 @@ class WorkerHistogram {
 
 }  // namespace
 
-void step(const Kernels& kernels, const Table& table, const float* scalars,
-          StepArguments arguments, const LayerStats* stats) {
+void step(const Kernels& kernels, const Table& table, const float* scalars, StepArguments arguments,
+          const LayerStats* stats) {
   const Tasks tasks(table, skip_none);
   const int64_t n = stats != nullptr ? tasks.size() : 0;
   std::vector<StatsPartial> partials(n);
@@ -78,14 +80,13 @@ void accumulate(const Kernels& kernels, const Table& table, const LayerStats& st
   std::vector<int32_t> row_of(tasks.size());
   tasks.run([&](int64_t, const Task& task) {
     row_of[task.index] = static_cast<int32_t>(task.row);
-    kernels.stats(table[task.row], task.start, task.stop, stats.with_moments,
-                  &partials[task.index]);
+    kernels.stats(table[task.row], task.start, task.stop, stats.with_moments, &partials[task.index]);
   });
   merge(table, tasks, partials, row_of, stats);
 }
 
-void count(const Kernels& kernels, const Table& table, const LayerTerms& terms,
-           const Search& search, int64_t sample_stride) {
+void count(const Kernels& kernels, const Table& table, const LayerTerms& terms, const Search& search,
+           int64_t sample_stride) {
   const Tasks tasks(table, [&](TableRow row) { return search.done[search.domain[row[kLayer]]]; });
   struct Worker {
     WorkerHistogram histogram;
@@ -105,10 +106,8 @@ void count(const Kernels& kernels, const Table& table, const LayerTerms& terms,
       a.scale = terms.scale[layer];
       a.keep_factor = terms.keep_factor;
       for (int isolated = 0; isolated < (a.keep_factor != 1.0f ? 2 : 1); ++isolated) {
-        a.lo_bound[isolated] =
-            kernels.u_bound_of_key(a.shift, a.scale, a.keep_factor, isolated != 0, lo);
-        a.hi_bound[isolated] =
-            kernels.u_bound_of_key(a.shift, a.scale, a.keep_factor, isolated != 0, hi);
+        a.lo_bound[isolated] = kernels.u_bound_of_key(a.shift, a.scale, a.keep_factor, isolated != 0, lo);
+        a.hi_bound[isolated] = kernels.u_bound_of_key(a.shift, a.scale, a.keep_factor, isolated != 0, hi);
       }
       a.lo = static_cast<uint32_t>(lo);
       a.bin_shift = static_cast<int>(search.bin_shift[domain]);
@@ -121,8 +120,8 @@ void count(const Kernels& kernels, const Table& table, const LayerTerms& terms,
   for (Worker& worker : workers) worker.histogram.flush(search);
 }
 
-void select(const Kernels& kernels, const Table& table, const LayerTerms& terms,
-            const float* thresholds, bool positive_only, int64_t* drift) {
+void select(const Kernels& kernels, const Table& table, const LayerTerms& terms, const float* thresholds,
+            bool positive_only, int64_t* drift) {
   const Tasks tasks(table, skip_none);
   struct Worker {
     SelectArguments arguments;
@@ -137,9 +136,9 @@ void select(const Kernels& kernels, const Table& table, const LayerTerms& terms,
       worker.layer = layer;
       a.by_old_bit = terms.keep_factor != 1.0f;
       for (int isolated = 0; isolated < (a.by_old_bit ? 2 : 1); ++isolated) {
-        a.bound[isolated] = kernels.u_bound_of_selection(
-            terms.shift[layer], terms.scale[layer], terms.keep_factor, isolated != 0,
-            thresholds[layer], positive_only);
+        a.bound[isolated] =
+            kernels.u_bound_of_selection(terms.shift[layer], terms.scale[layer], terms.keep_factor,
+                                         isolated != 0, thresholds[layer], positive_only);
       }
     }
     for (int64_t& n : a.drift) n = 0;

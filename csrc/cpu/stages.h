@@ -40,7 +40,7 @@ void step(const Kernels&, const Table&, const float* scalars, StepArguments argu
           const LayerStats* stats);
 void accumulate(const Kernels&, const Table&, const LayerStats&);
 void count(const Kernels&, const Table&, const LayerTerms&, const Search&, int64_t sample_stride);
-void select(const Kernels&, const Table&, const LayerTerms&, const float* thresholds,
-            bool positive_only, int64_t* drift);
+void select(const Kernels&, const Table&, const LayerTerms&, const float* thresholds, bool positive_only,
+            int64_t* drift);
 
 }  // namespace epi

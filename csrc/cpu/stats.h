@@ -20,8 +20,7 @@ EPI_INLINE StatsSums<F> empty_sums() {
 }
 
 template <class F>
-EPI_INLINE void add_lanes(StatsSums<F>& sums, F u, typename Lanes<F>::M in_bounds, int count,
-                          bool moments) {
+EPI_INLINE void add_lanes(StatsSums<F>& sums, F u, typename Lanes<F>::M in_bounds, int count, bool moments) {
   using L = Lanes<F>;
   const auto good = is_finite(u) & in_bounds;
   const float infinity = float_of(0x7F800000u);
@@ -35,7 +34,12 @@ template <class F, class T>
 __attribute__((noinline)) void add_range(StatsSums<F>& sums, const T* u, int64_t n, bool moments) {
   using M = typename Lanes<F>::M;
   StatsSums<F> local = sums;
-  for (int64_t i = 0; i < n; i += kWidth) {
+  const M all = from_bits<M>(0xFFFFu);
+  int64_t i = 0;
+  if (!moments) {
+    for (; i + kWidth <= n; i += kWidth) add_lanes(local, load<F>(u + i), all, kWidth, false);
+  }
+  for (; i < n; i += kWidth) {
     const int count = n - i < kWidth ? static_cast<int>(n - i) : kWidth;
     T rest[kWidth];
     const T* at = count < kWidth ? padded(rest, u + i, count) : u + i;

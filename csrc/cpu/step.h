@@ -4,223 +4,174 @@
 
 #include "cpu/rows.h"
 #include "cpu/stats.h"
+#include "cpu/step_memory.h"
 #include "math/adamw.h"
 #include "math/rounding.h"
 
 namespace epi::EPI_ISA {
 
-// Bytes ahead of the reads at which cache lines are asked for. The hardware's prefetchers stop at
-// every page; see bench/README for the measurement behind the figure.
-constexpr int64_t kPrefetchBytes = 1024;
-
-template <class F>
 struct StepContext {
-  StepConstants<F> c;
-  F multiplier;
-  typename Lanes<F>::U sign;  // flips the gradient's sign when maximizing
+  StepConstants<F16> c;
+  F16 multiplier;
   bool has_multiplier;
-  // random bits: the logical index of element i is first_index + i
+  // random bits: the logical index of the range's element i is first + i; its low word may wrap
   uint32_t first_low;
-  typename Lanes<F>::U key, key_after_wrap;
+  U16 key, key_after_wrap;
 };
 
-template <class F>
-EPI_INLINE StepContext<F> step_context(TableRow row, int64_t start, const StepArguments& a) {
-  using L = Lanes<F>;
+EPI_INLINE StepContext step_context(TableRow row, int64_t start, const StepArguments& a) {
+  using L = Lanes<F16>;
   const uint64_t first = static_cast<uint64_t>(row[kIndexOffset] + start);
   const uint32_t key = static_cast<uint32_t>(row[kRngKey]);
   const uint32_t high = static_cast<uint32_t>(first >> 32);
-  return {step_constants<F>(a.scalars),
-          L::f32(a.grad_multiplier),
-          L::u32((row[kFlags] & kMaximize) != 0 ? 0x80000000u : 0u),
-          a.has_grad_multiplier,
-          static_cast<uint32_t>(first),
-          L::u32(mix<float>(key ^ high)),
-          L::u32(mix<float>(key ^ (high + 1)))};
+  StepContext x{step_constants<F16>(a.scalars), L::f32(a.grad_multiplier),
+                a.has_grad_multiplier,          static_cast<uint32_t>(first),
+                L::u32(mix<float>(key ^ high)), L::u32(mix<float>(key ^ (high + 1)))};
+  // c * (-g) == (-c) * g to the bit, and g * g never sees the sign
+  if ((row[kFlags] & kMaximize) != 0) x.c.one_minus_beta1 = L::f32(-a.scalars[1]);
+  return x;
 }
 
-template <class P, class S>
-struct StepPointers {
-  P* param;
-  P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
-  float* importance_f32;  // at most one of the two is there: the parameter's own importance
-  uint16_t* importance_bf16;
+// w0 of the elements low, low + 2, ... (kSplit) or low, low + 1, ...
+template <bool kSplit>
+EPI_INLINE U16 first_words(const StepContext& x, uint32_t low) {
+  using L = Lanes<F16>;
+  const U16 lane = L::iota(0);
+  const U16 index_low = (kSplit ? lane + lane : lane) + L::u32(low);
+  const U16 key = select(index_low < L::u32(x.first_low), x.key_after_wrap, x.key);
+  return random_word0<F16>(key, index_low);
+}
 
-  // Own importances are a branch of the loop, not one more instance of it: it always goes one way,
-  // and three times the instances took three times as long to compile.
-  EPI_INLINE StepPointers at(int64_t i) const {
-    return {param + i,
-            grad + i,
-            exp_avg + i,
-            exp_avg_sq + i,
-            importance_f32 != nullptr ? importance_f32 + i : nullptr,
-            importance_bf16 != nullptr ? importance_bf16 + i : nullptr};
-  }
-  EPI_INLINE void prefetch() const {
-    ahead(param), ahead(grad), ahead(exp_avg), ahead(exp_avg_sq);
-    if (importance_f32 != nullptr) ahead(importance_f32);
-    if (importance_bf16 != nullptr) ahead(importance_bf16);
-  }
-  template <class T>
-  static EPI_INLINE void ahead(const T* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
-  }
+struct StepValues {
+  Pair theta, old_theta, exp_avg, exp_avg_sq, importance;
 };
 
-// The last, incomplete vector of a range: copied here, updated as a whole, copied back.
-template <class P, class S>
-struct StepTail {
-  P param[kWidth] = {}, grad[kWidth] = {};
-  S exp_avg[kWidth] = {}, exp_avg_sq[kWidth] = {};
-  float importance_f32[kWidth] = {};
-  uint16_t importance_bf16[kWidth] = {};
-
-  __attribute__((noinline)) StepPointers<P, S> load(const StepPointers<P, S>& p, int count) {
-    const StepPointers<P, S> local{param,
-                                   grad,
-                                   exp_avg,
-                                   exp_avg_sq,
-                                   p.importance_f32 != nullptr ? importance_f32 : nullptr,
-                                   p.importance_bf16 != nullptr ? importance_bf16 : nullptr};
-    move(local, p, count);
-    return local;
-  }
-  __attribute__((noinline)) void store(const StepPointers<P, S>& local,
-                                       const StepPointers<P, S>& p, int count) {
-    move(p, local, count);
-  }
-  static void move(const StepPointers<P, S>& to, const StepPointers<P, S>& from, int count) {
-    copy(to.param, from.param, count);
-    copy(to.grad, from.grad, count);
-    copy(to.exp_avg, from.exp_avg, count);
-    copy(to.exp_avg_sq, from.exp_avg_sq, count);
-    if (from.importance_f32 != nullptr) copy(to.importance_f32, from.importance_f32, count);
-    if (from.importance_bf16 != nullptr) copy(to.importance_bf16, from.importance_bf16, count);
-  }
-};
-
-template <bool kStochastic, class F>
-EPI_INLINE void store_state(float* p, F x, typename Lanes<F>::U) {
-  store(p, x);
-}
-template <bool kStochastic, class F>
-EPI_INLINE void store_state(uint16_t* p, F x, typename Lanes<F>::U random_bits) {
-  store_low(p, kStochastic ? round_stochastic_bf16(x, random_bits) : round_nearest_bf16(x));
-}
-template <bool kStochastic, class F>
-EPI_INLINE void store_param(float* p, typename Lanes<F>::M where, F x, F old,
-                            typename Lanes<F>::U) {
-  store_where(p, where, x, old);
-}
-template <bool kStochastic, class F>
-EPI_INLINE void store_param(uint16_t* p, typename Lanes<F>::M where, F x, F old,
-                            typename Lanes<F>::U random_bits) {
-  const auto half = kStochastic ? round_stochastic_bf16(x, random_bits) : round_nearest_bf16(x);
-  store_low_where(p, where, half, old);
-}
-
-// Sixteen elements at `p`; `isolated`: their mask bits; `low`: low word of the first one's index.
-template <class F, bool kStochastic, class P, class S>
-EPI_INLINE void step_lanes(const StepContext<F>& x, const StepPointers<P, S>& p, uint32_t isolated,
-                           uint32_t low) {
-  using L = Lanes<F>;
-  using U = typename L::U;
-  using M = typename L::M;
-  const F theta = load<F>(p.param);
-  F g = load<F>(p.grad);
-  if (x.has_multiplier) {
-    g = g * x.multiplier;
-    store_state<false>(p.grad, g, U{});  // rounded to nearest; the update sees the product itself
-  }
-  g = float_of(bits_of(g) ^ x.sign);
-  const F g_squared = g * g;
-  const auto next = adamw(x.c, theta, g, g_squared, load<F>(p.exp_avg), load<F>(p.exp_avg_sq));
-
-  U w0{}, w1{};
-  if constexpr (kStochastic) {
-    const U index_low = L::iota(low);
-    w0 = random_word0<F>(select(index_low < L::u32(x.first_low), x.key_after_wrap, x.key), index_low);
-    if (sizeof(S) == 2 || p.importance_bf16 != nullptr) w1 = random_word1<F>(w0);
-  }
-  const U low_half = L::u32(0xFFFFu);
-  store_state<kStochastic>(p.exp_avg, next.exp_avg, w0 >> 16);
-  store_state<kStochastic>(p.exp_avg_sq, next.exp_avg_sq, w1 & low_half);
+template <bool kSplit, bool kStochastic, bool kSpecial, class P, class S>
+EPI_INLINE void store_step(const StepPointers<P, S>& p, int64_t i, uint32_t isolated, const StepValues& next,
+                           RandomPair w0, RandomPair w1) {
+  store_pair<kSplit, kStochastic, kSpecial>(p.exp_avg + i, next.exp_avg, high_halves(w0));
+  store_pair<kSplit, kStochastic, kSpecial>(p.exp_avg_sq + i, next.exp_avg_sq, low_halves(w1));
   if (p.importance_f32 != nullptr) {
-    store(p.importance_f32, importance_ema(x.c, load<F>(p.importance_f32), g_squared));
-  } else if (p.importance_bf16 != nullptr) {
-    const F u = importance_ema(x.c, load<F>(p.importance_bf16), g_squared);
-    store_state<kStochastic>(p.importance_bf16, u, w1 >> 16);
+    store_pair<kSplit, kStochastic, kSpecial>(p.importance_f32 + i, next.importance, w1);
   }
-  store_param<kStochastic>(p.param, !from_bits<M>(isolated), next.theta, theta, w0 & low_half);
+  if constexpr (kSplit) {
+    if (p.importance_bf16 != nullptr) {
+      store_pair<kSplit, kStochastic, kSpecial>(p.importance_bf16 + i, next.importance, high_halves(w1));
+    }
+  }
+  store_pair_but<kSplit, kStochastic, kSpecial>(p.param + i, isolated, next.theta, next.old_theta,
+                                                low_halves(w0));
 }
 
-template <class F, bool kParam, bool kState, bool kStochastic>
+// The thirty-two elements from `i` on; `isolated`: their mask bits, `low`: the low word of the first
+// one's logical index.
+template <bool kSplit, bool kStochastic, class P, class S>
+EPI_INLINE void step_pair(const StepContext& x, const StepPointers<P, S>& p, int64_t i, uint32_t isolated,
+                          uint32_t low) {
+  Pair g = load_pair<kSplit>(p.grad + i);
+  if (x.has_multiplier) {
+    g = {g.a * x.multiplier, g.b * x.multiplier};
+    // rounded to nearest in memory; the update sees the product itself
+    store_pair<kSplit, false, true>(p.grad + i, g, RandomPair{});
+  }
+  const Pair theta = load_pair<kSplit>(p.param + i);
+  const Pair m = load_pair<kSplit>(p.exp_avg + i), v = load_pair<kSplit>(p.exp_avg_sq + i);
+  const Pair g2{g.a * g.a, g.b * g.b};
+  const auto a = adamw(x.c, theta.a, g.a, g2.a, m.a, v.a);
+  const auto b = adamw(x.c, theta.b, g.b, g2.b, m.b, v.b);
+  StepValues next{{a.theta, b.theta}, theta, {a.exp_avg, b.exp_avg}, {a.exp_avg_sq, b.exp_avg_sq}, {}};
+  if (p.importance_f32 != nullptr) {
+    const Pair u = load_pair<kSplit>(p.importance_f32 + i);
+    next.importance = {importance_ema(x.c, u.a, g2.a), importance_ema(x.c, u.b, g2.b)};
+  }
+  if constexpr (kSplit) {
+    if (p.importance_bf16 != nullptr) {
+      const Pair u = load_pair<kSplit>(p.importance_bf16 + i);
+      next.importance = {importance_ema(x.c, u.a, g2.a), importance_ema(x.c, u.b, g2.b)};
+    }
+  }
+
+  RandomPair w0{}, w1{};
+  if constexpr (kStochastic) {
+    w0 = {first_words<kSplit>(x, low), first_words<kSplit>(x, low + (kSplit ? 1 : kWidth))};
+    if (sizeof(S) == 2 || p.importance_bf16 != nullptr) {
+      w1 = {random_word1<F16>(w0.a), random_word1<F16>(w0.b)};
+    }
+  }
+  if constexpr (kSplit) {
+    // a first moment that is not finite makes the weight so, a second one may not
+    auto special =
+        !(is_finite(a.theta) & is_finite(b.theta) & is_finite(a.exp_avg_sq) & is_finite(b.exp_avg_sq));
+    if (p.importance_bf16 != nullptr) {
+      special = special | !(is_finite(next.importance.a) & is_finite(next.importance.b));
+    }
+    if (any(special)) [[unlikely]] {
+      return store_step<kSplit, kStochastic, true>(p, i, isolated, next, w0, w1);
+    }
+  }
+  store_step<kSplit, kStochastic, false>(p, i, isolated, next, w0, w1);
+}
+
+template <bool kParam16, bool kState16, bool kSplit, bool kStochastic>
 void step_range(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  using P = stored_t<kParam>;
-  using S = stored_t<kState>;
-  const StepContext<F> x = step_context<F>(row, start, a);
+  using P = stored_t<kParam16>;
+  using S = stored_t<kState16>;
+  const StepContext x = step_context(row, start, a);
   const uint8_t* mask = pointer<const uint8_t>(row, kIsolationMask);
-  const bool own_bf16 = (row[kFlags] & kImportanceBf16) != 0;
-  const StepPointers<P, S> p{pointer<P>(row, ::epi::kParam),
-                             pointer<P>(row, kGrad),
-                             pointer<S>(row, kExpAvg),
-                             pointer<S>(row, kExpAvgSq),
-                             own_bf16 ? nullptr : pointer<float>(row, kImportance),
-                             own_bf16 ? pointer<uint16_t>(row, kImportance) : nullptr};
-  StatsSums<F> sums = empty_sums<F>();
-  StepTail<P, S> tail;
+  const StepPointers<P, S> p = step_pointers<P, S>(row);
+  StatsSums<F16> sums = empty_sums<F16>();
   for (int64_t block = start; block < stop; block += kBlock) {
     const int64_t end = block + kBlock < stop ? block + kBlock : stop;
-    for (int64_t i = block; i < end; i += kWidth) {
-      const int count = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
-      const uint32_t low = x.first_low + static_cast<uint32_t>(i - start);
-      const auto here = p.at(i);
-      auto at = here;
-      if (count < kWidth) [[unlikely]] at = tail.load(here, count);
-      here.prefetch();
-      step_lanes<F, kStochastic>(x, at, mask_bits(mask, i, count), low);
-      if (count < kWidth) [[unlikely]] tail.store(at, here, count);
+    int64_t i = block;
+    for (; i + kPair <= end; i += kPair) {
+      p.prefetch(i);
+      step_pair<kSplit, kStochastic>(x, p, i, mask_word(mask, i),
+                                     x.first_low + static_cast<uint32_t>(i - start));
+    }
+    if (i < end) {
+      const int count = static_cast<int>(end - i);
+      StepTail<P, S> tail;
+      step_pair<kSplit, kStochastic>(x, tail.load(p, i, count), 0, mask_bits(mask, i, count),
+                                     x.first_low + static_cast<uint32_t>(i - start));
+      tail.store(p, i, count, a.has_grad_multiplier);
     }
     if (a.stats != nullptr) {  // the block's importances, as stored, are still in the first cache
-      const auto here = p.at(block);
-      if (here.importance_f32 != nullptr) {
-        add_range(sums, here.importance_f32, end - block, a.moments);
-      } else if (here.importance_bf16 != nullptr) {
-        add_range(sums, here.importance_bf16, end - block, a.moments);
+      const int64_t n = end - block;
+      if (p.importance_f32 != nullptr) {
+        add_range(sums, p.importance_f32 + block, n, a.moments);
+      } else if (p.importance_bf16 != nullptr) {
+        add_range(sums, p.importance_bf16 + block, n, a.moments);
       } else {
-        add_range(sums, here.exp_avg_sq, end - block, a.moments);
+        add_range(sums, p.exp_avg_sq + block, n, a.moments);
       }
     }
   }
   if (a.stats != nullptr) *a.stats = reduce(sums);
 }
 
-template <class F, bool kParam, bool kState>
+template <bool kParam16, bool kState16>
 void step_rounding(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
   if (a.stochastic_rounding) {
-    step_range<F, kParam, kState, true>(row, start, stop, a);
+    step_range<kParam16, kState16, true, true>(row, start, stop, a);
   } else {
-    step_range<F, kParam, kState, false>(row, start, stop, a);
+    step_range<kParam16, kState16, true, false>(row, start, stop, a);
   }
 }
 
-template <class F>
-void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  switch (row[kFlags] & (kParamBf16 | kStateBf16)) {
+inline void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+  switch (row[kFlags] & (kParamBf16 | kStateBf16 | kImportanceBf16)) {
     case 0:
-      // random bits are drawn for bfloat16 alone
-      if ((row[kFlags] & kImportanceBf16) == 0) {
-        return step_range<F, false, false, false>(row, start, stop, a);
-      }
-      return step_rounding<F, false, false>(row, start, stop, a);
+      return step_range<false, false, false, false>(row, start, stop, a);
+    case kImportanceBf16:
+      return step_rounding<false, false>(row, start, stop, a);
     case kParamBf16:
-      return step_rounding<F, true, false>(row, start, stop, a);
+    case kParamBf16 | kImportanceBf16:
+      return step_rounding<true, false>(row, start, stop, a);
     case kStateBf16:
-      return step_rounding<F, false, true>(row, start, stop, a);
+    case kStateBf16 | kImportanceBf16:
+      return step_rounding<false, true>(row, start, stop, a);
     default:
-      return step_rounding<F, true, true>(row, start, stop, a);
+      return step_rounding<true, true>(row, start, stop, a);
   }
 }
 

@@ -8,69 +8,93 @@
 
 namespace epi::EPI_ISA {
 
+// The bracket as bounds on u, for one vector of elements.
 template <class F>
 struct Bracket {
-  F lo[2], hi[2];
+  F lo, hi;
 };
 
-// Sixteen elements; returns how many lie at or above the bracket's end.
 template <class F>
-EPI_INLINE int64_t count_lanes(F u, uint32_t isolated_bits, uint32_t in_bounds,
-                               const Bracket<F>& bracket, bool by_old_bit,
-                               const CountArguments& a) {
+struct Brackets {
+  Bracket<F> released, isolated;
+  bool by_old_bit;
+
+  EPI_INLINE Bracket<F> of(typename Lanes<F>::M old) const {
+    if (!by_old_bit) return released;
+    return {select(old, isolated.lo, released.lo), select(old, isolated.hi, released.hi)};
+  }
+};
+
+// Adds the elements of `u` that lie inside the bracket to their bins.
+template <class F>
+__attribute__((noinline)) void add_to_bins(F u, uint32_t inside, typename Lanes<F>::M isolated,
+                                           const CountArguments& a) {
+  using L = Lanes<F>;
+  const auto key = ordered_key(score(u, ScoreTerms{a.shift, a.scale, a.keep_factor}, isolated));
+  uint32_t bins[kWidth];
+  store(bins, (key - L::u32(a.lo)) >> a.bin_shift);
+  for (; inside != 0; inside &= inside - 1) ++a.histogram[bins[__builtin_ctz(inside)]];
+}
+
+// Sixteen elements: counts those at or above the bracket's end, lane by lane, into `above`.
+template <class F>
+EPI_INLINE void count_lanes(F u, uint32_t old_bits, typename Lanes<F>::M in_bounds,
+                            const Brackets<F>& brackets, const CountArguments& a,
+                            typename Lanes<F>::U& above) {
   using L = Lanes<F>;
   using M = typename L::M;
-  F lo = bracket.lo[0], hi = bracket.hi[0];
-  const M isolated = from_bits<M>(isolated_bits);
-  if (by_old_bit) {
-    lo = select(isolated, bracket.lo[1], lo);
-    hi = select(isolated, bracket.hi[1], hi);
-  }
+  const M isolated = from_bits<M>(old_bits);
+  const Bracket<F> bracket = brackets.of(isolated);
   // NaN compares false, +inf is cut off here, -inf lies below every bound
-  const M finite = u < L::f32(float_of(0x7F800000u));
-  const uint32_t above = to_bits((u >= hi) & finite) & in_bounds;
-  uint32_t inside = to_bits((u >= lo) & finite) & in_bounds & ~above;
-  if (inside != 0) {
-    const auto key = ordered_key(score(u, ScoreTerms{a.shift, a.scale, a.keep_factor}, isolated));
-    uint32_t bins[kWidth];
-    store(bins, (key - L::u32(a.lo)) >> a.bin_shift);
-    for (; inside != 0; inside &= inside - 1) ++a.histogram[bins[__builtin_ctz(inside)]];
-  }
-  return __builtin_popcount(above);
+  const M finite = (u < L::f32(float_of(0x7F800000u))) & in_bounds;
+  const M over = (u >= bracket.hi) & finite;
+  const M inside = (u >= bracket.lo) & !over & finite;
+  above = increment(above, over);
+  if (any(inside)) [[unlikely]]
+    add_to_bins(u, to_bits(inside), isolated, a);
 }
 
 template <class F, class T>
-EPI_INLINE int64_t count_span(const T* u, const uint8_t* mask, int64_t start, int64_t stop,
-                              const Bracket<F>& bracket, const CountArguments& a) {
-  int64_t above = 0;
-  const bool by_old_bit = mask != nullptr;
-  for (int64_t i = start; i < stop; i += kWidth) {
-    const int count = stop - i < kWidth ? static_cast<int>(stop - i) : kWidth;
-    T rest[kWidth];
-    const T* at = count < kWidth ? padded(rest, u + i, count) : u + i;
-    above += count_lanes(load<F>(at), mask_bits(mask, i, count), (1u << count) - 1, bracket,
-                         by_old_bit, a);
+EPI_INLINE void count_span(const T* u, const uint8_t* mask, int64_t start, int64_t stop,
+                           const Brackets<F>& brackets, const CountArguments& a,
+                           typename Lanes<F>::U& above) {
+  using M = typename Lanes<F>::M;
+  const M all = from_bits<M>(0xFFFFu);
+  int64_t i = start;
+  for (; i + kWidth <= stop; i += kWidth) {
+    count_lanes(load<F>(u + i), mask_word<uint16_t>(mask, i), all, brackets, a, above);
   }
-  return above;
+  if (i < stop) {
+    const int count = static_cast<int>(stop - i);
+    T rest[kWidth];
+    count_lanes(load<F>(padded(rest, u + i, count)), mask_bits(mask, i, count),
+                from_bits<M>((1u << count) - 1), brackets, a, above);
+  }
 }
 
 template <class F, class T>
 EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const CountArguments& a) {
   using L = Lanes<F>;
   const T* u = importances<T>(row);
-  const uint8_t* mask =
-      a.keep_factor != 1.0f ? pointer<const uint8_t>(row, kIsolationMask) : nullptr;
-  const Bracket<F> bracket{{L::f32(a.lo_bound[0]), L::f32(a.lo_bound[1])},
-                           {L::f32(a.hi_bound[0]), L::f32(a.hi_bound[1])}};
-  int64_t above = 0;
+  const uint8_t* mask = a.keep_factor != 1.0f ? pointer<const uint8_t>(row, kIsolationMask) : nullptr;
+  const Brackets<F> brackets{{L::f32(a.lo_bound[0]), L::f32(a.hi_bound[0])},
+                             {L::f32(a.lo_bound[1]), L::f32(a.hi_bound[1])},
+                             mask != nullptr};
+  auto above = L::u32(0);
   // without a sample the one span is the range
-  const int64_t span = a.sample_stride > 1 ? kSampleBlock : stop - start;
-  const int64_t pace = a.sample_stride > 1 ? kSampleBlock * a.sample_stride : span;
-  const int64_t first = a.sample_stride > 1 ? (start + pace - 1) / pace * pace : start;
-  for (int64_t i = first; i < stop; i += pace) {
-    above += count_span(u, mask, i, i + span < stop ? i + span : stop, bracket, a);
+  const bool sampled = a.sample_stride > 1;
+  const int64_t span = sampled ? kSampleBlock : stop - start;
+  const int64_t pace = span * (sampled ? a.sample_stride : 1);
+  for (int64_t i = sampled ? (start + pace - 1) / pace * pace : start; i < stop; i += pace) {
+    if (sampled) {  // the next block lies on a page of its own
+      const char* next = reinterpret_cast<const char*>(u + i + pace);
+      for (size_t j = 0; j < kSampleBlock * sizeof(T); j += 64) __builtin_prefetch(next + j);
+    }
+    count_span(u, mask, i, i + span < stop ? i + span : stop, brackets, a, above);
   }
-  a.histogram[a.last_bin] += above;
+  uint32_t lanes[kWidth];
+  store(lanes, above);
+  for (const uint32_t n : lanes) a.histogram[a.last_bin] += n;
 }
 
 template <class F>

@@ -29,44 +29,97 @@ struct Lanes<F16> {
   }
 };
 
-EPI_INLINE F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-EPI_INLINE F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
-EPI_INLINE F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-EPI_INLINE F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-EPI_INLINE F16 sqrt_rn(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
-EPI_INLINE F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
-EPI_INLINE F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-EPI_INLINE M16 operator>=(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
-EPI_INLINE M16 operator<(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
-EPI_INLINE M16 operator!=(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+EPI_INLINE F16 operator+(F16 a, F16 b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+EPI_INLINE F16 operator-(F16 a, F16 b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+EPI_INLINE F16 operator*(F16 a, F16 b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+EPI_INLINE F16 operator/(F16 a, F16 b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+EPI_INLINE F16 sqrt_rn(F16 a) {
+  return {_mm512_sqrt_ps(a.v)};
+}
+EPI_INLINE F16 min(F16 a, F16 b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+EPI_INLINE F16 max(F16 a, F16 b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+EPI_INLINE M16 operator>=(F16 a, F16 b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)};
+}
+EPI_INLINE M16 operator<(F16 a, F16 b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+EPI_INLINE M16 operator!=(F16 a, F16 b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)};
+}
 
-EPI_INLINE U16 operator+(U16 a, U16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
-EPI_INLINE U16 operator-(U16 a, U16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-EPI_INLINE U16 operator*(U16 a, U16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-EPI_INLINE U16 operator&(U16 a, U16 b) { return {_mm512_and_si512(a.v, b.v)}; }
-EPI_INLINE U16 operator^(U16 a, U16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+EPI_INLINE U16 operator+(U16 a, U16 b) {
+  return {_mm512_add_epi32(a.v, b.v)};
+}
+EPI_INLINE U16 operator-(U16 a, U16 b) {
+  return {_mm512_sub_epi32(a.v, b.v)};
+}
+EPI_INLINE U16 operator*(U16 a, U16 b) {
+  return {_mm512_mullo_epi32(a.v, b.v)};
+}
+EPI_INLINE U16 operator&(U16 a, U16 b) {
+  return {_mm512_and_si512(a.v, b.v)};
+}
+EPI_INLINE U16 operator^(U16 a, U16 b) {
+  return {_mm512_xor_si512(a.v, b.v)};
+}
 EPI_INLINE U16 operator>>(U16 a, int count) {
   return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(count))};
 }
-EPI_INLINE M16 operator==(U16 a, U16 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
-EPI_INLINE M16 operator!=(U16 a, U16 b) { return {_mm512_cmpneq_epi32_mask(a.v, b.v)}; }
-EPI_INLINE M16 operator<(U16 a, U16 b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
+EPI_INLINE M16 operator==(U16 a, U16 b) {
+  return {_mm512_cmpeq_epi32_mask(a.v, b.v)};
+}
+EPI_INLINE M16 operator!=(U16 a, U16 b) {
+  return {_mm512_cmpneq_epi32_mask(a.v, b.v)};
+}
+EPI_INLINE M16 operator<(U16 a, U16 b) {
+  return {_mm512_cmplt_epu32_mask(a.v, b.v)};
+}
 
-EPI_INLINE M16 operator&(M16 a, M16 b) { return {static_cast<__mmask16>(a.k & b.k)}; }
-EPI_INLINE M16 operator!(M16 a) { return {static_cast<__mmask16>(~a.k)}; }
-EPI_INLINE bool any(M16 a) { return a.k != 0; }
-EPI_INLINE uint32_t to_bits(M16 a) { return a.k; }
+EPI_INLINE M16 operator&(M16 a, M16 b) {
+  return {static_cast<__mmask16>(a.k & b.k)};
+}
+EPI_INLINE M16 operator|(M16 a, M16 b) {
+  return {static_cast<__mmask16>(a.k | b.k)};
+}
+EPI_INLINE M16 operator!(M16 a) {
+  return {static_cast<__mmask16>(~a.k)};
+}
+EPI_INLINE bool any(M16 a) {
+  return a.k != 0;
+}
+EPI_INLINE uint32_t to_bits(M16 a) {
+  return a.k;
+}
 template <class M>
 EPI_INLINE M from_bits(uint32_t bits) {
   return {static_cast<__mmask16>(bits)};
 }
 
-EPI_INLINE F16 select(M16 where, F16 a, F16 b) { return {_mm512_mask_blend_ps(where.k, b.v, a.v)}; }
+EPI_INLINE F16 select(M16 where, F16 a, F16 b) {
+  return {_mm512_mask_blend_ps(where.k, b.v, a.v)};
+}
 EPI_INLINE U16 select(M16 where, U16 a, U16 b) {
   return {_mm512_mask_blend_epi32(where.k, b.v, a.v)};
 }
-EPI_INLINE U16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
-EPI_INLINE F16 float_of(U16 a) { return {_mm512_castsi512_ps(a.v)}; }
+EPI_INLINE U16 bits_of(F16 a) {
+  return {_mm512_castps_si512(a.v)};
+}
+EPI_INLINE F16 float_of(U16 a) {
+  return {_mm512_castsi512_ps(a.v)};
+}
 
 template <class F>
 EPI_INLINE F load(const float* p) {
@@ -77,24 +130,66 @@ EPI_INLINE F load(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-EPI_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
-EPI_INLINE void store(uint32_t* p, U16 a) { _mm512_storeu_si512(p, a.v); }
-EPI_INLINE void store_low(uint16_t* p, U16 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+EPI_INLINE void store(float* p, F16 a) {
+  _mm512_storeu_ps(p, a.v);
 }
-// Lanes where `where` is not set keep what memory holds; `old` is what was loaded from there.
-EPI_INLINE void store_where(float* p, M16 where, F16 a, F16) {
-  _mm512_mask_storeu_ps(p, where.k, a.v);
+EPI_INLINE void store(uint32_t* p, U16 a) {
+  _mm512_storeu_si512(p, a.v);
 }
-EPI_INLINE void store_low_where(uint16_t* p, M16 where, U16 a, F16) {
-  _mm256_mask_storeu_epi16(p, where.k, _mm512_cvtepi32_epi16(a.v));
+// Thirty-two elements at once. bfloat16 values lie two to a word: splitting them into the even and
+// the odd elements takes one operation each way where widening in order takes two, and no element
+// cares beside which others it is computed.
+struct Pair {
+  F16 a, b;  // in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31
+};
+
+EPI_INLINE Pair load_split(const uint16_t* p) {
+  const __m512i words = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)))}};
+}
+EPI_INLINE Pair load_split(const float* p) {
+  const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(low, even, high)}, {_mm512_permutex2var_ps(low, odd, high)}};
+}
+// The high halves of even and odd words, in order.
+EPI_INLINE __m512i join_halves(U16 even, U16 odd) {
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(even.v, 16), odd.v);
+}
+EPI_INLINE Pair in_order(Pair split) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {{_mm512_permutex2var_ps(split.a.v, low, split.b.v)},
+          {_mm512_permutex2var_ps(split.a.v, high, split.b.v)}};
+}
+EPI_INLINE void store_halves(uint16_t* p, U16 even, U16 odd) {
+  _mm512_storeu_si512(p, join_halves(even, odd));
+}
+// Elements whose bit in `keep` is set stay as they are in memory; `old` is what was loaded there.
+EPI_INLINE void store_halves_but(uint16_t* p, uint32_t keep, U16 even, U16 odd, Pair) {
+  _mm512_mask_storeu_epi16(p, ~keep, join_halves(even, odd));
+}
+EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(~keep), x.a.v);
+  _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(~keep >> 16), x.b.v);
+}
+
+EPI_INLINE M16 is_finite(F16 x) {
+  return !M16{_mm512_fpclass_ps_mask(x.v, 0x99)};  // NaNs and infinities
+}
+EPI_INLINE U16 increment(U16 x, M16 where) {
+  return {_mm512_mask_add_epi32(x.v, where.k, x.v, _mm512_set1_epi32(1))};
 }
 
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.
 struct D16 {
   __m512d a, b;
 };
-EPI_INLINE D16 zero_d16() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+EPI_INLINE D16 zero_d16() {
+  return {_mm512_setzero_pd(), _mm512_setzero_pd()};
+}
 EPI_INLINE void add_moments(D16& sum, D16& sum_of_squares, F16 x) {
   const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
   const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));

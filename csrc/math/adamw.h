@@ -36,8 +36,7 @@ struct Updated {
 
 // g: the gradient as the update sees it (unscaled, negated when maximizing); g_squared = g * g.
 template <class F>
-EPI_INLINE Updated<F> adamw(const StepConstants<F>& c, F theta, F g, F g_squared, F exp_avg,
-                            F exp_avg_sq) {
+EPI_INLINE Updated<F> adamw(const StepConstants<F>& c, F theta, F g, F g_squared, F exp_avg, F exp_avg_sq) {
   const F m = c.beta1 * exp_avg + c.one_minus_beta1 * g;
   const F v = c.beta2 * exp_avg_sq + c.one_minus_beta2 * g_squared;
   const F denom = sqrt_rn(v) + c.eps;

@@ -39,23 +39,41 @@ EPI_INLINE typename Lanes<F>::U random_word1(typename Lanes<F>::U word0) {
   return mix<F>(word0 + Lanes<F>::u32(kGolden));
 }
 
-// -> the bfloat16 in the low half of a word. One NaN stands for all: payloads do not survive.
+// A rounded bfloat16 is the high half of the word these return; what is below it is noise. The plain
+// ones need an x that is no NaN (nearest) or finite (stochastic), and cost four and one operation.
 template <class F>
-EPI_INLINE typename Lanes<F>::U round_nearest_bf16(F x) {
+EPI_INLINE typename Lanes<F>::U nearest_word(F x) {
   using L = Lanes<F>;
   const auto word = bits_of(x);
-  const auto odd = (word >> 16) & L::u32(1u);
-  const auto rounded = (word + L::u32(0x7FFFu) + odd) >> 16;
-  return select(x != x, L::u32(kBfloat16Nan), rounded);
+  return word + L::u32(0x7FFFu) + ((word >> 16) & L::u32(1u));
 }
 
-// `random_bits`: 16 bits an element. Non-finite values round to nearest.
+// `random_bits`: 16 bits an element.
+template <class F>
+EPI_INLINE typename Lanes<F>::U stochastic_word(F x, typename Lanes<F>::U random_bits) {
+  return bits_of(x) + random_bits;
+}
+
+// One NaN stands for all: payloads do not survive.
+template <class F>
+EPI_INLINE typename Lanes<F>::U nearest_word_of_any(F x) {
+  return select(x != x, Lanes<F>::u32(kBfloat16Nan << 16), nearest_word(x));
+}
+
+// Non-finite values round to nearest.
+template <class F>
+EPI_INLINE typename Lanes<F>::U stochastic_word_of_any(F x, typename Lanes<F>::U random_bits) {
+  return select(is_finite(x), stochastic_word(x, random_bits), nearest_word_of_any(x));
+}
+
+// -> the bfloat16 in the low half of a word.
+template <class F>
+EPI_INLINE typename Lanes<F>::U round_nearest_bf16(F x) {
+  return nearest_word_of_any(x) >> 16;
+}
 template <class F>
 EPI_INLINE typename Lanes<F>::U round_stochastic_bf16(F x, typename Lanes<F>::U random_bits) {
-  const auto rounded = (bits_of(x) + random_bits) >> 16;
-  const auto finite = is_finite(x);
-  // overflow of the loss is rare: one branch spares the second rounding
-  return any(!finite) ? select(finite, rounded, round_nearest_bf16(x)) : rounded;
+  return stochastic_word_of_any(x, random_bits) >> 16;
 }
 
 }  // namespace epi::EPI_ISA

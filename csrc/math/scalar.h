@@ -54,9 +54,15 @@ EPI_INLINE float sqrt_rn(float x) {
 #endif
 }
 
-EPI_INLINE float select(bool where, float a, float b) { return where ? a : b; }
-EPI_INLINE uint32_t select(bool where, uint32_t a, uint32_t b) { return where ? a : b; }
-EPI_INLINE bool any(bool where) { return where; }
+EPI_INLINE float select(bool where, float a, float b) {
+  return where ? a : b;
+}
+EPI_INLINE uint32_t select(bool where, uint32_t a, uint32_t b) {
+  return where ? a : b;
+}
+EPI_INLINE bool any(bool where) {
+  return where;
+}
 
 template <class F>
 EPI_INLINE typename Lanes<F>::M is_finite(F x) {

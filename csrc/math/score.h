@@ -8,9 +8,9 @@
 namespace epi::EPI_ISA {
 
 constexpr uint32_t kSign = 0x80000000u;
-constexpr uint32_t kKeyLowestFinite = 0x00800000u;   // key of -FLT_MAX
-constexpr uint32_t kKeyPositiveZero = 0x80000000u;   // key of +0
-constexpr uint32_t kKeyInfinity = 0xFF800000u;       // key of +inf
+constexpr uint32_t kKeyLowestFinite = 0x00800000u;  // key of -FLT_MAX
+constexpr uint32_t kKeyPositiveZero = 0x80000000u;  // key of +0
+constexpr uint32_t kKeyInfinity = 0xFF800000u;      // key of +inf
 
 // What one layer's scores are made of; keep_factor = float32(1 - hysteresis).
 struct ScoreTerms {
