@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
+import torch
 
 from epi_kernels.backends import cuda, table
 from epi_kernels.backends.cuda import CHUNK, plan
@@ -121,3 +125,42 @@ def test_constants_are_those_of_the_kernels():
     names = [name for name in columns if name and name != "kColumns"]
     snake = ["".join("_" + c if c.isupper() else c.upper() for c in name[1:]).lstrip("_") for name in names]
     assert [getattr(table, name) for name in snake] == list(range(table.COLUMNS))
+
+
+# --- whether it can run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "device", "expected"),
+    [
+        ({}, False, "the extension is not built"),
+        ({"reason": "not built: nvcc was not found"}, False, "not built: nvcc was not found"),
+        ({"reason": "built with nvcc 13.0 for torch's CUDA 13.0"}, True, "does not load"),
+    ],
+)
+def test_a_library_that_is_missing_says_why(record, device, expected, monkeypatch):
+    monkeypatch.setattr(cuda, "_build_record", lambda: record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setitem(sys.modules, "epi_kernels._C_cuda", None)
+    with pytest.raises(ImportError, match=expected):
+        cuda.CudaBackend()
+
+
+def test_a_built_library_without_a_device(monkeypatch):
+    monkeypatch.setitem(sys.modules, "epi_kernels._C_cuda", types.ModuleType("_C_cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="no CUDA device"):
+        cuda.CudaBackend()
+
+
+def test_what_it_refuses(monkeypatch):
+    monkeypatch.setitem(sys.modules, "epi_kernels._C_cuda", types.ModuleType("_C_cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    backend, device = cuda.CudaBackend(), torch.device("cuda", 0)
+    assert backend.refuses(device, torch.float32) is None is backend.refuses(device, torch.bfloat16)
+    assert "float64" in backend.refuses(device, torch.float64)
+    assert "not on cpu" in backend.refuses(torch.device("cpu"), torch.float32)
+    capability[:] = 7, 0
+    assert "7.5" in backend.refuses(device, torch.float32)

@@ -114,10 +114,11 @@ StatsOut stats_of(const Tensor& rows, const Tensor& runs, const Tensor& partials
           moments};
 }
 
+// Tensors by value: every torch since 2.10 boxes them so.
+
 // kind: bit 0 param, bit 1 state is bfloat16; kind >> 2: the importance. No partials: no stats.
-void step(const Tensor& rows, const Tensor& programs, const Tensor& runs, const Tensor& scalars, int64_t kind,
-          bool stochastic_rounding, bool has_grad_multiplier, double grad_multiplier, Tensor partials,
-          bool moments) {
+void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kind, bool stochastic_rounding,
+          bool has_grad_multiplier, double grad_multiplier, Tensor partials, bool moments) {
   check(kind >= 0 && kind < 12, "kind", "is not one of the twelve");
   const Launch launch(rows);
   StepArgs args{};
@@ -134,7 +135,7 @@ void step(const Tensor& rows, const Tensor& programs, const Tensor& runs, const 
   launch.finish(launch_step(args, step_kind, launch.stream()), "cuda_step");
 }
 
-void stats(const Tensor& rows, const Tensor& programs, const Tensor& runs, Tensor partials, bool moments) {
+void stats(Tensor rows, Tensor programs, Tensor runs, Tensor partials, bool moments) {
   const Launch launch(rows);
   StatsArgs args{};
   args.work = work_of(rows, programs, launch.device());
@@ -142,8 +143,8 @@ void stats(const Tensor& rows, const Tensor& programs, const Tensor& runs, Tenso
   launch.finish(launch_stats(args, launch.stream()), "cuda_stats");
 }
 
-void merge_stats(const Tensor& run_slots, const Tensor& partials, bool moments, Tensor minimum,
-                 Tensor maximum, Tensor nonfinite, Tensor moment_sums) {
+void merge_stats(Tensor run_slots, Tensor partials, bool moments, Tensor minimum, Tensor maximum,
+                 Tensor nonfinite, Tensor moment_sums) {
   const Launch launch(run_slots);
   const int64_t layers = minimum.numel();
   MergeArgs args{};
@@ -160,9 +161,8 @@ void merge_stats(const Tensor& run_slots, const Tensor& partials, bool moments, 
   launch.finish(launch_merge(args, launch.stream()), "cuda_merge_stats");
 }
 
-void count(const Tensor& rows, const Tensor& programs, const Tensor& shift, const Tensor& scale,
-           double keep_factor, const Tensor& domain, const Tensor& lo, const Tensor& hi,
-           const Tensor& bin_shift, const Tensor& done, int64_t sample_stride, Tensor bounds,
+void count(Tensor rows, Tensor programs, Tensor shift, Tensor scale, double keep_factor, Tensor domain,
+           Tensor lo, Tensor hi, Tensor bin_shift, Tensor done, int64_t sample_stride, Tensor bounds,
            Tensor histogram) {
   const Launch launch(rows);
   const int64_t layers = shift.numel(), domains = lo.numel();
@@ -187,8 +187,8 @@ void count(const Tensor& rows, const Tensor& programs, const Tensor& shift, cons
   launch.finish(launch_count(args, launch.stream()), "cuda_count");
 }
 
-void select(const Tensor& rows, const Tensor& programs, const Tensor& shift, const Tensor& scale,
-            const Tensor& thresholds, double keep_factor, bool positive_only, Tensor bounds, Tensor drift) {
+void select(Tensor rows, Tensor programs, Tensor shift, Tensor scale, Tensor thresholds, double keep_factor,
+            bool positive_only, Tensor bounds, Tensor drift) {
   const Launch launch(rows);
   const int64_t layers = shift.numel();
   SelectArgs args{};
