@@ -31,6 +31,9 @@ ENVIRONMENT_VARIABLES = {
     "EPI_KERNELS_BUILD_CUDA": Variable(
         "auto", "at build time: 0 leaves the CUDA part out, 1 fails where it cannot be built"
     ),
+    "EPI_KERNELS_CPU_ISA": Variable(
+        "", "instruction set of the cpu backend: avx512, avx2 or plain; empty: the widest there is"
+    ),
     "EPI_KERNELS_CUDA_ARCHS": Variable(
         "", "at build time: '80,90', 'native' (the devices here); empty: all supported"
     ),
