@@ -201,6 +201,7 @@ def test_step_gives_the_reference_bits_at_every_size(backend, dtypes, stochastic
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("unaligned", [False, True])
 def test_step_across_chunks(backend, dtype, unaligned):
+    """Where a tensor is cut into tasks."""
     items = [make_param(n, dtype, dtype, layer=i % 3 - 1, unaligned=unaligned) for i, n in enumerate(LARGE)]
     step_both(backend, items, layers=2, with_moments=True)
 
@@ -363,47 +364,69 @@ def test_refresh_gives_the_reference_bits(backend, dtype, normalization, scope, 
 def compare_select(backend, items, terms, thresholds, keep_factor) -> None:
     results = []
     for runner in (REFERENCE, backend):
-        copies, drift = copy.deepcopy(items), torch.full((5, 3), 11, dtype=torch.int64)
+        copies, drift = copy.deepcopy(items), torch.full((len(thresholds), 3), 11)
         runner.select(copies, terms, thresholds, keep_factor, drift)
         results.append((copies, drift))
     assert_same(*results)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("n", SMALL + LARGE)
-def test_select_writes_whole_words(backend, n):
-    for persistent, mask in itertools.product(("none", "random", "full"), ("empty", "random", "full")):
-        item = make_param(n, mask=mask, persistent=persistent, unaligned=n % 2 == 1)
-        terms = ScoreTerms(torch.zeros(5), torch.ones(5), positive_only=True)
-        for threshold in (1e-3, torch.inf):
+def test_select_writes_whole_words(backend, n, dtype):
+    masks = list(itertools.product(("none", "random", "full"), ("empty", "random", "full")))
+    terms = ScoreTerms(torch.zeros(5), torch.ones(5), positive_only=True)
+    for persistent, mask in masks if n in SMALL else masks[4:5]:
+        item = make_param(n, state=dtype, mask=mask, persistent=persistent, unaligned=n % 2 == 1)
+        for threshold in (1e-9, torch.inf):
             compare_select(backend, [item], terms, torch.full((5,), threshold), 1.0)
 
 
-@pytest.mark.parametrize("shift,scale", [(0.0, 1.0), (1e-3, 1e-40), (1e-30, 3e-30), (0.1, 0.0), (0.5, 3e38)])
-def test_bounds_on_u_are_exact_at_every_neighbour(backend, shift, scale):
-    """Brackets around the scores of single floats: one ulp of u decides between counted and skipped."""
+def neighbours(dtype: torch.dtype) -> torch.Tensor:
+    """Runs of eleven values an ulp apart, of either sign, and the values that are no number."""
     around = torch.tensor([1e-45, 1e-30, 2e-30, 1e-3, 0.1, 0.5, 3e38])
-    near = around.view(torch.int32).view(-1, 1) + torch.arange(-5, 6, dtype=torch.int32)
-    u = near.clamp_min(0).view(torch.float32).reshape(-1)
-    item = make_param(u.numel(), mask="random")
+    bits_type = torch.int32 if dtype == FP32 else torch.int16
+    words = around.to(dtype).view(bits_type).view(-1, 1) + torch.arange(-5, 6, dtype=bits_type)
+    u = words.clamp_min(0).view(dtype).reshape(-1)
+    return torch.cat(
+        [u, -u, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan]).to(dtype)]
+    )
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shift,scale", [(0.0, 1.0), (1e-3, 1e-40), (1e-30, 3e-30), (0.1, 0.0), (0.5, 3e38)])
+def test_bounds_on_u_are_exact_at_every_neighbour(backend, dtype, shift, scale):
+    """Brackets around the scores of single floats: one ulp of u decides between counted and skipped."""
+    u = neighbours(dtype)
+    item = make_param(u.numel(), state=dtype, mask="random")
     item.exp_avg_sq = u
     for positive_only, keep_factor in ((True, 1.0), (True, round_to_float32(0.7)), (False, 1.0)):
         terms = ScoreTerms(torch.tensor([shift]), torch.tensor([scale]), positive_only)
-        scores = score(u, terms.shift[0], terms.scale[0], None, 1.0)
-        for key in score_keys(scores)[::11].tolist():
+        scores = score(u[u.isfinite()].float(), terms.shift[0], terms.scale[0], None, 1.0)[5::11]
+        for key, width in itertools.product(score_keys(scores).tolist(), (1, 40000)):
             search = new_search([5], [0], terms, keep_factor)
-            search.lo, search.hi = torch.tensor([key - 3]), torch.tensor([min(key + 3, KEY_END)])
-            search.lo.clamp_(min=0)
-            search.shift.zero_()
+            search.lo.fill_(max(key - width, 0))
+            search.hi.fill_(min(key + width, KEY_END))
+            search._fit_bins()
             expected, actual = copy.deepcopy(search), copy.deepcopy(search)
             REFERENCE.count([item], terms, expected)
             backend.count([item], terms, actual)
             assert_same(expected, actual)
-        for threshold in scores[::11].tolist():
-            compare = [copy.deepcopy(item), copy.deepcopy(item)]
-            drifts = [torch.zeros(1, 3, dtype=torch.int64) for _ in compare]
-            for runner, one, drift in zip((REFERENCE, backend), compare, drifts, strict=True):
-                runner.select([one], terms, torch.tensor([threshold]), keep_factor, drift)
-            assert_same((compare[0], drifts[0]), (compare[1], drifts[1]))
+        for threshold in scores.tolist():
+            compare_select(backend, [item], terms, torch.tensor([threshold]), keep_factor)
+
+
+@pytest.mark.parametrize("n", [(1 << 21) + 13])
+def test_a_tensor_large_enough_for_larger_tasks(backend, n):
+    item = make_param(n, BF16, BF16, layer=0)
+    step_both(backend, [item], layers=1, with_moments=True)
+    terms = ScoreTerms(torch.zeros(1), torch.ones(1), positive_only=True)
+    compare_select(backend, [item], terms, torch.tensor([1e-9]), 1.0)
+    search = new_search([n // 100], [0], terms, 1.0)
+    expected, actual = copy.deepcopy(search), copy.deepcopy(search)
+    for stride in (7, 1):
+        REFERENCE.count([item], terms, expected, stride)
+        backend.count([item], terms, actual, stride)
+    assert_same(expected, actual)
 
 
 # --- threads, instruction sets ------------------------------------------------------------------

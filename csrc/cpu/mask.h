@@ -7,18 +7,38 @@
 
 namespace epi::EPI_ISA {
 
+// Bounds on u as numbers and as bfloat16 words; they are positive. [1]: isolated elements.
 template <class F>
 struct SelectBounds {
   F bound[2];
+  int word[2];
+  bool by_old_bit;
 };
 
-template <class F, class T>
-EPI_INLINE uint64_t select_lanes(const T* u, uint32_t old, const SelectBounds<F>& b, bool by_old_bit) {
+// Bits of the sixty-four elements at `u`.
+template <class F>
+EPI_INLINE uint64_t selected(const float* u, uint64_t old, const SelectBounds<F>& b) {
   using L = Lanes<F>;
   using M = typename L::M;
-  const F x = load<F>(u);
-  const F bound = by_old_bit ? select(from_bits<M>(old), b.bound[1], b.bound[0]) : b.bound[0];
-  return to_bits((x >= bound) & (x < L::f32(float_of(0x7F800000u))));
+  const F infinity = L::f32(float_of(0x7F800000u));
+  uint64_t now = 0;
+  for (int j = 0; j < 64; j += kWidth) {
+    const F x = load<F>(u + j);
+    F bound = b.bound[0];
+    if (b.by_old_bit) bound = select(from_bits<M>((old >> j) & 0xFFFFu), b.bound[1], bound);
+    now |= static_cast<uint64_t>(to_bits((x >= bound) & (x < infinity))) << j;
+  }
+  return now;
+}
+
+template <class F>
+EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds<F>& b) {
+  uint64_t now = finite_from(u, b.word[0]);
+  now |= static_cast<uint64_t>(finite_from(u + 32, b.word[0])) << 32;
+  if (!b.by_old_bit) return now;
+  uint64_t stays = finite_from(u, b.word[1]);
+  stays |= static_cast<uint64_t>(finite_from(u + 32, b.word[1])) << 32;
+  return (stays & old) | (now & ~old);
 }
 
 template <class F, class T>
@@ -26,14 +46,16 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
   const T* u = importances<T>(row);
   uint8_t* mask = pointer<uint8_t>(row, kIsolationMask);
   const uint8_t* persistent = pointer<const uint8_t>(row, kPersistentMask);
-  const SelectBounds<F> b{{Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])}};
+  const SelectBounds<F> b{{Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])},
+                          {bf16_bound(a.bound[0]), bf16_bound(a.bound[1])},
+                          a.by_old_bit};
   int64_t isolated = 0, entered = 0, released = 0;
   for (int64_t i = start; i < stop; i += 64) {
     const int count = stop - i < 64 ? static_cast<int>(stop - i) : 64;
     const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
     T rest[64];
     const T* at = u + i;
-    uint64_t old, kept, now = 0;
+    uint64_t old, kept;
     if (count == 64) [[likely]] {
       old = mask_word<uint64_t>(mask, i);
       kept = mask_word<uint64_t>(persistent, i);
@@ -43,11 +65,7 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
       old = mask_bits<uint64_t>(mask, i, count) & in_bounds;
       kept = mask_bits<uint64_t>(persistent, i, count);
     }
-    for (int j = 0; j < 64; j += kWidth) {
-      const uint32_t old_bits = static_cast<uint32_t>(old >> j) & 0xFFFFu;
-      now |= select_lanes(at + j, old_bits, b, a.by_old_bit) << j;
-    }
-    now = (now | kept) & in_bounds;
+    const uint64_t now = (selected(at, old, b) | kept) & in_bounds;
     if (count == 64) [[likely]] {
       memcpy(mask + i / 8, &now, 8);
     } else {

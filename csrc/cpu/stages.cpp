@@ -90,7 +90,7 @@ void count(const Kernels& kernels, const Table& table, const LayerTerms& terms, 
   const Tasks tasks(table, [&](TableRow row) { return search.done[search.domain[row[kLayer]]]; });
   struct Worker {
     WorkerHistogram histogram;
-    CountArguments arguments;
+    CountArguments arguments{};
     int64_t layer = -1;
   };
   std::vector<Worker> workers(tasks.workers());
@@ -124,7 +124,7 @@ void select(const Kernels& kernels, const Table& table, const LayerTerms& terms,
             bool positive_only, int64_t* drift) {
   const Tasks tasks(table, skip_none);
   struct Worker {
-    SelectArguments arguments;
+    SelectArguments arguments{};
     int64_t layer = -1;
   };
   std::vector<Worker> workers(tasks.workers());

@@ -15,10 +15,14 @@
 
 namespace epi {
 
-// Elements a task: 512 KiB of the float32 step's streams, small enough to balance, large enough
-// that taking one (an atomic addition) costs nothing.
+// Elements a task, by the size of the tensor alone: small enough that a million elements keep every
+// thread busy, and for larger tensors long enough for the hardware's prefetchers (Zen 4, two
+// threads, 2e7 elements: passes of a refresh 8 % faster with 131072 than with 32768, no change above).
 constexpr int64_t kChunk = 32768;
-static_assert(kChunk % kBlock == 0);
+constexpr int64_t kLargeChunk = 131072;
+constexpr int64_t kLargeTensor = int64_t{1} << 21;
+static_assert(kChunk % kBlock == 0 && kLargeChunk % kBlock == 0);
+// Partial results are kept for every task: beyond this many, tasks grow instead.
 constexpr int64_t kMaxTasksOfOneTensor = 4096;
 // Below this many elements waking a second thread takes longer than the work.
 constexpr int64_t kSerialElements = 16384;
@@ -79,8 +83,9 @@ class Tasks {
 
  private:
   static int64_t chunk(TableRow row) {
-    const int64_t most = kChunk * kMaxTasksOfOneTensor;
-    return kChunk * (row[kNumel] <= most ? 1 : (row[kNumel] + most - 1) / most);
+    const int64_t n = row[kNumel], least = n < kLargeTensor ? kChunk : kLargeChunk;
+    const int64_t most = least * kMaxTasksOfOneTensor;
+    return least * (n <= most ? 1 : (n + most - 1) / most);
   }
 
   Table table_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "math/scalar.h"
+#include "math/score.h"
 
 namespace epi::EPI_ISA {
 
@@ -226,6 +227,20 @@ EPI_INLINE M16 is_finite(F16 x) {
 }
 EPI_INLINE U16 increment(U16 x, M16 where) {
   return {_mm256_sub_epi32(x.a, where.a), _mm256_sub_epi32(x.b, where.b)};
+}
+
+// Thirty-two bfloat16 values: a bit each where bound <= word < +inf. For a positive bound the words
+// compare as signed integers do; negative values and NaNs of either sign fall outside.
+EPI_INLINE __m256i finite_from_half(__m256i words, int bound) {
+  const __m256i infinity = _mm256_set1_epi16(static_cast<short>(kBfloat16Infinity));
+  const __m256i below = _mm256_set1_epi16(static_cast<short>(bound - 1));
+  return _mm256_and_si256(_mm256_cmpgt_epi16(words, below), _mm256_cmpgt_epi16(infinity, words));
+}
+EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
+  const U16 words = load_words(p);
+  const __m256i bytes =
+      _mm256_packs_epi16(finite_from_half(words.a, bound), finite_from_half(words.b, bound));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
 }
 
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "math/scalar.h"
+#include "math/score.h"
 
 namespace epi::EPI_ISA {
 
@@ -181,6 +182,15 @@ EPI_INLINE M16 is_finite(F16 x) {
 }
 EPI_INLINE U16 increment(U16 x, M16 where) {
   return {_mm512_mask_add_epi32(x.v, where.k, x.v, _mm512_set1_epi32(1))};
+}
+
+// Thirty-two bfloat16 values: a bit each where bound <= word < +inf. For a positive bound the words
+// compare as signed integers do; negative values and NaNs of either sign fall outside.
+EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
+  const __m512i words = _mm512_loadu_si512(p);
+  const __mmask32 finite =
+      _mm512_cmplt_epi16_mask(words, _mm512_set1_epi16(static_cast<short>(kBfloat16Infinity)));
+  return _mm512_mask_cmpge_epi16_mask(finite, words, _mm512_set1_epi16(static_cast<short>(bound)));
 }
 
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "math/scalar.h"
+#include "math/score.h"
 
 namespace epi::EPI_ISA {
 
@@ -206,6 +207,16 @@ EPI_INLINE M16 is_finite(F16 x) {
 }
 EPI_INLINE U16 increment(U16 x, M16 where) {
   return {x.v - where.v};
+}
+
+// Thirty-two bfloat16 values: a bit each where bound <= word < +inf. For a positive bound the words
+// compare as signed integers do; negative values and NaNs of either sign fall outside.
+EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    bits |= static_cast<uint32_t>(p[i] >= bound && p[i] < kBfloat16Infinity) << i;
+  }
+  return bits;
 }
 
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.

@@ -12,6 +12,8 @@ constexpr uint32_t kKeyLowestFinite = 0x00800000u;  // key of -FLT_MAX
 constexpr uint32_t kKeyPositiveZero = 0x80000000u;  // key of +0
 constexpr uint32_t kKeyInfinity = 0xFF800000u;      // key of +inf
 
+constexpr uint32_t kBfloat16Infinity = 0x7F80u;
+
 // What one layer's scores are made of; keep_factor = float32(1 - hysteresis).
 struct ScoreTerms {
   float shift, scale, keep_factor;
@@ -58,6 +60,11 @@ EPI_INLINE float least_u(uint32_t first, const Predicate& holds) {
     }
   }
   return float_of_key(lo);
+}
+
+// The word of the smallest bfloat16 that is at least `bound`, a positive number.
+EPI_INLINE int bf16_bound(float bound) {
+  return static_cast<int>((bits_of(bound) + 0xFFFFu) >> 16);
 }
 
 struct KeyAtLeast {
