@@ -15,6 +15,7 @@ JOBS        ?= 2
 TEST_ARGS   ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+GPU_ARGS    ?=
 
 PY := $(VENV)/bin/python
 CSRC := $(shell find csrc -type f 2>/dev/null)
@@ -80,7 +81,7 @@ gpu:
 	@$(GPU_PYTHON) -c 'import torch' || \
 	  { echo "make gpu: neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m bench.gpu $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+	$(GPU_PYTHON) -m bench.gpu $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(GPU_ARGS)
 
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))

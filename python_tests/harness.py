@@ -40,7 +40,7 @@ class Target:
         before = os.environ.get(ISA_VARIABLE)
         if self.isa is not None:
             os.environ[ISA_VARIABLE] = self.isa
-            dispatch.load.cache_clear()
+            dispatch.forget()
         try:
             yield self
         finally:
@@ -48,7 +48,7 @@ class Target:
                 os.environ.pop(ISA_VARIABLE)
                 if before is not None:
                     os.environ[ISA_VARIABLE] = before
-                dispatch.load.cache_clear()
+                dispatch.forget()
 
     def unavailable(self) -> str | None:
         """Why it cannot run here; to be asked while active."""
@@ -59,8 +59,13 @@ class Target:
         backend = dispatch.load(self.backend)
         if isinstance(backend, str):
             return backend
-        assert self.isa in (None, getattr(backend, "isa", None)), f"asked for {self.isa}, got {backend.isa}"
-        return backend.refuses(torch.device(self.device), torch.float32)
+        refusal = backend.refuses(torch.device(self.device), torch.float32)
+        if refusal is None:
+            # what an optimizer will step with, not only what is loaded
+            chosen = dispatch.choose(self.backend, torch.device(self.device), torch.float32).backend
+            isa = getattr(chosen, "isa", None)
+            assert self.isa in (None, isa), f"asked for {self.isa}, got {isa}"
+        return refusal
 
     @property
     def interpreted(self) -> bool:

@@ -237,3 +237,13 @@ def test_groups_have_their_own_values():
         0.9,
         0.999,
     )
+
+
+def test_autograd_notices_changed_weights(target: Target):
+    """As with torch's AdamW, a backward pass through weights that a step has changed is refused."""
+    weight = torch.nn.Parameter(torch.ones(5, 5))
+    loss = (torch.ones(5, 5, requires_grad=True) @ weight).sum()
+    weight.grad = torch.ones_like(weight)
+    MaskedEMAAdamW([weight], backend=target.backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -35,6 +35,12 @@ def load(name: str) -> Backend | str:
         return str(error)
 
 
+def forget() -> None:
+    """Loads and chooses anew, because an environment variable that backends read has changed."""
+    load.cache_clear()
+    choose.cache_clear()
+
+
 def available() -> list[tuple[str, bool, str]]:
     """(name, can run here, reason) of every backend, in the order ``auto`` tries them."""
     rows = []

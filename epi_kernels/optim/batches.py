@@ -118,6 +118,8 @@ def run_step(
         backend = choose(config.backend, param.device, param.dtype).backend
         batches.setdefault((backend.name, param.device), (backend, []))[1].append(tensors)
     for (_, device), (backend, batch) in batches.items():
+        # kernels write through addresses; autograd must still notice that saved weights have changed
+        torch.autograd.graph.increment_version([item.param for item in batch])
         backend.step(
             batch,
             stochastic_rounding=config.stochastic_rounding,
