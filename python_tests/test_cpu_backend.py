@@ -25,7 +25,15 @@ SMALL = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 511, 512, 513]
 LARGE = [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 13]
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = list(itertools.product((FP32, BF16), (FP32, BF16), (None, FP32, BF16)))
-SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-23, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 1.0]
+SPECIAL = torch.cat(
+    [
+        torch.tensor(
+            [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-23, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 1.0]
+        ),
+        # NaNs whose payload a careless rounding carries into the sign
+        torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32),
+    ]
+)
 REFERENCE = ReferenceBackend()
 
 
@@ -112,7 +120,7 @@ def values(n: int, dtype: torch.dtype, generator: torch.Generator, specials: boo
     x = torch.randn(n, generator=generator).pow_(5) * 1e-3  # five or six decades
     if specials and n > 0:
         where = torch.randint(0, n, (max(n // 7, 1),), generator=generator)
-        x[where] = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), where.shape, generator=generator)]
+        x[where] = SPECIAL[torch.randint(0, len(SPECIAL), where.shape, generator=generator)]
     return x.to(dtype)
 
 

@@ -99,11 +99,10 @@ EPI_INLINE void step_pair(const StepContext& x, const StepPointers<P, S>& p, int
     }
   }
   if constexpr (kSplit) {
-    // a first moment that is not finite makes the weight so, a second one may not
-    auto special =
-        !(is_finite(a.theta) & is_finite(b.theta) & is_finite(a.exp_avg_sq) & is_finite(b.exp_avg_sq));
+    // a moment that is no number makes the weight so; an infinity rounds to itself like any value
+    auto special = unordered(a.theta, b.theta);
     if (p.importance_bf16 != nullptr) {
-      special = special | !(is_finite(next.importance.a) & is_finite(next.importance.b));
+      special = special | unordered(next.importance.a, next.importance.b);
     }
     if (any(special)) [[unlikely]] {
       return store_step<kSplit, kStochastic, true>(p, i, isolated, next, w0, w1);

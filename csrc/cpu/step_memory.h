@@ -112,7 +112,7 @@ EPI_INLINE RandomPair low_halves(RandomPair r) {
   return {r.a & low, r.b & low};
 }
 
-// kSpecial: some value may be infinite or no number.
+// kSpecial: some value may be no number.
 template <bool kStochastic, bool kSpecial>
 EPI_INLINE U16 rounded_word(F16 x, U16 random_bits) {
   if constexpr (kStochastic) {

@@ -222,6 +222,10 @@ EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair old) {
   store(p + 16, select(from_bits<M16>(keep >> 16), old.b, x.b));
 }
 
+// One of the two is no number.
+EPI_INLINE M16 unordered(F16 x, F16 y) {
+  return compare<_CMP_UNORD_Q>(x, y);
+}
 EPI_INLINE M16 is_finite(F16 x) {
   return float_of(bits_of(x) & Lanes<F16>::u32(0x7FFFFFFFu)) < Lanes<F16>::f32(float_of(0x7F800000u));
 }

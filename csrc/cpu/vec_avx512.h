@@ -177,6 +177,10 @@ EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair) {
   _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(~keep >> 16), x.b.v);
 }
 
+// One of the two is no number.
+EPI_INLINE M16 unordered(F16 x, F16 y) {
+  return {_mm512_cmp_ps_mask(x.v, y.v, _CMP_UNORD_Q)};
+}
 EPI_INLINE M16 is_finite(F16 x) {
   return !M16{_mm512_fpclass_ps_mask(x.v, 0x99)};  // NaNs and infinities
 }

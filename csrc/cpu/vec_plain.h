@@ -202,6 +202,10 @@ EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair old) {
   store(p + kLanes, select(from_bits<M16>(keep >> 16), old.b, x.b));
 }
 
+// One of the two is no number.
+EPI_INLINE M16 unordered(F16 x, F16 y) {
+  return (x != x) | (y != y);
+}
 EPI_INLINE M16 is_finite(F16 x) {
   return {(U32Lanes)((bits_of(x).v & 0x7FFFFFFFu) < 0x7F800000u)};
 }

@@ -40,7 +40,7 @@ EPI_INLINE typename Lanes<F>::U random_word1(typename Lanes<F>::U word0) {
 }
 
 // A rounded bfloat16 is the high half of the word these return; what is below it is noise. The plain
-// ones need an x that is no NaN (nearest) or finite (stochastic), and cost four and one operation.
+// ones need an x that is no NaN, and cost four operations and one; an infinity rounds to itself.
 template <class F>
 EPI_INLINE typename Lanes<F>::U nearest_word(F x) {
   using L = Lanes<F>;
@@ -60,7 +60,7 @@ EPI_INLINE typename Lanes<F>::U nearest_word_of_any(F x) {
   return select(x != x, Lanes<F>::u32(kBfloat16Nan << 16), nearest_word(x));
 }
 
-// Non-finite values round to nearest.
+// Non-finite values round to nearest, which for an infinity is the same.
 template <class F>
 EPI_INLINE typename Lanes<F>::U stochastic_word_of_any(F x, typename Lanes<F>::U random_bits) {
   return select(is_finite(x), stochastic_word(x, random_bits), nearest_word_of_any(x));
