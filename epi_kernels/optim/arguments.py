@@ -219,7 +219,12 @@ def check_param_group(group: dict[str, Any]) -> None:
 
 
 def check_parameter(param: Tensor, name: str) -> None:
-    """Refuses dtypes that no backend steps."""
+    """Refuses what no backend steps."""
+    if hasattr(param, "placements") and hasattr(param, "device_mesh"):  # a DTensor, without importing it
+        raise NotImplementedError(
+            f"{name} is a DTensor: sharded parameters are not supported yet; use DistributedDataParallel, "
+            "or torch.optim.AdamW with fully_shard"
+        )
     if param.dtype == torch.float16:
         raise ValueError(
             f"{name} is float16, whose range is too small for the step: use bfloat16 weights, "
