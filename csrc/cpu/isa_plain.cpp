@@ -4,8 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
-// everything that takes a vector by value is inlined: no call depends on how it is passed
-#pragma GCC diagnostic ignored "-Wpsabi"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define EPI_ISA plain
 #include "cpu/vec_plain.h"
 #include "cpu/isa.h"

@@ -1,5 +1,5 @@
-// Sixteen lanes in the vector type that GCC and Clang offer on every processor; they lower it to
-// whatever the target has (SSE2, NEON), one IEEE rounding an operation as everywhere.
+// Sixteen lanes in four vectors of 128 bits, the type that GCC and Clang offer on every processor
+// (SSE2, NEON), one IEEE rounding an operation as everywhere. GCC takes wider ones apart badly.
 
 #pragma once
 
@@ -9,121 +9,144 @@
 namespace epi::EPI_ISA {
 
 constexpr int kLanes = 16;
-typedef float F32Lanes __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t U32Lanes __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t U16Lanes __attribute__((vector_size(2 * kLanes)));
-typedef double F64Lanes __attribute__((vector_size(8 * kLanes)));
+constexpr int kParts = 4;
+typedef float F32Part __attribute__((vector_size(16)));
+typedef uint32_t U32Part __attribute__((vector_size(16)));
+typedef int16_t I16Part __attribute__((vector_size(16)));
 
 struct F16 {
-  F32Lanes v;
+  F32Part v[kParts];
 };
 struct U16 {
-  U32Lanes v;
+  U32Part v[kParts];
 };
 struct M16 {
-  U32Lanes v;  // all ones or zero
+  U32Part v[kParts];  // all ones or zero
 };
+
+// A vector of which part q is `expression`. No loop: indices that are constants from the start keep
+// the parts in registers, and the compiler quick.
+#define EPI_EACH(Result, expression)                                                    \
+  do {                                                                                  \
+    const auto part = [&](int q) __attribute__((always_inline)) { return expression; }; \
+    return Result{{part(0), part(1), part(2), part(3)}};                                \
+  } while (false)
 
 template <>
 struct Lanes<F16> {
   using U = U16;
   using M = M16;
-  static EPI_INLINE F16 f32(float x) { return {x - F32Lanes{}}; }
-  static EPI_INLINE U16 u32(uint32_t x) { return {x - U32Lanes{}}; }
+  static EPI_INLINE F16 f32(float x) { EPI_EACH(F16, (F32Part{x, x, x, x})); }
+  static EPI_INLINE U16 u32(uint32_t x) { EPI_EACH(U16, (U32Part{x, x, x, x})); }
   static EPI_INLINE U16 iota(uint32_t first) {
-    return {first + U32Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
+    EPI_EACH(U16, (first + 4 * static_cast<uint32_t>(q) + U32Part{0, 1, 2, 3}));
   }
 };
 
 EPI_INLINE F16 operator+(F16 a, F16 b) {
-  return {a.v + b.v};
+  EPI_EACH(F16, a.v[q] + b.v[q]);
 }
 EPI_INLINE F16 operator-(F16 a, F16 b) {
-  return {a.v - b.v};
+  EPI_EACH(F16, a.v[q] - b.v[q]);
 }
 EPI_INLINE F16 operator*(F16 a, F16 b) {
-  return {a.v * b.v};
+  EPI_EACH(F16, a.v[q] * b.v[q]);
 }
 EPI_INLINE F16 operator/(F16 a, F16 b) {
-  return {a.v / b.v};
+  EPI_EACH(F16, a.v[q] / b.v[q]);
+}
+EPI_INLINE F32Part sqrt_rn(F32Part a) {
+#if defined(__SSE2__)
+  return (F32Part)_mm_sqrt_ps((__m128)a);
+#elif defined(__aarch64__)
+  return (F32Part)vsqrtq_f32((float32x4_t)a);
+#else
+  return F32Part{sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])};
+#endif
 }
 EPI_INLINE F16 sqrt_rn(F16 a) {
-  F16 r = a;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = sqrtf(a.v[i]);
-  return r;
+  EPI_EACH(F16, sqrt_rn(a.v[q]));
 }
 EPI_INLINE M16 operator>=(F16 a, F16 b) {
-  return {(U32Lanes)(a.v >= b.v)};
+  EPI_EACH(M16, (U32Part)(a.v[q] >= b.v[q]));
 }
 EPI_INLINE M16 operator<(F16 a, F16 b) {
-  return {(U32Lanes)(a.v < b.v)};
+  EPI_EACH(M16, (U32Part)(a.v[q] < b.v[q]));
 }
 EPI_INLINE M16 operator!=(F16 a, F16 b) {
-  return {(U32Lanes)(a.v != b.v)};
+  EPI_EACH(M16, (U32Part)(a.v[q] != b.v[q]));
 }
 
 EPI_INLINE U16 operator+(U16 a, U16 b) {
-  return {a.v + b.v};
+  EPI_EACH(U16, a.v[q] + b.v[q]);
 }
 EPI_INLINE U16 operator-(U16 a, U16 b) {
-  return {a.v - b.v};
+  EPI_EACH(U16, a.v[q] - b.v[q]);
 }
 EPI_INLINE U16 operator*(U16 a, U16 b) {
-  return {a.v * b.v};
+  EPI_EACH(U16, a.v[q] * b.v[q]);
 }
 EPI_INLINE U16 operator&(U16 a, U16 b) {
-  return {a.v & b.v};
+  EPI_EACH(U16, a.v[q] & b.v[q]);
 }
 EPI_INLINE U16 operator^(U16 a, U16 b) {
-  return {a.v ^ b.v};
+  EPI_EACH(U16, a.v[q] ^ b.v[q]);
 }
 EPI_INLINE U16 operator>>(U16 a, int count) {
-  return {a.v >> count};
+  EPI_EACH(U16, a.v[q] >> count);
 }
 EPI_INLINE M16 operator==(U16 a, U16 b) {
-  return {(U32Lanes)(a.v == b.v)};
+  EPI_EACH(M16, (U32Part)(a.v[q] == b.v[q]));
 }
 EPI_INLINE M16 operator!=(U16 a, U16 b) {
-  return {(U32Lanes)(a.v != b.v)};
+  EPI_EACH(M16, (U32Part)(a.v[q] != b.v[q]));
 }
 EPI_INLINE M16 operator<(U16 a, U16 b) {
-  return {(U32Lanes)(a.v < b.v)};
+  EPI_EACH(M16, (U32Part)(a.v[q] < b.v[q]));
 }
 
 EPI_INLINE M16 operator&(M16 a, M16 b) {
-  return {a.v & b.v};
+  EPI_EACH(M16, a.v[q] & b.v[q]);
 }
 EPI_INLINE M16 operator|(M16 a, M16 b) {
-  return {a.v | b.v};
+  EPI_EACH(M16, a.v[q] | b.v[q]);
 }
 EPI_INLINE M16 operator!(M16 a) {
-  return {~a.v};
+  EPI_EACH(M16, ~a.v[q]);
 }
 EPI_INLINE uint32_t to_bits(M16 a) {
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= a.v[i] & (1u << i);
+  for (int q = 0; q < kParts; ++q) {
+#if defined(__SSE2__)
+    bits |= static_cast<uint32_t>(_mm_movemask_ps((__m128)a.v[q])) << 4 * q;
+#else
+    const U32Part b = a.v[q] & U32Part{1, 2, 4, 8};
+    bits |= (b[0] | b[1] | b[2] | b[3]) << 4 * q;
+#endif
+  }
   return bits;
 }
 EPI_INLINE bool any(M16 a) {
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= a.v[i];
-  return bits != 0;
+  const U32Part b = (a.v[0] | a.v[1]) | (a.v[2] | a.v[3]);
+#if defined(__SSE2__)
+  return _mm_movemask_ps((__m128)b) != 0;
+#else
+  return (b[0] | b[1] | b[2] | b[3]) != 0;
+#endif
 }
 template <class M>
 EPI_INLINE M from_bits(uint32_t bits) {
-  const U32Lanes lane{1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  return {(U32Lanes)((lane & bits) != 0)};
+  EPI_EACH(M, (U32Part)((U32Part{1, 2, 4, 8} & (bits >> 4 * q)) != 0));
 }
 
 EPI_INLINE U16 bits_of(F16 a) {
-  return {(U32Lanes)a.v};
+  EPI_EACH(U16, (U32Part)a.v[q]);
 }
 EPI_INLINE F16 float_of(U16 a) {
-  return {(F32Lanes)a.v};
+  EPI_EACH(F16, (F32Part)a.v[q]);
 }
 EPI_INLINE U16 select(M16 where, U16 a, U16 b) {
-  return {(a.v & where.v) | (b.v & ~where.v)};
+  EPI_EACH(U16, (a.v[q] & where.v[q]) | (b.v[q] & ~where.v[q]));
 }
 EPI_INLINE F16 select(M16 where, F16 a, F16 b) {
   return float_of(select(where, bits_of(a), bits_of(b)));
@@ -135,24 +158,40 @@ EPI_INLINE F16 max(F16 a, F16 b) {
   return select(b < a, a, b);
 }
 
+// Part by part: a copy of all sixteen at once goes through the stack.
+template <class Part>
+EPI_INLINE Part load_part(const void* p, int q) {
+  Part part;
+  memcpy(&part, static_cast<const char*>(p) + 16 * q, sizeof part);
+  return part;
+}
+template <class V>
+EPI_INLINE void store_parts(void* p, const V& x) {
+  char* bytes = static_cast<char*>(p);
+  memcpy(bytes, &x.v[0], 16);
+  memcpy(bytes + 16, &x.v[1], 16);
+  memcpy(bytes + 32, &x.v[2], 16);
+  memcpy(bytes + 48, &x.v[3], 16);
+}
+EPI_INLINE U16 load_words(const void* p) {
+  EPI_EACH(U16, load_part<U32Part>(p, q));
+}
+
 template <class F>
 EPI_INLINE F load(const float* p) {
-  F r;
-  memcpy(&r, p, sizeof r);
-  return r;
+  EPI_EACH(F, load_part<F32Part>(p, q));
 }
 template <class F>
 EPI_INLINE F load(const uint16_t* p) {
-  U16Lanes half;
-  memcpy(&half, p, sizeof half);
-  return float_of(U16{__builtin_convertvector(half, U32Lanes) << 16});
+  EPI_EACH(F, ((F32Part)(U32Part{p[4 * q], p[4 * q + 1], p[4 * q + 2], p[4 * q + 3]} << 16)));
 }
 EPI_INLINE void store(float* p, F16 a) {
-  memcpy(p, &a, sizeof a);
+  store_parts(p, a);
 }
 EPI_INLINE void store(uint32_t* p, U16 a) {
-  memcpy(p, &a, sizeof a);
+  store_parts(p, a);
 }
+
 // Thirty-two elements at once. bfloat16 values lie two to a word (the low half first: every target
 // is little-endian): splitting them into the even and the odd elements takes one operation each way
 // where widening in order takes more, and no element cares beside which others it is computed.
@@ -160,37 +199,41 @@ struct Pair {
   F16 a, b;  // in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31
 };
 
+EPI_INLINE U16 shifted_left(U16 a, int count) {
+  EPI_EACH(U16, a.v[q] << count);
+}
 EPI_INLINE Pair load_split(const uint16_t* p) {
-  U16 words;
-  memcpy(&words, p, sizeof words);
-  return {float_of(U16{words.v << 16}), float_of(U16{words.v & 0xFFFF0000u})};
+  const U16 words = load_words(p);
+  return {float_of(shifted_left(words, 16)), float_of(words & Lanes<F16>::u32(0xFFFF0000u))};
 }
 EPI_INLINE Pair load_split(const float* p) {
-  Pair r{};
-  for (int i = 0; i < kLanes; ++i) {
-    r.a.v[i] = p[2 * i];
-    r.b.v[i] = p[2 * i + 1];
-  }
-  return r;
-}
-EPI_INLINE Pair in_order(Pair split) {
   float x[2 * kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    x[2 * i] = split.a.v[i];
-    x[2 * i + 1] = split.b.v[i];
+    x[i] = p[2 * i];
+    x[kLanes + i] = p[2 * i + 1];
+  }
+  return {load<F16>(x), load<F16>(x + kLanes)};
+}
+EPI_INLINE Pair in_order(Pair split) {
+  float even[kLanes], odd[kLanes], x[2 * kLanes];
+  store(even, split.a);
+  store(odd, split.b);
+  for (int i = 0; i < kLanes; ++i) {
+    x[2 * i] = even[i];
+    x[2 * i + 1] = odd[i];
   }
   return {load<F16>(x), load<F16>(x + kLanes)};
 }
 // The high halves of even and odd words, in order.
+EPI_INLINE U16 join_halves(U16 even, U16 odd) {
+  EPI_EACH(U16, (even.v[q] >> 16) | (odd.v[q] & 0xFFFF0000u));
+}
 EPI_INLINE void store_halves(uint16_t* p, U16 even, U16 odd) {
-  const U32Lanes words = (even.v >> 16) | (odd.v & 0xFFFF0000u);
-  memcpy(p, &words, sizeof words);
+  store_parts(p, join_halves(even, odd));
 }
 // Lanes of bits 0, 2, .. 30.
 EPI_INLINE M16 even_lanes(uint32_t bits) {
-  const U32Lanes lane{1 << 0,  1 << 2,  1 << 4,  1 << 6,  1 << 8,  1 << 10, 1 << 12, 1 << 14,
-                      1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30};
-  return {(U32Lanes)((lane & bits) != 0)};
+  EPI_EACH(M16, (U32Part)((U32Part{1, 4, 16, 64} & (bits >> 8 * q)) != 0));
 }
 // Elements whose bit in `keep` is set get `old` back, which is what was loaded from there.
 EPI_INLINE void store_halves_but(uint16_t* p, uint32_t keep, U16 even, U16 odd, Pair old) {
@@ -207,36 +250,50 @@ EPI_INLINE M16 unordered(F16 x, F16 y) {
   return (x != x) | (y != y);
 }
 EPI_INLINE M16 is_finite(F16 x) {
-  return {(U32Lanes)((bits_of(x).v & 0x7FFFFFFFu) < 0x7F800000u)};
+  EPI_EACH(M16, (U32Part)(((U32Part)x.v[q] & 0x7FFFFFFFu) < 0x7F800000u));
 }
 EPI_INLINE U16 increment(U16 x, M16 where) {
-  return {x.v - where.v};
+  EPI_EACH(U16, x.v[q] - where.v[q]);
 }
 
 // Thirty-two bfloat16 values: a bit each where bound <= word < +inf. For a positive bound the words
 // compare as signed integers do; negative values and NaNs of either sign fall outside.
 EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
+  const int16_t least = static_cast<int16_t>(bound), end = static_cast<int16_t>(kBfloat16Infinity);
   uint32_t bits = 0;
-  for (int i = 0; i < 2 * kLanes; ++i) {
-    bits |= static_cast<uint32_t>(p[i] >= bound && p[i] < kBfloat16Infinity) << i;
+  for (int q = 0; q < kParts; ++q) {
+    const I16Part words = load_part<I16Part>(p, q);
+    const I16Part in = (I16Part)((words >= least) & (words < end));
+#if defined(__SSE2__)
+    const int packed = _mm_movemask_epi8(_mm_packs_epi16((__m128i)in, _mm_setzero_si128()));
+    bits |= static_cast<uint32_t>(packed) << 8 * q;
+#else
+    for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(in[i] & 1) << (8 * q + i);
+#endif
   }
   return bits;
 }
 
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.
 struct D16 {
-  F64Lanes v;
+  double v[kLanes];
 };
 EPI_INLINE D16 zero_d16() {
-  return {F64Lanes{}};
+  return {};
 }
 EPI_INLINE void add_moments(D16& sum, D16& sum_of_squares, F16 x) {
-  const F64Lanes wide = __builtin_convertvector(x.v, F64Lanes);
-  sum.v += wide;
-  sum_of_squares.v += wide * wide;
+  float values[kLanes];
+  store(values, x);
+  for (int i = 0; i < kLanes; ++i) {
+    const double wide = values[i];
+    sum.v[i] += wide;
+    sum_of_squares.v[i] += wide * wide;
+  }
 }
 EPI_INLINE void store(double* p, D16 x) {
   memcpy(p, &x, sizeof x);
 }
+
+#undef EPI_EACH
 
 }  // namespace epi::EPI_ISA
