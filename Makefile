@@ -5,6 +5,7 @@
 #   TORCH        what is installed as torch when VENV has none (torch==2.13.0)
 #   TORCH_INDEX  index to take torch from, and torch alone; pip's own configuration otherwise
 #   TIME_LIMIT   seconds for one slice of `make gpu`; the next call resumes
+#   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, BENCH_ARGS and GPU_ARGS to their programs
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -81,7 +82,7 @@ gpu:
 	@$(GPU_PYTHON) -c 'import torch' || \
 	  { echo "make gpu: neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m bench.gpu $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(GPU_ARGS)
+	$(GPU_PYTHON) -m bench.gpu $(strip $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(GPU_ARGS))
 
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))

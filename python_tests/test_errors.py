@@ -286,3 +286,63 @@ def test_sharded_parameters_are_refused(tmp_path):
             MaskedEMAAdamW([("w", shard)])
     finally:
         dist.destroy_process_group()
+
+
+def resize(optimizer, p):
+    p.data = torch.ones(4000)
+
+
+def half_moments(optimizer, p):
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].half()
+
+
+def short_mask(optimizer, p):
+    optimizer.state[p]["isolation_mask"] = torch.zeros(1, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("damage", [resize, half_moments, short_mask], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_state_that_does_not_fit_its_parameter_is_refused(backend: str, damage):
+    """Kernels trust sizes and addresses: a resized embedding must not reach them."""
+    p, other = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(8))
+    optimizer = MaskedEMAAdamW([("other", other), ("p", p)], backend=backend)
+    p.grad, other.grad = torch.ones(64), torch.ones(8)
+    optimizer.step()
+    damage(optimizer, p)
+    p.grad, before = torch.ones_like(p), other.detach().clone()
+    with pytest.raises(RuntimeError, match="does not fit its parameter"):
+        optimizer.step()
+    assert torch.equal(other, before) and optimizer.param_groups[0]["isolation_step"] == 1
+
+
+def test_two_parameters_of_one_name_are_refused():
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.raises(ValueError, match="named 'w'"):
+        MaskedEMAAdamW([{"params": [("w", a)]}, {"params": [("w", b)]}])
+
+
+def test_a_source_without_importance_is_refused():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MaskedEMAAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(ValueError, match="carries no importance"):
+        optimizer.carry_importance(torch.optim.SGD([p], lr=0.1))
+    assert optimizer.param_groups[0]["isolation_step"] == 1 and int(optimizer.state[p]["step"]) == 1
+
+
+def test_an_unusable_group_value_leaves_no_state_behind():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MaskedEMAAdamW([p])
+    optimizer.param_groups[0]["eps"], p.grad = "bad", torch.ones(3)
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(p, torch.ones(3))
+
+
+def test_float64_weights_with_bfloat16_states_step():
+    p = torch.nn.Parameter(torch.randn(9, dtype=torch.float64))
+    optimizer = MaskedEMAAdamW([p], state_dtype=torch.bfloat16)
+    p.grad, before = torch.randn_like(p), p.detach().clone()
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16 and not torch.equal(p, before)

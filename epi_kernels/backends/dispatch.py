@@ -41,6 +41,11 @@ def forget() -> None:
     choose.cache_clear()
 
 
+def devices() -> list[torch.device]:
+    """The kinds of device that parameters can lie on here."""
+    return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
 def available() -> list[tuple[str, bool, str]]:
     """(name, can run here, reason) of every backend, in the order ``auto`` tries them."""
     rows = []
@@ -48,8 +53,11 @@ def available() -> list[tuple[str, bool, str]]:
         backend = load(name)
         if isinstance(backend, str):
             rows.append((name, False, backend))
-        else:
-            rows.append((name, True, getattr(backend, "description", "always available")))
+            continue
+        refusals = [backend.refuses(device, torch.float32) for device in devices()]
+        usable = any(refusal is None for refusal in refusals)
+        description = getattr(backend, "description", "plain PyTorch, always there")
+        rows.append((name, usable, description if usable else f"{description}: {refusals[-1]}"))
     return rows
 
 

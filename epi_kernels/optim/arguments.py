@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +66,11 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)  # numpy's scalars too
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _unit_interval(name: str, value: Any) -> None:
@@ -193,8 +194,8 @@ def make_config(
             )
     return IsolationConfig(
         isolation_ratio=float(isolation_ratio),
-        mask_interval=mask_interval,
-        mask_warmup=mask_warmup,
+        mask_interval=None if mask_interval is None else int(mask_interval),
+        mask_warmup=None if mask_warmup is None else int(mask_warmup),
         importance_dtype=importance_dtype,
         normalization=normalization,
         scope=scope,
@@ -202,7 +203,7 @@ def make_config(
         hysteresis=float(hysteresis),
         state_dtype=state_dtype,
         stochastic_rounding=stochastic_rounding is not False,
-        seed=seed,
+        seed=int(seed),
         backend=backend,
     )
 

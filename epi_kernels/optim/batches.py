@@ -11,8 +11,9 @@ from torch import Tensor
 from epi_kernels.backends import Backend, choose
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.refresh import StatsByDevice
-from epi_kernels.optim.state import complete_state, shares_importance
+from epi_kernels.optim.state import MASK_KEYS, MOMENT_KEYS, complete_state, shares_importance
 from epi_kernels.policies.layers import LayerTable
+from epi_kernels.reference.bits import packed_bytes
 from epi_kernels.reference.rounding import stream_key
 from epi_kernels.reference.scalars import StepScalars, step_scalars
 from epi_kernels.reference.tensors import ParamTensors
@@ -42,6 +43,45 @@ def check_gradient(entry: Entry, requested_backend: str) -> None:
             f"its parameter {param.dtype} {list(param.shape)} on {param.device}"
         )
     choose(requested_backend, param.device, param.dtype)
+
+
+_MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
+    """Refuses state that does not fit its parameter: kernels trust sizes and addresses.
+
+    It happens when a parameter is resized or moved after the first step.
+    """
+    param = entry.param
+    for key in MOMENT_KEYS:
+        value = state.get(key)
+        if value is not None and not (
+            value.shape == param.shape
+            and value.device == param.device
+            and value.dtype in _MOMENT_DTYPES
+            and value.is_contiguous()
+        ):
+            _refuse_state(entry, key, value)
+    if state and state["exp_avg"].dtype != state["exp_avg_sq"].dtype:
+        _refuse_state(entry, "exp_avg", state["exp_avg"])
+    for key in MASK_KEYS:
+        value = state.get(key)
+        if value is not None and not (
+            value.shape == (packed_bytes(param.numel()),)
+            and value.device == param.device
+            and value.dtype == torch.uint8
+        ):
+            _refuse_state(entry, key, value)
+
+
+def _refuse_state(entry: Entry, key: str, value: Tensor) -> None:
+    param = entry.param
+    raise RuntimeError(
+        f"the state {key!r} of {entry.name} is {value.dtype} {list(value.shape)} on {value.device} and does not fit "
+        f"its parameter, {param.dtype} {list(param.shape)} on {param.device}. If the parameter was resized or moved "
+        "after a step, make a new optimizer (carry_importance starts it from this one where shapes agree)"
+    )
 
 
 def param_tensors(
@@ -100,19 +140,26 @@ def run_step(
     stats: StatsByDevice | None,
 ) -> None:
     """Steps every entry; with ``stats``, layer statistics are reduced in the same pass."""
-    scalars, steps = _Scalars(), []
+    # scalars first: a group's value that cannot be computed with must not leave new state behind
+    cache, t_of, scalars_of = _Scalars(), [], []
+    for group, param, _, _ in entries:
+        state = state_of.get(param)
+        t_of.append(int(state["step"]) + 1 if state else 1)
+        scalars_of.append(cache.of(group, t_of[-1], param.dtype))
+
+    steps: list[Tensor] = []
     batches: dict[tuple[str, torch.device], tuple[Backend, list[ParamTensors]]] = {}
-    for group, param, _, rng_id in entries:
+    for (group, param, _, rng_id), t, scalars in zip(entries, t_of, scalars_of, strict=True):
         state = state_of[param]
         complete_state(state, param, group, config)
         steps.append(state["step"])
         if param.numel() == 0:
             continue
-        t = int(state["step"]) + 1
         row = layers.row_of[param] if layers is not None and group["isolate"] else -1
         tensors = param_tensors(param, state, group, row)
-        tensors.grad, tensors.maximize = param.grad, group["maximize"]
-        tensors.scalars = scalars.of(group, t, param.dtype)
+        assert param.grad is not None
+        # a lazily negated gradient keeps its sign beside its memory, where kernels do not look
+        tensors.grad, tensors.maximize, tensors.scalars = param.grad.resolve_neg(), group["maximize"], scalars
         if config.stochastic_rounding and _stores_bfloat16(tensors):
             tensors.rng_key = stream_key(config.seed, t, rng_id)
         backend = choose(config.backend, param.device, param.dtype).backend

@@ -72,5 +72,7 @@ def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> 
                 f"the source has {len(entries)} parameters, this optimizer {len(params)}, without names"
             )
         matched = entries
+    if not any(matched):
+        raise ValueError("the source carries no importance: it has no state for any of these parameters")
     labels = names if names is not None else [f"param_{i}" for i in range(len(params))]
     return [_take(entry, param, label) for entry, param, label in zip(matched, params, labels, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from epi_kernels.backends import choose
 from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.batches import Entry, check_gradient, param_tensors, run_step
+from epi_kernels.optim.batches import Entry, check_gradient, check_state, param_tensors, run_step
 from epi_kernels.optim.refresh import Partition, StatsByDevice, refresh
 from epi_kernels.optim.report import IsolationReport
 from epi_kernels.policies.layers import LayerTable, build_layers
@@ -155,12 +155,20 @@ class MaskedEMAAdamW(Optimizer):
 
     def _check_parameters(self, params: Any) -> None:
         entries = [params] if isinstance(params, Tensor) else params
+        names = {entry.name: entry.param for entry in self._parameters()}
         for position, entry in enumerate(entries):
             named = isinstance(entry, tuple) and len(entry) == 2
             name, param = entry if named else (f"param_{position}", entry)
             if isinstance(param, Tensor):  # torch itself refuses what is not
                 arguments.check_parameter(param, name)
                 choose(self._config.backend, param.device, param.dtype)
+            if named and isinstance(param, Tensor):
+                owner = names.setdefault(name, param)
+                if owner is not param:
+                    raise ValueError(
+                        f"two parameters are named {name!r}: names choose layers, random numbers and what importance "
+                        "is carried; prefix the names of one model"
+                    )
             if self._config.layer_key is not None and not named:
                 raise ValueError(
                     "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
@@ -197,6 +205,7 @@ class MaskedEMAAdamW(Optimizer):
         stepped = [entry for entry in self._parameters() if entry.param.grad is not None]
         for entry in stepped:
             check_gradient(entry, config.backend)
+            check_state(entry, self.state.get(entry.param, {}))
         found_inf = getattr(self, "found_inf", None)  # set, like grad_scale, by torch.amp.GradScaler
         if found_inf is not None and bool(found_inf):
             return loss
@@ -237,9 +246,10 @@ class MaskedEMAAdamW(Optimizer):
         """Stages 2 to 4; ``covered`` are the parameters whose stats the step has already reduced."""
         stateless = [0] * len(layers.names)
         partitions: dict[tuple[str, torch.device], Partition] = {}
-        for group, param, _, _ in self._parameters():
-            if param.numel() == 0:
-                continue
+        entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
+        for entry in entries:
+            check_state(entry, self.state.get(entry.param, {}))
+        for group, param, _, _ in entries:
             row, state = layers.row_of[param], self.state.get(param)
             if not state:
                 stateless[row] += param.numel() if group["isolate"] else 0
@@ -266,14 +276,9 @@ class MaskedEMAAdamW(Optimizer):
                 "less than one element: nothing is isolated. Raise isolation_ratio.",
                 stacklevel=4,
             )
-        # on a GPU the count stays there until the report is read
-        on_host = all(param.device.type == "cpu" for param in layers.row_of)
-        if on_host and report.nonfinite:
-            warnings.warn(
-                f"{report.nonfinite} elements have a non-finite importance after step {report.step}: they are never "
-                "isolated, and their weights follow the non-finite gradient. Clip gradients or use a GradScaler.",
-                stacklevel=4,
-            )
+        # reading the count warns; on a GPU it stays there until somebody reads it
+        if all(param.device.type == "cpu" for param in layers.row_of):
+            _ = report.nonfinite
 
     def isolation_report(self) -> IsolationReport | None:
         """Figures of the last refresh, None before the first. Nothing synchronises until they are read."""
@@ -377,7 +382,7 @@ class MaskedEMAAdamW(Optimizer):
 
         torch's own policy would cast importances to the parameter's dtype and packed masks to floats.
         """
-        state_dict = state_dict.copy()
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result

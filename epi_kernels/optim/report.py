@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ class IsolationReport:
         jaccard: overlap of the old and the new mask, 1 for two empty masks.
         isolated, entered, released: elements isolated now; newly so; no longer so.
         ties: elements at or above the threshold, beyond k.
-        nonfinite: elements whose importance is not finite: counted in N, never isolated.
+        nonfinite: elements whose importance is not finite: counted in N, never isolated. The first
+            reading warns when there are any; on CPUs the refresh itself reads it.
         layers: one ``LayerRow`` a layer.
     """
 
@@ -115,7 +117,14 @@ class IsolationReport:
 
     @functools.cached_property
     def nonfinite(self) -> int:
-        return int(self._nonfinite.sum())
+        count = int(self._nonfinite.sum())
+        if count:
+            warnings.warn(
+                f"{count} elements have a non-finite importance after step {self.step}: they are never isolated, and "
+                "their weights follow the non-finite gradient. Clip gradients or use a GradScaler.",
+                stacklevel=2,
+            )
+        return count
 
     @property
     def jaccard(self) -> float:

@@ -57,6 +57,8 @@ def complete_state(
 
 def load_mask(value: Tensor, param: Tensor, what: str) -> Tensor:
     """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of the parameter's shape."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what}: a mask is a tensor, got {type(value).__name__}")
     if value.dtype == torch.bool and value.shape == param.shape:
         return pack(value.to(param.device))
     expected = packed_bytes(param.numel())
@@ -87,9 +89,11 @@ def _load_param_state(
         raise ValueError(f"state of {name} lacks {', '.join(missing)}")
     state: dict[str, Any] = {}
     step = saved["step"]
+    if not isinstance(step, (Tensor, int, float)):
+        raise ValueError(f"state of {name}: step must be one whole number >= 0, got {step!r}")
     step = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step))
-    if step.numel() != 1:
-        raise ValueError(f"state of {name}: step must be one number, got shape {list(step.shape)}")
+    if step.numel() != 1 or not float(step) >= 0 or float(step) % 1:
+        raise ValueError(f"state of {name}: step must be one whole number >= 0, got {saved['step']!r}")
     state["step"] = step.reshape(()).to(device="cpu", dtype=torch.float32, copy=True)
     for key in MOMENT_KEYS:
         if key == "importance" and (key not in saved or shares_importance(group)):
@@ -122,6 +126,8 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
                 f"this optimizer's has {len(group['params'])}"
             )
         names, saved_names = group.get("param_names"), saved_group.get("param_names")
+        if saved_names is not None and len(saved_names) != len(group["params"]):
+            raise ValueError(f"param group {number} of the state dict has {len(saved_names)} names")
         if names is not None and saved_names is not None:
             for name, saved_name in zip(names, saved_names, strict=True):
                 if bare_name(name) != bare_name(saved_name):
@@ -134,6 +140,9 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
             raise ValueError(
                 f"the state dict has {VERSION_KEY} {version!r}; this release reads {STATE_VERSION}"
             )
+        steps = saved_group.get(STEP_KEY, 0)
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{STEP_KEY} must be an int >= 0, got {steps!r}")
         if saved_group.get("amsgrad"):
             raise ValueError("the state dict was saved with amsgrad=True, which is not supported")
         check_group_options(saved_group)
@@ -152,6 +161,8 @@ def read_state_dict(
     state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]], config: IsolationConfig
 ) -> tuple[defaultdict[Tensor, Any], list[dict[str, Any]]]:
     """(state, param_groups) of a saved dict, ours or torch.optim.AdamW's; raises before anything changes."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("a state dict of an optimizer has the keys 'state' and 'param_groups'")
     saved_groups = state_dict["param_groups"]
     _check_groups(param_groups, saved_groups)
     steps = [group.get(STEP_KEY) for group in saved_groups]

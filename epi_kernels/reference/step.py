@@ -21,7 +21,7 @@ def exact_sqrt(x: Tensor) -> Tensor:
 def _store(target: Tensor, value: Tensor, random_bits: Tensor | None, keep: Tensor | None = None) -> None:
     """``target[...] = value`` in target's dtype, row-major; elements where ``keep`` retain their bits."""
     if target.dtype == torch.bfloat16 and random_bits is not None:
-        value = rounding.round_bfloat16(value, random_bits)
+        value = rounding.round_bfloat16(value.to(torch.float32), random_bits)
     value = value.to(target.dtype).view(target.shape)
     target.copy_(value if keep is None else torch.where(keep.view(target.shape), target, value))
 
