@@ -241,6 +241,16 @@ def test_a_run_killed_while_it_puts_the_model_in_place_finishes_it(files, undist
     assert not list(out.rglob("*partial*"))
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 1'])
+def test_an_unreadable_done_is_no_end(files, undisturbed, tmp_path, content):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    (out / "done.json").write_text(content)
+    assert resume(out) == 0
+    assert (out / "done.json").read_text() == (undisturbed / "done.json").read_text()
+    assert_same_end(out, undisturbed)
+
+
 def test_a_resumed_comparison_goes_on_where_it_was(files, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert command(finetune, *arguments(files, whole, "--compare")) == 0

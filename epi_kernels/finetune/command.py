@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from .arguments import add_arguments
 from .errors import UserError
 from .options import Options, check_out
 from .prepare import prepare
-from .single import one_run, read_run, refuse_changes
+from .single import one_run, read_done, read_run, refuse_changes
 
 __all__ = ["add_arguments", "run"]
 
@@ -68,7 +67,7 @@ def _run(args) -> int:
     labels = ("isolation", "adamw") if options.compare else ("isolation",)
     for label in labels:
         directory = out if label == "isolation" else out / label
-        if saved is not None and (directory / "done.json").is_file():
+        if saved is not None and read_done(directory) is not None:
             continue
         known = saved if label == "isolation" or directory.exists() else None
         outcome = one_run(prepared, dtype, memory, directory, label, known)
@@ -84,6 +83,6 @@ def _report_end(out: Path, labels: tuple[str, ...]) -> None:
     results = {}
     for label in labels:
         folder = out if label == "isolation" else out / label
-        results[label] = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        results[label] = read_done(folder)
     print(compare.table(results))
     print(f"model and tokenizer: {out}\nas a page: epi-kernels report {shlex.quote(str(out))}")

@@ -136,9 +136,26 @@ def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
         "model_weights": model_weights,
         "environment": environment(model.pick_device(options.device)),
     }
-    partial = out / "run.json.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / "run.json")
+    _write_json(out / "run.json", record)
+
+
+def _write_json(path: Path, record: dict) -> None:
+    """All of it or nothing, whenever the process or the machine stops."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_done(directory: Path) -> dict | None:
+    """What a finished run ended with; None when it has not finished, or its done.json cannot be read."""
+    try:
+        done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return done if isinstance(done, dict) and "step" in done else None
 
 
 def _carry(optimizer, source: protect.Source) -> None:
@@ -224,4 +241,4 @@ def _finish(one: Run, outcome: Outcome) -> None:
     )
     checkpoint.export(one.directory / "checkpoints" / f"{checkpoint.PREFIX}{outcome.step:08d}", one.directory)
     done = {"step": outcome.step, **losses, "state_bytes": bytes_}
-    (one.directory / "done.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    _write_json(one.directory / "done.json", done)
