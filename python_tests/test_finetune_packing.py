@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -42,6 +45,21 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order(rows, batch_size
         epochs.append([row for step in batches for batch in step for row in batch])
         assert sorted(epochs[-1]) == list(range(rows))
     assert rows < 20 or epochs[0] != epochs[1]
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    shuffled = []
+    shuffle = random.Random.shuffle
+    monkeypatch.setattr(
+        random.Random, "shuffle", lambda self, order: shuffled.append(len(order)) or shuffle(self, order)
+    )
+    schedule = Schedule(97, 2, 3, seed=time.time_ns())
+    first = [schedule.micro_batches(step) for step in range(schedule.steps_per_epoch)]
+    assert shuffled == [97]
+    first[0][0].clear()  # what is handed out is the caller's
+    assert schedule.micro_batches(0)[0]
+    schedule.micro_batches(schedule.steps_per_epoch)
+    assert shuffled == [97, 97]
 
 
 def encoded(*ids, answer=2):

@@ -8,6 +8,7 @@ attention (recurrent ones) ignore positions and would leak: `assert_no_leak` tri
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,11 +62,17 @@ class Schedule:
     def micro_batches(self, step: int) -> list[list[int]]:
         """Row indices of each micro-batch of `step` (0, 1, ...)."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = list(range(self.rows))
-        random.Random(f"epoch {self.seed} {epoch}").shuffle(order)
+        order = _epoch_order(self.rows, self.seed, epoch)
         size = self.batch_size * self.accumulation
         mine = order[within * size : (within + 1) * size]
-        return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        return [list(mine[i : i + self.batch_size]) for i in range(0, len(mine), self.batch_size)]
+
+
+@functools.lru_cache(maxsize=1)  # the current epoch's: shuffling a million rows takes a second
+def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(rows))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return tuple(order)
 
 
 def collate(
