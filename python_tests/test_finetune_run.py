@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import epi_kernels.backends
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import log, model, plan
 from epi_kernels.finetune.options import Options
@@ -344,6 +345,22 @@ def test_everything_is_checked_before_anything_is_written(files, tmp_path, refus
     if not torch.cuda.is_available():
         assert "sees no CUDA" in refused(*arguments(files, out, "--device", "cuda"))
     assert not out.exists()
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(files, tmp_path, refused):
+    out = tmp_path / "out"
+    dry = ["--dry-run", "--max-steps", 2]
+    assert "no such file" in refused(*arguments(files, out, *dry, "--protect", tmp_path / "none"))
+    assert "holds no checkpoint" in refused(*arguments(files, out, *dry, "--protect", files))
+    for name, usable, _ in epi_kernels.backends.available():
+        if not usable:
+            assert "not able to run" in refused(*arguments(files, out, *dry, "--backend", name))
+    with pytest.raises(SystemExit):
+        refused(*arguments(files, out, *dry, "--state-dtype", "int8"))
+    assert not out.exists()
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "is not empty: choose another" in refused(*arguments(files, out, *dry))
 
 
 def test_an_output_directory_with_something_in_it_is_refused(files, tmp_path, refused):

@@ -50,6 +50,12 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
         raise UserError(f"the optimizer refuses: {error}") from None
 
 
+def check_optimizer(options: Options, dtype: torch.dtype, device: str) -> None:
+    """Refuses, before any weights are loaded, what the optimizer refuses: an argument, or a backend that cannot run."""
+    stand_in = torch.nn.Parameter(torch.empty(1, 1, dtype=dtype, device=device))
+    build_optimizer(options, [{"params": [("stand_in", stand_in)]}], "isolation")
+
+
 def build_scheduler(options: Options, optimizer, steps: int):
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 

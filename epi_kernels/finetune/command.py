@@ -10,10 +10,11 @@ import torch
 
 from . import checkpoint, compare, model, plan
 from .arguments import add_arguments
+from .build import check_optimizer
 from .errors import UserError
 from .options import Options, check_out
 from .prepare import prepare
-from .single import one_run, read_done, read_run, refuse_changes
+from .single import load_protected, one_run, read_done, read_run, refuse_changes
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,8 +41,7 @@ def _run(args) -> int:
     else:
         saved = None
         options = Options.from_args(args)
-        if not options.dry_run:
-            check_out(options)
+        check_out(options)
     prepared = prepare(options)
     job = prepared.job
     for note in prepared.notes:
@@ -49,7 +49,13 @@ def _run(args) -> int:
     for name, counts in prepared.counts.items():
         print(f"{name}: {counts}")
     dtype = model.model_dtype(prepared.config, options.dtype, options.model)
-    memory = plan.memory(model.empty_model(prepared.config).parameters(), dtype, options)
+    if saved is not None:
+        refuse_changes("data", saved["fingerprints"], job.fingerprints)
+    check_optimizer(options, dtype, job.device)
+    empty = model.empty_model(prepared.config)
+    memory = plan.memory(empty.parameters(), dtype, options)
+    if options.dry_run and saved is None:
+        load_protected(options, empty)  # as the run will: what it refuses, this refuses
     print(plan.describe_steps(options, job.steps, job.schedule.steps_per_epoch, job.schedule.rows))
     if options.compare and dtype == torch.bfloat16 and options.stochastic_rounding is not False:
         print("note: torch.optim.AdamW rounds bf16 weights to nearest, this run's optimizer stochastically")
@@ -61,8 +67,6 @@ def _run(args) -> int:
     if options.dry_run:
         return 0
 
-    if saved is not None:
-        refuse_changes("data", saved["fingerprints"], job.fingerprints)
     out = Path(options.out)
     labels = ("isolation", "adamw") if options.compare else ("isolation",)
     for label in labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .plan import gib
+from .plan import human_bytes
 from .plan import table as text_table
 
 NAMES = {"isolation": "MaskedEMAAdamW", "adamw": "torch.optim.AdamW"}
@@ -28,7 +28,7 @@ def table(results: Mapping[str, Mapping]) -> str:
                 _number(before),
                 _number(after),
                 change,
-                gib(result["state_bytes"]["total"]),
+                human_bytes(result["state_bytes"]["total"]),
             )
         )
     return text_table(headers, rows)

@@ -15,7 +15,7 @@ import torch
 from .chat import train_tokenizer
 from .errors import UserError
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": "int8"}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_MAX_LENGTH = 1024
 
 

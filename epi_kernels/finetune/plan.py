@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from epi_kernels.policies.schedule import refresh_steps
+
 from .options import Options
 
-ELEMENT_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "int8": 1 + 2 / 64,
-}  # int8: a code and a two-byte scale for 64 of them
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 EPI_AS_PUBLISHED = (
     13  # bytes a parameter: two moments and an importance in fp32, a mask of bools (4 + 4 + 4 + 1)
 )
@@ -41,9 +39,9 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
     trained = [count for count, trains in sizes if trains]
     width = dtype.itemsize
     moment = ELEMENT_BYTES[options.state_dtype] if options.state_dtype else width
-    own = 0.0 if options.importance_beta in (None, options.beta2) else ELEMENT_BYTES[options.importance_dtype]
+    own = 0 if options.importance_beta in (None, options.beta2) else ELEMENT_BYTES[options.importance_dtype]
     ours = sum(
-        int(count * (2 * moment + own)) + (-(-count // 8) if options.isolation_ratio > 0 else 0)
+        count * (2 * moment + own) + (-(-count // 8) if options.isolation_ratio > 0 else 0)
         for count in trained
     )
     total = sum(trained)
@@ -54,8 +52,8 @@ def refreshes(options: Options, steps: int) -> list[int]:
     """Steps after which a refresh is due; 0 stands for the one before the first step of a protected run."""
     if options.isolation_ratio == 0:
         return []
-    first = options.mask_warmup if options.mask_warmup is not None else options.mask_interval
-    return ([0] if options.protect else []) + list(range(first, steps + 1, options.mask_interval))
+    due = refresh_steps(steps, interval=options.mask_interval, warmup=options.mask_warmup)
+    return ([0] if options.protect else []) + due
 
 
 def warning(options: Options, steps: int) -> str:
@@ -70,7 +68,7 @@ def warning(options: Options, steps: int) -> str:
     )
 
 
-def gib(count: float) -> str:
+def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -98,7 +96,7 @@ def describe_memory(one: Memory) -> str:
     rows += [("  beside torch AdamW's", one.adamw), ("  beside EPI's as published", one.epi_as_published)]
     return table(
         ("memory (without activations)", "bytes", "a parameter"),
-        [(name, gib(count), f"{count / per:.3f}") for name, count in rows],
+        [(name, human_bytes(count), f"{count / per:.3f}") for name, count in rows],
     )
 
 

@@ -69,9 +69,7 @@ def one_run(
         and label == "isolation"
         and not (saved is not None and checkpoint.list_checkpoints(directory))
     ):
-        shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
-        betas, own = (options.beta1, options.beta2), options.importance_beta not in (None, options.beta2)
-        source = protect.load(options.protect, shapes, betas, options.protect_steps, own)
+        source = load_protected(options, net)
     if options.packing:
         packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
@@ -137,6 +135,15 @@ def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
         "environment": environment(model.pick_device(options.device)),
     }
     _write_json(out / "run.json", record)
+
+
+def load_protected(options: Options, net: torch.nn.Module) -> protect.Source | None:
+    """What --protect names, checked against this model's names and shapes (it may lie on the meta device)."""
+    if not options.protect:
+        return None
+    shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
+    betas, own = (options.beta1, options.beta2), options.importance_beta not in (None, options.beta2)
+    return protect.load(options.protect, shapes, betas, options.protect_steps, own)
 
 
 def _write_json(path: Path, record: dict) -> None:

@@ -13,4 +13,4 @@ def refresh_due(step: int, *, interval: int | None, warmup: int | None) -> bool:
 
 def refresh_steps(total_steps: int, *, interval: int | None, warmup: int | None) -> list[int]:
     """The steps of a run of ``total_steps`` that a refresh follows."""
-    return [t for t in range(1, total_steps + 1) if refresh_due(t, interval=interval, warmup=warmup)]
+    return [step for step in range(1, total_steps + 1) if refresh_due(step, interval=interval, warmup=warmup)]
