@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epi_kernels import cli
-from epi_kernels.demo import command, measure, protocol, tasks, text, train
+from epi_kernels.demo import command, measure, protocol, report_page, tasks, text, train
 from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE, Point, compare
 
 
@@ -205,16 +205,25 @@ def test_quick_end_to_end(tmp_path, capsys):
     page = (tmp_path / "new" / "folder" / "index.html").read_text()
     assert page.count("data:image/svg+xml") == 5 and "http" not in page.split("</style>")[1]
     printed = capsys.readouterr().out
+    assert printed.startswith("A QUICK RUN: its numbers show nothing")
+    assert page.index("its numbers show nothing") < page.index("Task A")
+    assert all(arm["b"]["mean"] < 5 for arm in results["arms"])
+    for shown in (printed, page):
+        assert "No comparison is possible: no arm learned B" in shown and "The price on B" not in shown
     for expected in (
-        "dA@B",
-        "The price on B",
         "Ratio used: p = 20 %",
         "Jaccard",
         "a parameter",
         "index.html",
     ):
         assert expected in printed
-    assert "The price on B" in page
+
+    # The same numbers as a run at full size in which this was enough of B.
+    results["settings"] |= {"quick": False, "needed_b": 0.0}
+    printed, page = text.report(results), report_page.write_page(results, tmp_path / "full.html").read_text()
+    for shown in (printed, page):
+        assert "The price on B" in shown and "dA@B over AdamW" in shown
+        assert "No comparison" not in shown and "QUICK" not in shown
 
 
 def without_timing(results: dict) -> dict:
@@ -251,15 +260,17 @@ def test_no_step_of_a_at_all_exits_1(tmp_path):
         (("--ratio", "nan"), "--ratio nan: must lie between 0 and 1"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, arguments, message):
-    with pytest.raises(SystemExit, match=message):
+def test_bad_arguments_are_named(tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit) as refusal:
         demo(tmp_path, *arguments)
+    assert refusal.value.code == 2 and capsys.readouterr().err == f"epi-kernels demo: {message}\n"
 
 
-def test_out_that_cannot_be_made_is_named(tmp_path):
+def test_out_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="--out .*file/x: Not a directory"):
+    with pytest.raises(SystemExit) as refusal:
         demo(tmp_path / "file" / "x")
+    assert refusal.value.code == 2 and "file/x: Not a directory" in capsys.readouterr().err
 
 
 def test_help_states_the_numbers_in_use():

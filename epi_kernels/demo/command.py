@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 when every seed learned task A, else 1."""
+    """Exit status: 0 when every seed learned task A, 1 when not, 2 for a bad argument."""
     settings = _settings(args)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a config and no weights: nothing is asked of the hub
     from epi_kernels.demo import pool, protocol, results, text
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemExit(f"epi-kernels demo: --out {args.out}: {error.strerror}") from error
+        raise _refusal(f"--out {args.out}: {error.strerror}") from error
 
     started = time.perf_counter()
     with _progress(total) as show:
@@ -69,6 +69,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refusal(text: str) -> SystemExit:
+    """One line, and the exit status of a bad argument."""
+    print(f"epi-kernels demo: {text}", file=sys.stderr)
+    return SystemExit(2)
+
+
 def _settings(args: argparse.Namespace) -> Any:
     """Checked before torch is loaded by a worker."""
     from epi_kernels.demo.protocol import QUICK, Settings
@@ -76,11 +82,9 @@ def _settings(args: argparse.Namespace) -> Any:
     for name, least in (("seeds", 1), ("threads", 1), ("steps_a", 0), ("steps_b", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise SystemExit(
-                f"epi-kernels demo: --{name.replace('_', '-')} {value}: must be at least {least}"
-            )
+            raise _refusal(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.ratio is not None and not 0 < args.ratio < 1:
-        raise SystemExit(f"epi-kernels demo: --ratio {args.ratio}: must lie between 0 and 1")
+        raise _refusal(f"--ratio {args.ratio}: must lie between 0 and 1")
     settings = replace(Settings(), **(QUICK if args.quick else {}))
     given = {name: getattr(args, name) for name in ("ratio", "steps_a", "steps_b")}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})

@@ -61,13 +61,15 @@ class Settings:
     largest: int = 99
     score_every: int = 25
     needed_a: float = 80.0
+    needed_b: float = 5.0  # of the best arm: below it nobody learned B, and there is no "same B" to compare at
+    quick: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 QUICK = {
-    "steps_a": 320, "steps_b": 15, "batch_a": 32, "batch_b": 16, "learn": 700, "known": 0, "test": 60, "largest": 9,
+    "quick": True, "steps_a": 320, "steps_b": 15, "batch_a": 32, "batch_b": 16, "learn": 700, "known": 0, "test": 60, "largest": 9,
     "interval": 5, "score_every": 5,
 }  # fmt: skip
 

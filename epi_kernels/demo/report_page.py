@@ -27,9 +27,10 @@ def write_page(results: dict[str, Any], path: Path) -> Path:
         Section(
             "What came out",
             [
+                *([Note(text.QUICK)] if results["settings"]["quick"] else []),
                 *([] if results["learned"] else [Note(text.learned(results))]),
-                *([_tiles(results)] if results["learned"] else []),
-                *(Note(s) if s.startswith("The price") else s for sentences in verdict for s in sentences),
+                *([_tiles(results)] if results["learned"] and text.learned_b(results) else []),
+                *(Note(s) if s.startswith(("The price", "No comparison")) else s for sentences in verdict for s in sentences),
             ],
         ),
         Section(
@@ -46,10 +47,12 @@ def write_page(results: dict[str, Any], path: Path) -> Path:
         Section("Memory", [text.memory(results)]),
         Section(
             "How it was run",
-            [text.method(results), text.learned(results), text.timing(results), Code("epi-kernels demo")],
+            [text.method(results), text.learned(results), text.timing(results), Code("epi-kernels demo" + (" --quick" if results["settings"]["quick"] else ""))],
         ),
     ]  # fmt: skip
     subtitle = f"A small Llama learns sums, then string instructions. {isolation['label']}, n = {len(results['seeds'])} seeds."
+    if results["settings"]["quick"]:
+        subtitle = "A quick run, whose numbers show nothing. " + subtitle
     return build(path, "What isolation keeps, and what it costs", sections, subtitle)
 
 

@@ -22,6 +22,25 @@ def plus_minus(value: dict[str, float], sign: bool = False) -> str:
     return f"{mean} ± {value['sd']:.1f}" if value["n"] > 1 else mean
 
 
+QUICK = (
+    "A QUICK RUN: its numbers show nothing. The tasks, the training and the tests are too small; it only shows that "
+    "everything runs. `epi-kernels demo` without --quick takes minutes and gives numbers to look at."
+)
+
+
+def learned_b(results: dict[str, Any]) -> bool:
+    """Whether any arm learned B, on average over the seeds."""
+    return max(arm["b"]["mean"] for arm in results["arms"]) >= results["settings"]["needed_b"]
+
+
+def no_comparison(results: dict[str, Any]) -> str:
+    best = max(results["arms"], key=lambda arm: arm["b"]["mean"])
+    return (
+        f"No comparison is possible: no arm learned B (the best, {best['label']}, reached {best['b']['mean']:.1f} %; "
+        f"{results['settings']['needed_b']:g} % are needed), so there is no score on B at which A could be compared."
+    )
+
+
 def gain_cell(gain: dict[str, Any] | None, own: str) -> str:
     """dA@B with a mark for seeds off the frontier's range; `own` where the arm is part of the frontier."""
     if gain is None:
@@ -36,6 +55,7 @@ HEADERS = ("stage B learned with", "A after", "B after", "dA@B", "dA@B, moments 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     before = results["before_summary"]
+    comparable = learned_b(results)
     table = [("(before stage B)", plus_minus(before["a"]), plus_minus(before["b"]), "", "")]
     for arm in results["arms"]:
         kept = "frontier" if arm["kind"] != ADAMW else ""
@@ -44,8 +64,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 arm["label"],
                 plus_minus(arm["a"]),
                 plus_minus(arm["b"]),
-                gain_cell(arm["gain"], "frontier"),
-                gain_cell(arm["gain_over_kept"], kept),
+                gain_cell(arm["gain"], "frontier") if comparable else "-",
+                gain_cell(arm["gain_over_kept"], kept) if comparable else "-",
             )
         )
     return table
@@ -115,6 +135,8 @@ def price(results: dict[str, Any]) -> str:
 
 def verdict(results: dict[str, Any]) -> list[str]:
     """One sentence each: the gain on A, where it comes from, the price on B."""
+    if not learned_b(results):
+        return [no_comparison(results)]
     isolation = of_kind(results, ISOLATION)
     sentences = [
         _outcome(isolation["gain"], "AdamW"),
@@ -205,7 +227,8 @@ def wrapped(text: str, width: int = 100) -> str:
 
 def report(results: dict[str, Any]) -> str:
     """Everything the terminal shows."""
-    parts = [wrapped(method(results)), wrapped(learned(results)), table(results)]
+    parts = [wrapped(QUICK)] if results["settings"]["quick"] else []
+    parts += [wrapped(method(results)), wrapped(learned(results)), table(results)]
     if _has_marks(results):
         parts[-1] += "\n<n, >n: on n seeds B lies below, above the frontier's runs; see below"
     parts += [wrapped(sentence) for sentence in verdict(results)] if results["learned"] else []
@@ -215,4 +238,4 @@ def report(results: dict[str, Any]) -> str:
 
 def _has_marks(results: dict[str, Any]) -> bool:
     gains = [arm[name] for arm in results["arms"] for name in ("gain", "gain_over_kept") if arm[name]]
-    return any(gain["where"][INSIDE] < gain["n"] for gain in gains)
+    return learned_b(results) and any(gain["where"][INSIDE] < gain["n"] for gain in gains)
