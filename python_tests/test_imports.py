@@ -33,9 +33,6 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Compiled libraries are reached from any level, as torch is.
 COMPILED = {"_C", "_C_cuda"}
 
-# Distribution name where it is not the import name.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
-
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
@@ -110,7 +107,7 @@ def test_third_party_imports_are_declared_dependencies():
             top = imported.split(".")[0]
             if top == "epi_kernels" or top in sys.stdlib_module_names:
                 continue
-            if DISTRIBUTIONS.get(top, top).lower() not in declared:
+            if top.lower() not in declared:
                 undeclared.setdefault(top, f"{path.relative_to(ROOT)}:{line}")
     assert not undeclared, f"not in pyproject.toml's dependencies: {undeclared}"
 

@@ -13,8 +13,6 @@ from python_tests.cases import Spec, case
 from python_tests.harness import Pair, Target, make, small_model, train
 from python_tests.oracle import Hyper
 
-ONE = Target("reference")
-
 
 def importances(**values: list[float]) -> dict[str, torch.nn.Parameter]:
     """Parameters whose next gradients' squares are these values exactly, as far as roots are exact."""
