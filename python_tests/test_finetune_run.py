@@ -347,6 +347,21 @@ def test_everything_is_checked_before_anything_is_written(files, tmp_path, refus
     assert not out.exists()
 
 
+def test_a_mistyped_directory_is_said_before_the_hub_is_asked(files, tmp_path, refused, monkeypatch):
+    from transformers import AutoConfig
+
+    def offline(name):
+        raise OSError(f"We couldn't connect to the hub to load {name}. Check your connection.\nSee the manual.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    said = refused("--model", "nodir", "--data", files / "qa.jsonl", "--out", tmp_path / "out").splitlines()
+    assert said == [
+        "--model nodir: no such directory; trying the hub",
+        "epi-kernels finetune: --model nodir: no such directory here, and the hub gave none "
+        "(We couldn't connect to the hub to load nodir)",
+    ]
+
+
 def test_a_dry_run_refuses_what_the_run_refuses(files, tmp_path, refused):
     out = tmp_path / "out"
     dry = ["--dry-run", "--max-steps", 2]

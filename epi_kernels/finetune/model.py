@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,13 +35,21 @@ def _looks_local(name: str) -> bool:
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def _first_sentence(error: Exception) -> str:
+    """Of transformers' paragraphs of advice."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")
+
+
 def load_config(model: str):
     """The model's config. Raises UserError when there is none, or it is no causal language model's."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if _looks_local(model) and not os.path.exists(model):
-        raise UserError(f"--model {model}: no such file or directory")
+    if not os.path.exists(model):
+        if _looks_local(model) or is_config(model):
+            raise UserError(f"--model {model}: no such file or directory")
+        print(f"--model {model}: no such directory; trying the hub", file=sys.stderr, flush=True)
     try:
         if is_config(model):
             record = json.loads(Path(model).read_text(encoding="utf-8"))
@@ -52,6 +61,10 @@ def load_config(model: str):
         else:
             config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
+        if not os.path.exists(model):
+            raise UserError(
+                f"--model {model}: no such directory here, and the hub gave none ({_first_sentence(error)})"
+            ) from None
         raise UserError(f"--model {model}: cannot be loaded ({error})") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
