@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from epi_kernels import cli
 from epi_kernels.kernels_report import cuda_kernels, sass
 from epi_kernels.kernels_report.command import ARCHITECTURES
 from epi_kernels.kernels_report.rows import Expectation, describe, make_row
@@ -118,6 +120,30 @@ def test_what_a_cuda_step_is_held_to():
     own = cuda_kernels.expectation("step_stats_kernel<unsigned short, float, unsigned short>")
     assert (own.elements, own.loads, own.stores, own.full_width) == (8, 7, 7, True)
     assert cuda_kernels.expectation("count_kernel") is None
+
+
+def test_cuda_sources_are_compiled_with_the_flags_of_the_build(monkeypatch, tmp_path):
+    from_build = cuda_kernels.build_flags()
+    monkeypatch.setattr(cuda_kernels, "BUILD_SUPPORT", tmp_path / "none.py")
+    assert "-fmad=false" in from_build and cuda_kernels.build_flags() == from_build
+
+
+def test_a_cuda_check_that_knows_no_step_fails(monkeypatch, capsys):
+    kernel = sass.parse(LISTING)[0]
+    for name, status in (("step step_kernel<float, float, SharedImportance>", 0), ("step _Z11step_kernel", 1)):
+        row = replace(make_row("cuda", name, "sm_90", kernel, None), problems=())
+        monkeypatch.setattr(cuda_kernels, "rows", lambda archs, row=row: [row])
+        assert cli.main(["kernels", "--cuda", "--check", "--arch", "90"]) == status
+    assert "FAILED sm_90: no step kernel was recognised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(("--arch", "42"), "'42' is none of"), (("--jobs", "-1"), "'-1' is not a number")]
+)
+def test_bad_arguments_are_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["kernels", *arguments])
+    assert refusal.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.cuda_compile
