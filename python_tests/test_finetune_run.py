@@ -351,7 +351,9 @@ def test_a_mistyped_directory_is_said_before_the_hub_is_asked(files, tmp_path, r
     from transformers import AutoConfig
 
     def offline(name):
-        raise OSError(f"We couldn't connect to the hub to load {name}. Check your connection.\nSee the manual.")
+        raise OSError(
+            f"We couldn't connect to the hub to load {name}. Check your connection.\nSee the manual."
+        )
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
     said = refused("--model", "nodir", "--data", files / "qa.jsonl", "--out", tmp_path / "out").splitlines()

@@ -130,7 +130,10 @@ def test_cuda_sources_are_compiled_with_the_flags_of_the_build(monkeypatch, tmp_
 
 def test_a_cuda_check_that_knows_no_step_fails(monkeypatch, capsys):
     kernel = sass.parse(LISTING)[0]
-    for name, status in (("step step_kernel<float, float, SharedImportance>", 0), ("step _Z11step_kernel", 1)):
+    for name, status in (
+        ("step step_kernel<float, float, SharedImportance>", 0),
+        ("step _Z11step_kernel", 1),
+    ):
         row = replace(make_row("cuda", name, "sm_90", kernel, None), problems=())
         monkeypatch.setattr(cuda_kernels, "rows", lambda archs, row=row: [row])
         assert cli.main(["kernels", "--cuda", "--check", "--arch", "90"]) == status

@@ -61,7 +61,7 @@ class Settings:
     largest: int = 99
     score_every: int = 25
     needed_a: float = 80.0
-    needed_b: float = 5.0  # of the best arm: below it nobody learned B, and there is no "same B" to compare at
+    needed_b: float = 5.0  # of the best arm: below it nobody learned B, and there is no "same B"
     quick: bool = False
 
     def as_dict(self) -> dict[str, Any]:

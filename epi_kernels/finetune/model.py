@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from logging import ERROR, getLogger
 from pathlib import Path
 
 import torch
@@ -21,10 +22,11 @@ DEFAULT_MAX_LENGTH = 1024
 
 
 def quiet_libraries() -> None:
-    """Turns transformers' own progress bars off: a run has one bar."""
+    """Turns transformers' own progress bars off: a run has one bar. And the hub's line for every retry: we say what failed."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)
 
 
 def is_config(model: str) -> bool:

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "instructions an element (float32 states)",
     )
     parser.add_argument("--cuda", action="store_true", help="the CUDA sources instead, compiled by nvcc")
-    parser.add_argument("--jobs", type=_jobs, metavar="N", help="processes that compile (one a core, 8 at most)")
+    parser.add_argument(
+        "--jobs", type=_jobs, metavar="N", help="processes that compile (one a core, 8 at most)"
+    )
 
 
 def _arch(text: str) -> int:
