@@ -105,7 +105,7 @@ class Case:
 class Plan:
     """What one run measures and how long it takes over it."""
 
-    elements: int = 10_000_000  # of the step and refresh cases
+    elements: int = 100_000_000  # of the step and refresh cases: far beyond any cache, as models are
     sizes: tuple[int, ...] = (100_000, 1_000_000, 10_000_000, 100_000_000)  # of the linear cases
     copy_elements: int = 100_000_000  # float32, of the copy that gives the machine's bandwidth
     memory_elements: int = 100_000_000

@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds; nothing is judged")
     parser.add_argument("--sizes", type=_count, nargs="+", metavar="N", help="elements of the linear cases")
-    parser.add_argument("--elements", type=_count, metavar="N", help="of the step and refresh cases (1e7)")
+    parser.add_argument("--elements", type=_count, metavar="N", help="of the step and refresh cases (1e8)")
     parser.add_argument("--memory-elements", type=_count, metavar="N", help="of the memory cases (1e8)")
     parser.add_argument("--seconds", type=float, help="a case, about (6)")
     parser.add_argument("--min-rounds", type=int, help="at least so many rounds a case (20)")
