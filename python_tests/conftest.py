@@ -40,3 +40,12 @@ def target(request) -> Target:
         if reason is not None:
             (pytest.fail if chosen.must_run else pytest.skip)(f"{chosen}: {reason}")
         yield chosen
+
+
+@pytest.fixture(autouse=True)
+def _choices_do_not_outlive_a_test():
+    """A test that puts another backend in place must not decide what later tests step with."""
+    yield
+    from epi_kernels.backends import dispatch
+
+    dispatch.choose.cache_clear()

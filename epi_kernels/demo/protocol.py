@@ -192,7 +192,8 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=arm.lr, fused=True)
     interval = settings.interval if arm.kind == ISOLATION else None
     optimizer = MaskedEMAAdamW(groups, lr=arm.lr, isolation_ratio=arm.ratio, mask_interval=interval)
-    optimizer.carry_importance(moments)
+    if moments["state"]:  # none after a stage A of no steps
+        optimizer.carry_importance(moments)
     if arm.kind == ISOLATION:
         optimizer.refresh_isolation_mask()  # protects from the first step on
     if arm.kind == RANDOM:

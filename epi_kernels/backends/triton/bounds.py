@@ -12,9 +12,6 @@ import triton.language as tl
 
 from epi_kernels.backends.triton.common import inlined, score, score_key
 
-# Columns of the bounds: for elements not isolated now, then for those that are.
-LOW, HIGH, LOW_ISOLATED, HIGH_ISOLATED = range(4)
-
 BOUNDS_BLOCK = 64  # layers a program
 
 
@@ -74,7 +71,7 @@ def count_bounds_kernel(
 
 @triton.jit(do_not_specialize=["layers"])
 def select_bounds_kernel(
-    bounds,  # [layers, 4] fp32, written; the columns HIGH are +inf
+    bounds,  # [layers, 4] fp32, written; columns 1 and 3, the upper bounds, are +inf
     shift,  # [layers] fp32
     scale,
     thresholds,  # [layers] fp32
