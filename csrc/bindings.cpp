@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/search.h"
 #include "cpu/stages.h"
 #include "math/adamw.h"
 
@@ -164,6 +165,35 @@ void cpu_count(Tensor table, Tensor shift, Tensor scale, double keep_factor, Ten
   epi::count(kernels_of(isa), table_of(table, layers, 0), terms, search, sample_stride);
 }
 
+void cpu_find_thresholds(Tensor table, Tensor shift, Tensor scale, double keep_factor, Tensor domain,
+                         Tensor zeros, Tensor n_elements, Tensor k, int64_t floor, int64_t end, int64_t bins,
+                         int64_t sample_from, Tensor threshold, Tensor count_ge, int64_t isa) {
+  const int64_t layers = shift.numel(), domains = k.numel();
+  const epi::LayerTerms terms{data<float>(shift, "shift", {layers}), data<float>(scale, "scale", {layers}),
+                              static_cast<float>(keep_factor)};
+  const epi::SearchProblem problem{layers,
+                                   domains,
+                                   data<int64_t>(domain, "domain", {layers}),
+                                   data<int64_t>(zeros, "zeros", {layers}),
+                                   data<int64_t>(n_elements, "n_elements", {domains}),
+                                   data<int64_t>(k, "k", {domains}),
+                                   floor,
+                                   end,
+                                   bins,
+                                   sample_from};
+  for (int64_t i = 0; i < layers; ++i) {
+    STD_TORCH_CHECK(problem.domain[i] >= 0 && problem.domain[i] < domains, "domain of layer ", i, " is ",
+                    problem.domain[i], " of ", domains);
+  }
+  STD_TORCH_CHECK(floor >= 0 && floor < end && end <= int64_t{1} << 32, "keys [", floor, ", ", end,
+                  ") are out of range");
+  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 16 && (bins & (bins - 1)) == 0,
+                  "bins: expected a power of two from 2 to 65536, got ", bins);
+  const epi::SearchResult result{data<float>(threshold, "threshold", {domains}),
+                                 data<int64_t>(count_ge, "count_ge", {domains})};
+  epi::find_thresholds(kernels_of(isa), table_of(table, layers, 0), terms, problem, result);
+}
+
 void cpu_select(Tensor table, Tensor shift, Tensor scale, double keep_factor, bool positive_only,
                 Tensor thresholds, Tensor drift, int64_t isa) {
   const int64_t layers = shift.numel();
@@ -197,6 +227,10 @@ STABLE_TORCH_LIBRARY(epi_kernels, m) {
       "Tensor hi, Tensor bin_shift, Tensor done, Tensor domain, Tensor(a!) histogram, "
       "int sample_stride, int isa) -> ()");
   m.def(
+      "cpu_find_thresholds(Tensor table, Tensor shift, Tensor scale, float keep_factor, Tensor domain, "
+      "Tensor zeros, Tensor n_elements, Tensor k, int floor, int end, int bins, int sample_from, "
+      "Tensor(a!) threshold, Tensor(b!) count_ge, int isa) -> ()");
+  m.def(
       "cpu_select(Tensor table, Tensor shift, Tensor scale, float keep_factor, "
       "bool positive_only, Tensor thresholds, Tensor(a!) drift, int isa) -> ()");
 }
@@ -210,5 +244,6 @@ STABLE_TORCH_LIBRARY_IMPL(epi_kernels, CPU, m) {
   m.impl("cpu_step", TORCH_BOX(&cpu_step));
   m.impl("cpu_accumulate", TORCH_BOX(&cpu_accumulate));
   m.impl("cpu_count", TORCH_BOX(&cpu_count));
+  m.impl("cpu_find_thresholds", TORCH_BOX(&cpu_find_thresholds));
   m.impl("cpu_select", TORCH_BOX(&cpu_select));
 }

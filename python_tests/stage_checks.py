@@ -16,7 +16,7 @@ from epi_kernels.policies import selection
 from epi_kernels.reference.scalars import step_scalars
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
-from epi_kernels.reference.threshold import KthSearch
+from epi_kernels.reference.threshold import KthSearch, SearchProblem
 from python_tests.harness import assert_same_bits, logical
 
 CPU = torch.device("cpu")
@@ -130,6 +130,35 @@ def to(value, device: torch.device):
     return dataclasses.replace(value, **moved)
 
 
+def search_problem(
+    k: list[int],
+    domain: list[int],
+    *,
+    floor: int,
+    end: int,
+    bin_bits: int,
+    keep_factor: float,
+    n_elements: list[int] | None = None,
+    zeros: list[int] | None = None,
+    device: torch.device = CPU,
+) -> SearchProblem:
+    """Sizes are only read where a sample is taken; without ``zeros`` every element has state."""
+
+    def ints(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return SearchProblem(
+        k=ints(k),
+        domain=ints(domain),
+        n_elements=ints(n_elements or [0] * len(k)),
+        zeros=ints(zeros or [0] * len(domain)),
+        floor=floor,
+        end=end,
+        bin_bits=bin_bits,
+        keep_factor=keep_factor,
+    )
+
+
 # --- comparisons --------------------------------------------------------------------------------------------
 
 
@@ -225,13 +254,9 @@ def _kth_score(
     floor, end = selection.key_range(normalization, factor)
     k = [int(n.sum()) // 10] if domains == 1 else [int(n[0]) // 10, 0, 3]
     domain = [0, 0, 0] if domains == 1 else [0, 1, 2]
+    bits = selection.bin_bits(domains)
     search = KthSearch.start(
-        torch.tensor(k, device=device),
-        torch.tensor(domain, device=device),
-        floor=floor,
-        end=end,
-        bin_bits=selection.bin_bits(domains),
-        keep_factor=factor,
+        search_problem(k, domain, floor=floor, end=end, bin_bits=bits, keep_factor=factor, device=device)
     )
     for _ in range(6):
         search.histogram.zero_()
@@ -246,12 +271,7 @@ def check_sampled_counts(backend: Backend, device: torch.device, stride: int, sh
     expected = refresh_params(F32, shift)
     terms = ScoreTerms(torch.tensor([0.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 0.0]), positive_only=True)
     search = KthSearch.start(
-        torch.tensor([50, 0]),
-        torch.tensor([0, 1, 0]),
-        floor=2**31,
-        end=2**32,
-        bin_bits=8,
-        keep_factor=0.5,
+        search_problem([50, 0], [0, 1, 0], floor=2**31, end=2**32, bin_bits=8, keep_factor=0.5)
     )
     on_device = to(search, device)
     backend.count(copies(expected, device, shift), to(terms, device), on_device, stride)

@@ -19,6 +19,7 @@ from epi_kernels.reference.scalars import round_to_float32, step_scalars
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score, score_terms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KEY_END, KthSearch, score_keys
+from python_tests.stage_checks import search_problem
 
 CHUNK = 32768  # kChunk of csrc/cpu/tasks.h
 SMALL = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 511, 512, 513]
@@ -314,7 +315,7 @@ def terms_of(items: list[ParamTensors], normalization: str) -> ScoreTerms:
 def new_search(k: list[int], domain: list[int], terms: ScoreTerms, keep_factor: float) -> KthSearch:
     floor = (1 << 31) + 1 if terms.positive_only else 0
     return KthSearch.start(
-        torch.tensor(k), torch.tensor(domain), floor=floor, end=KEY_END, bin_bits=11, keep_factor=keep_factor
+        search_problem(k, domain, floor=floor, end=KEY_END, bin_bits=11, keep_factor=keep_factor)
     )
 
 

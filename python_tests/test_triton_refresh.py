@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from epi_kernels.reference import bits
 from epi_kernels.reference.stats import LayerStats, score_terms
 from epi_kernels.reference.threshold import KEY_END, KthSearch
+from python_tests.stage_checks import search_problem
 from python_tests.triton_stages import (
     BF16,
     BLOCK,
@@ -61,13 +62,11 @@ def moved(terms):
 
 
 def search(k, domain, *, keep_factor: float, bin_bits: int, signed: bool, device) -> KthSearch:
+    floor = 0 if signed else 1 << 31
     return KthSearch.start(
-        torch.tensor(k, device=device),
-        torch.tensor(domain, device=device),
-        floor=0 if signed else 1 << 31,
-        end=KEY_END,
-        bin_bits=bin_bits,
-        keep_factor=keep_factor,
+        search_problem(
+            k, domain, floor=floor, end=KEY_END, bin_bits=bin_bits, keep_factor=keep_factor, device=device
+        )
     )
 
 

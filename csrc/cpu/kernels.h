@@ -51,6 +51,14 @@ struct StepArguments {
   StatsPartial* stats;  // nullptr: none wanted
 };
 
+// Keys of elements inside a bracket, noted while they are counted; more than there is room for are
+// dropped and said to be.
+struct KeyBuffer {
+  uint32_t* keys;
+  int64_t size, capacity;
+  bool overflowed;
+};
+
 struct CountArguments {
   float shift, scale, keep_factor;  // score terms of the layer
   float lo_bound[2], hi_bound[2];   // bracket as bounds on u; [1]: for isolated elements
@@ -59,6 +67,7 @@ struct CountArguments {
   int64_t sample_stride;
   int64_t last_bin;    // the column of keys >= hi
   int64_t* histogram;  // [last_bin + 1], this thread's own
+  KeyBuffer* noted;    // nullptr: only counted
 };
 
 struct SelectArguments {

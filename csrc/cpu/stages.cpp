@@ -86,7 +86,7 @@ void accumulate(const Kernels& kernels, const Table& table, const LayerStats& st
 }
 
 void count(const Kernels& kernels, const Table& table, const LayerTerms& terms, const Search& search,
-           int64_t sample_stride) {
+           int64_t sample_stride, std::vector<NotedKeys>* noted) {
   const Tasks tasks(table, [&](TableRow row) { return search.done[search.domain[row[kLayer]]]; });
   struct Worker {
     WorkerHistogram histogram;
@@ -115,7 +115,17 @@ void count(const Kernels& kernels, const Table& table, const LayerTerms& terms, 
       a.last_bin = search.columns - 1;
     }
     a.histogram = worker.histogram.of(domain, search);
+    if (noted == nullptr) {
+      kernels.count(table[task.row], task.start, task.stop, a);
+      return;
+    }
+    NotedKeys& own = (*noted)[id];
+    if (own.runs.empty() || own.runs.back().domain != domain) own.runs.push_back({domain, own.size});
+    KeyBuffer buffer{own.keys.data(), own.size, static_cast<int64_t>(own.keys.size()), own.overflowed};
+    a.noted = &buffer;
     kernels.count(table[task.row], task.start, task.stop, a);
+    own.size = buffer.size;
+    own.overflowed = buffer.overflowed;
   });
   for (Worker& worker : workers) worker.histogram.flush(search);
 }

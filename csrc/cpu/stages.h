@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/tasks.h"
 
@@ -35,11 +36,24 @@ struct Search {
   int64_t columns;
 };
 
+// What one thread noted of the elements inside the brackets: runs of keys, each of one domain.
+struct NotedKeys {
+  struct Run {
+    int64_t domain, first;
+  };
+  std::vector<uint32_t> keys;  // its size is the room there is
+  std::vector<Run> runs;
+  int64_t size = 0;
+  bool overflowed = false;
+};
+
 // `arguments`: all but scalars and stats. `stats`: nullptr when no refresh follows.
 void step(const Kernels&, const Table&, const float* scalars, StepArguments arguments,
           const LayerStats* stats);
 void accumulate(const Kernels&, const Table&, const LayerStats&);
-void count(const Kernels&, const Table&, const LayerTerms&, const Search&, int64_t sample_stride);
+// `noted`: nullptr, or one a thread (torch's number of threads).
+void count(const Kernels&, const Table&, const LayerTerms&, const Search&, int64_t sample_stride,
+           std::vector<NotedKeys>* noted = nullptr);
 void select(const Kernels&, const Table&, const LayerTerms&, const float* thresholds, bool positive_only,
             int64_t* drift);
 

@@ -25,7 +25,7 @@ struct Brackets {
   }
 };
 
-// Adds the elements of `u` that lie inside the bracket to their bins.
+// Adds the elements of `u` that lie inside the bracket to their bins, and notes their keys.
 template <class F>
 __attribute__((noinline)) void add_to_bins(F u, uint32_t inside, typename Lanes<F>::M isolated,
                                            const CountArguments& a) {
@@ -33,7 +33,15 @@ __attribute__((noinline)) void add_to_bins(F u, uint32_t inside, typename Lanes<
   const auto key = ordered_key(score(u, ScoreTerms{a.shift, a.scale, a.keep_factor}, isolated));
   uint32_t bins[kWidth];
   store(bins, (key - L::u32(a.lo)) >> a.bin_shift);
-  for (; inside != 0; inside &= inside - 1) ++a.histogram[bins[__builtin_ctz(inside)]];
+  for (uint32_t left = inside; left != 0; left &= left - 1) ++a.histogram[bins[__builtin_ctz(left)]];
+  if (a.noted == nullptr) return;
+  if (a.noted->size + kWidth > a.noted->capacity) {
+    a.noted->overflowed = true;
+    return;
+  }
+  uint32_t keys[kWidth];
+  store(keys, key);
+  for (; inside != 0; inside &= inside - 1) a.noted->keys[a.noted->size++] = keys[__builtin_ctz(inside)];
 }
 
 // Sixteen elements: counts those at or above the bracket's end, lane by lane, into `above`.

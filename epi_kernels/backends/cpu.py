@@ -11,9 +11,12 @@ from torch import Tensor
 from epi_kernels.backends.table import refresh_table, step_table
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
-from epi_kernels.reference.threshold import KthSearch
+from epi_kernels.reference.threshold import KthSearch, SearchProblem
 
 ISA_VARIABLE = "EPI_KERNELS_CPU_ISA"  # avx512 | avx2 | plain; unset: the widest there is
+
+# From here on a sample that brackets the threshold costs less than it saves.
+SAMPLE_FROM_ELEMENTS = 1 << 15
 
 
 class CpuBackend:
@@ -108,6 +111,32 @@ class CpuBackend:
             sample_stride,
             self._isa,
         )
+
+    def find_thresholds(
+        self, tensors: Sequence[ParamTensors], terms: ScoreTerms, problem: SearchProblem
+    ) -> tuple[Tensor, Tensor]:
+        """The whole threshold stage; every element with state is in ``tensors``."""
+        table = refresh_table(tensors)
+        threshold = torch.empty(len(problem.k), dtype=torch.float32)
+        count_ge = torch.empty_like(problem.k)
+        self._ops.cpu_find_thresholds(
+            torch.from_numpy(table.rows),
+            terms.shift,
+            terms.scale,
+            problem.keep_factor,
+            problem.domain,
+            problem.zeros,
+            problem.n_elements,
+            problem.k,
+            problem.floor,
+            problem.end,
+            1 << problem.bin_bits,
+            SAMPLE_FROM_ELEMENTS,
+            threshold,
+            count_ge,
+            self._isa,
+        )
+        return threshold, count_ge
 
     def select(
         self,

@@ -19,6 +19,9 @@ class Backend(Protocol):
     Calls update in place and give the bits of ``epi_kernels.reference``. Lists may hold empty tensors,
     tensors of several dtypes, and non-contiguous ``param`` and ``grad`` (states and masks are contiguous).
     A stage never reads a device value on the host.
+
+    A backend may also have ``find_thresholds(tensors, terms, problem) -> (threshold, count_ge)``, the
+    whole threshold stage where it holds every element with state (``reference.threshold.SearchProblem``).
     """
 
     name: str

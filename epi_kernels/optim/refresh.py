@@ -16,7 +16,7 @@ from epi_kernels.policies import selection
 from epi_kernels.policies.layers import LayerTable
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
-from epi_kernels.reference.threshold import KthSearch
+from epi_kernels.reference.threshold import KthSearch, SearchProblem
 
 
 @dataclass(slots=True)
@@ -68,8 +68,8 @@ def refresh(
 
     stats = _stats(partitions, stats_by_device, zeros, device)
     terms = score_terms(stats, torch.tensor(table.n_elements, device=device), config.normalization)
-    search = _threshold(partitions, table, terms, k, domain, zeros, config, device)
-    drift = _mask(partitions, table, terms, search, device)
+    found = _threshold(partitions, table, terms, k, domain, zeros, config, device)
+    drift = _mask(partitions, table, terms, found, device)
 
     return IsolationReport(
         step=step,
@@ -77,8 +77,8 @@ def refresh(
         scope=config.scope,
         table=table,
         k=k,
-        threshold=search.threshold,
-        count_ge=search.count_ge,
+        threshold=found.threshold,
+        count_ge=found.count_ge,
         domain=domain,
         drift=drift,
         nonfinite=stats.nonfinite,
@@ -99,18 +99,18 @@ def _mask(
     partitions: Sequence[Partition],
     table: LayerTable,
     terms: ScoreTerms,
-    search: KthSearch,
+    found: Thresholds,
     device: torch.device,
 ) -> Tensor:
     """Writes the masks; returns isolated, entered and released of every layer ([layers, 3] int64)."""
     eligible = torch.tensor(table.eligible, dtype=torch.bool, device=device)
-    thresholds = torch.where(eligible, search.threshold[search.domain], torch.inf)
+    thresholds = torch.where(eligible, found.threshold[found.domain], torch.inf)
     drift = torch.zeros(len(table.names), 3, dtype=torch.int64, device=device)
     for part in partitions:
         part_drift = drift if part.device == device else torch.zeros_like(drift, device=part.device)
         masked = [item for item in part.tensors if item.isolation_mask is not None]
         part_terms = _terms_to(terms, part.device)
-        part.backend.select(masked, part_terms, thresholds.to(part.device), search.keep_factor, part_drift)
+        part.backend.select(masked, part_terms, thresholds.to(part.device), found.keep_factor, part_drift)
         if part_drift is not drift:
             drift += part_drift.to(device)
     return drift
@@ -130,6 +130,16 @@ def _domains(table: LayerTable, config: IsolationConfig) -> tuple[list[int], lis
     return k or [0], domain
 
 
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """What the threshold stage found, and what it takes to apply it."""
+
+    threshold: Tensor  # [domains] fp32, +inf where nothing is selected
+    count_ge: Tensor  # [domains] int64: finite eligible elements at or above it
+    domain: Tensor  # [layers] int64
+    keep_factor: float
+
+
 def _threshold(
     partitions: Sequence[Partition],
     table: LayerTable,
@@ -139,41 +149,63 @@ def _threshold(
     zeros: Tensor,
     config: IsolationConfig,
     device: torch.device,
-) -> KthSearch:
+) -> Thresholds:
     factor = selection.keep_factor(config.hysteresis)
     floor, end = selection.key_range(config.normalization, factor)
-    bits = selection.bin_bits(len(k))
-    search = KthSearch.start(
-        torch.tensor(k, dtype=torch.int64, device=device),
-        torch.tensor(domain, dtype=torch.int64, device=device),
+    sizes = [0] * len(k)
+    for d, n, eligible in zip(domain, table.n_elements, table.eligible, strict=True):
+        sizes[d] += n if eligible else 0
+    problem = SearchProblem(
+        k=torch.tensor(k, dtype=torch.int64, device=device),
+        domain=torch.tensor(domain, dtype=torch.int64, device=device),
+        n_elements=torch.tensor(sizes, dtype=torch.int64, device=device),
+        zeros=zeros,
         floor=floor,
         end=end,
-        bin_bits=bits,
+        bin_bits=selection.bin_bits(len(k)),
         keep_factor=factor,
     )
+    counted = [[item for item in part.tensors if table.eligible[item.layer]] for part in partitions]
+    # a backend that holds every element may search by itself, without a word to the host in between
+    alone = getattr(partitions[0].backend, "find_thresholds", None) if len(partitions) == 1 else None
+    if alone is not None:
+        threshold, count_ge = alone(counted[0], terms, problem)
+    else:
+        sampled = table.total_eligible >= selection.SAMPLE_FROM_ELEMENTS and any(k)
+        search = _search(partitions, counted, terms, problem, device, sampled=sampled)
+        threshold, count_ge = search.threshold, search.count_ge
+    return Thresholds(threshold, count_ge, problem.domain, factor)
+
+
+def _search(
+    partitions: Sequence[Partition],
+    counted: Sequence[Sequence[ParamTensors]],  # per partition: what is eligible
+    terms: ScoreTerms,
+    problem: SearchProblem,
+    device: torch.device,
+    *,
+    sampled: bool,
+) -> KthSearch:
+    """Counting passes over all partitions, with the brackets on ``device``."""
+    search = KthSearch.start(problem)
 
     def counting_pass(stride: int) -> None:
         search.histogram.zero_()
-        for part in partitions:
-            counted = [item for item in part.tensors if table.eligible[item.layer]]
+        for part, tensors in zip(partitions, counted, strict=True):
             if part.device == device:
-                part.backend.count(counted, terms, search, stride)
+                part.backend.count(tensors, terms, search, stride)
             else:
                 local = _search_on(search, part.device)
-                part.backend.count(counted, _terms_to(terms, part.device), local, stride)
+                part.backend.count(tensors, _terms_to(terms, part.device), local, stride)
                 search.histogram += local.histogram.to(device)
-        search.add_zero_elements(terms, zeros // stride)
+        search.add_zero_elements(terms, problem.zeros // stride)
 
-    if table.total_eligible >= selection.SAMPLE_FROM_ELEMENTS and any(k):
+    if sampled:
         counting_pass(selection.SAMPLE_STRIDE)
-        sizes = torch.zeros_like(search.k)
-        eligible = [(d, n) for d, n, ok in zip(domain, table.n_elements, table.eligible, strict=True) if ok]
-        index = torch.tensor([d for d, _ in eligible], dtype=torch.int64, device=device)
-        sizes.index_add_(0, index, torch.tensor([n for _, n in eligible], dtype=torch.int64, device=device))
-        search.bracket_from_sample(sizes)
+        search.bracket_from_sample(problem.n_elements)
     # a wrong bracket costs one pass, then every pass gains bin_bits of the 32; a GPU is never asked
     # whether it is done, its kernels return at once where it is
-    for _ in range(1 + -(-32 // bits)):
+    for _ in range(1 + -(-32 // problem.bin_bits)):
         if device.type == "cpu" and bool(search.done.all()):
             break
         counting_pass(1)

@@ -37,6 +37,20 @@ def key_scores(keys: Tensor) -> Tensor:
     return word.to(torch.int32).view(torch.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class SearchProblem:
+    """The k-th largest score of every domain is asked for; tensors on one device."""
+
+    k: Tensor  # [domains] int64
+    domain: Tensor  # [layers] int64: the domain a layer belongs to
+    n_elements: Tensor  # [domains] int64: all eligible elements
+    zeros: Tensor  # [layers] int64: those without state, whose u is 0
+    floor: int  # every finite score's key lies in [floor, end)
+    end: int
+    bin_bits: int
+    keep_factor: float  # float32(1 - hysteresis)
+
+
 @dataclass(slots=True)
 class KthSearch:
     """Brackets and counts of a search, one row a domain; all tensors on one device."""
@@ -55,22 +69,21 @@ class KthSearch:
     bin_bits: int = field(default=11)
 
     @classmethod
-    def start(
-        cls, k: Tensor, domain: Tensor, *, floor: int, end: int, bin_bits: int, keep_factor: float
-    ) -> KthSearch:
+    def start(cls, problem: SearchProblem) -> KthSearch:
+        k = problem.k
         search = cls(
             k=k,
-            lo=torch.full_like(k, floor),
-            hi=torch.full_like(k, end),
+            lo=torch.full_like(k, problem.floor),
+            hi=torch.full_like(k, problem.end),
             shift=torch.zeros_like(k),
             done=k <= 0,
             threshold=torch.full(k.shape, torch.inf, device=k.device),
             count_ge=torch.zeros_like(k),
-            histogram=torch.zeros(k.numel(), (1 << bin_bits) + 1, dtype=torch.int64, device=k.device),
-            domain=domain,
-            keep_factor=keep_factor,
-            floor=floor,
-            bin_bits=bin_bits,
+            histogram=torch.zeros(k.numel(), (1 << problem.bin_bits) + 1, dtype=torch.int64, device=k.device),
+            domain=problem.domain,
+            keep_factor=problem.keep_factor,
+            floor=problem.floor,
+            bin_bits=problem.bin_bits,
         )
         search._fit_bins()
         return search
