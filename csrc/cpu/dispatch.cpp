@@ -11,11 +11,14 @@ const Kernels* kernels(int64_t isa) {
     case 2:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("bmi2")
+                     __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")
                  ? &kAvx512Kernels
                  : nullptr;
     case 1:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") ? &kAvx2Kernels : nullptr;
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                     __builtin_cpu_supports("popcnt")
+                 ? &kAvx2Kernels
+                 : nullptr;
   }
 #endif
   return isa == 0 ? &kPlainKernels : nullptr;

@@ -46,9 +46,20 @@ EPI_INLINE Word mask_bits(const uint8_t* mask, int64_t start, int count) {
 template <class Word = uint32_t>
 EPI_INLINE Word mask_word(const uint8_t* mask, int64_t start) {
   Word bits = 0;
-  if (mask != nullptr) memcpy(&bits, mask + start / 8, sizeof bits);
+  if (mask != nullptr) memcpy(&bits, mask + (start >> 3), sizeof bits);
   return bits;
 }
+
+template <int kElements>
+struct PairBitsOf;
+template <>
+struct PairBitsOf<32> {
+  using type = uint32_t;
+};
+template <>
+struct PairBitsOf<16> {
+  using type = uint16_t;
+};
 
 template <class T>
 EPI_INLINE void copy(T* to, const T* from, int count) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/rows.h"
+#include "math/rounding.h"
 
 namespace epi::EPI_ISA {
 
@@ -11,41 +12,69 @@ struct StatsSums {
   F minimum, maximum;
   D16 sum, sum_of_squares;
   int64_t nonfinite;
+  WordExtrema words;  // of bfloat16 importances, which are compared as they are
 };
 
 template <class F>
 EPI_INLINE StatsSums<F> empty_sums() {
   const float infinity = float_of(0x7F800000u);
-  return {Lanes<F>::f32(infinity), Lanes<F>::f32(-infinity), zero_d16(), zero_d16(), 0};
+  return {Lanes<F>::f32(infinity), Lanes<F>::f32(-infinity), zero_d16(), zero_d16(), 0, no_words()};
 }
 
-template <class F>
-EPI_INLINE void add_lanes(StatsSums<F>& sums, F u, typename Lanes<F>::M in_bounds, int count, bool moments) {
+template <bool kMoments, class F>
+EPI_INLINE void add_lanes(StatsSums<F>& sums, F u, typename Lanes<F>::M in_bounds, int count) {
   using L = Lanes<F>;
   const auto good = is_finite(u) & in_bounds;
   const float infinity = float_of(0x7F800000u);
   sums.minimum = min(sums.minimum, select(good, u, L::f32(infinity)));
   sums.maximum = max(sums.maximum, select(good, u, L::f32(-infinity)));
   sums.nonfinite += count - __builtin_popcount(to_bits(good));
-  if (moments) add_moments(sums.sum, sums.sum_of_squares, select(good, u, L::f32(0.0f)));
+  if constexpr (kMoments) add_moments(sums.sum, sums.sum_of_squares, select(good, u, L::f32(0.0f)));
 }
 
-template <class F, class T>
-__attribute__((noinline)) void add_range(StatsSums<F>& sums, const T* u, int64_t n, bool moments) {
+template <bool kMoments, class F, class T>
+__attribute__((noinline)) void add_values(StatsSums<F>& sums, const T* u, int64_t n) {
   using M = typename Lanes<F>::M;
   StatsSums<F> local = sums;
   const M all = from_bits<M>(0xFFFFu);
   int64_t i = 0;
-  if (!moments) {
-    for (; i + kWidth <= n; i += kWidth) add_lanes(local, load<F>(u + i), all, kWidth, false);
-  }
-  for (; i < n; i += kWidth) {
-    const int count = n - i < kWidth ? static_cast<int>(n - i) : kWidth;
+  for (; i + kWidth <= n; i += kWidth) add_lanes<kMoments>(local, load<F>(u + i), all, kWidth);
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
     T rest[kWidth];
-    const T* at = count < kWidth ? padded(rest, u + i, count) : u + i;
-    add_lanes(local, load<F>(at), from_bits<M>((1u << count) - 1), count, moments);
+    const M in_bounds = from_bits<M>((1u << count) - 1);
+    add_lanes<kMoments>(local, load<F>(padded(rest, u + i, count)), in_bounds, count);
   }
   sums = local;
+}
+
+template <class F>
+__attribute__((noinline)) void add_word_range(StatsSums<F>& sums, const uint16_t* u, int64_t n) {
+  WordExtrema local = sums.words;
+  int64_t finite = 0, i = 0;
+  for (; i + 32 <= n; i += 32) finite += add_words(local, u + i);
+  if (i < n) {
+    uint16_t rest[32];
+    for (int j = 0; j < 32; ++j) rest[j] = i + j < n ? u[i + j] : uint16_t{kBfloat16Nan};
+    finite += add_words(local, rest);
+  }
+  sums.nonfinite += n - finite;
+  sums.words = local;
+}
+
+template <class F>
+EPI_INLINE void add_range(StatsSums<F>& sums, const float* u, int64_t n, bool moments) {
+  moments ? add_values<true>(sums, u, n) : add_values<false>(sums, u, n);
+}
+template <class F>
+EPI_INLINE void add_range(StatsSums<F>& sums, const uint16_t* u, int64_t n, bool moments) {
+  moments ? add_values<true>(sums, u, n) : add_word_range(sums, u, n);
+}
+
+// The number whose ordered word this is: what add_words() compares.
+EPI_INLINE float float_of_ordered(int16_t ordered) {
+  const uint16_t word = static_cast<uint16_t>(ordered ^ ((ordered >> 15) & 0x7FFF));
+  return float_of(static_cast<uint32_t>(word) << 16);
 }
 
 // Lanes are combined in one fixed order.
@@ -63,6 +92,18 @@ EPI_INLINE StatsPartial reduce(const StatsSums<F>& sums) {
     partial.maximum = high[i] > partial.maximum ? high[i] : partial.maximum;
     partial.sum += sum[i];
     partial.sum_of_squares += squares[i];
+  }
+  int16_t low_words[32], high_words[32];
+  store(low_words, high_words, sums.words);
+  int16_t lowest = low_words[0], highest = high_words[0];
+  for (int i = 1; i < 32; ++i) {
+    lowest = low_words[i] < lowest ? low_words[i] : lowest;
+    highest = high_words[i] > highest ? high_words[i] : highest;
+  }
+  if (lowest <= highest) {  // some word was finite
+    const float least = float_of_ordered(lowest), most = float_of_ordered(highest);
+    partial.minimum = least < partial.minimum ? least : partial.minimum;
+    partial.maximum = most > partial.maximum ? most : partial.maximum;
   }
   return partial;
 }

@@ -137,6 +137,14 @@ EPI_INLINE void store(float* p, F16 a) {
 EPI_INLINE void store(uint32_t* p, U16 a) {
   _mm512_storeu_si512(p, a.v);
 }
+using StepF = F16;
+constexpr int kStepWidth = 16;
+EPI_INLINE U16 kept(U16 x) {
+  return x;
+}
+EPI_INLINE U16 folded_halves(U16 x) {
+  return (x ^ (x >> 16)) & Lanes<F16>::u32(0xFFFFu);
+}
 // Thirty-two elements at once. bfloat16 values lie two to a word: splitting them into the even and
 // the odd elements takes one operation each way where widening in order takes two, and no element
 // cares beside which others it is computed.
@@ -144,6 +152,9 @@ struct Pair {
   F16 a, b;  // in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31
 };
 
+EPI_INLINE Pair load_in_order(const float* p) {
+  return {load<F16>(p), load<F16>(p + 16)};
+}
 EPI_INLINE Pair load_split(const uint16_t* p) {
   const __m512i words = _mm512_loadu_si512(p);
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))},
@@ -197,6 +208,28 @@ EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
   return _mm512_mask_cmpge_epi16_mask(finite, words, _mm512_set1_epi16(static_cast<short>(bound)));
 }
 
+// Extrema of finite words in the order of the numbers they are.
+struct WordExtrema {
+  __m512i low, high;
+};
+EPI_INLINE WordExtrema no_words() {
+  return {_mm512_set1_epi16(0x7FFF), _mm512_set1_epi16(-0x8000)};
+}
+// Adds thirty-two words; how many of them are finite.
+EPI_INLINE int add_words(WordExtrema& e, const uint16_t* p) {
+  const __m512i words = _mm512_loadu_si512(p), magnitude = _mm512_set1_epi16(0x7FFF);
+  const __mmask32 finite = _mm512_cmplt_epi16_mask(_mm512_and_si512(words, magnitude),
+                                                   _mm512_set1_epi16(static_cast<short>(kBfloat16Infinity)));
+  const __m512i ordered = _mm512_xor_si512(words, _mm512_and_si512(_mm512_srai_epi16(words, 15), magnitude));
+  e.low = _mm512_mask_min_epi16(e.low, finite, e.low, ordered);
+  e.high = _mm512_mask_max_epi16(e.high, finite, e.high, ordered);
+  return __builtin_popcount(finite);
+}
+EPI_INLINE void store(int16_t* low, int16_t* high, const WordExtrema& e) {  // [32] each
+  _mm512_storeu_si512(low, e.low);
+  _mm512_storeu_si512(high, e.high);
+}
+
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.
 struct D16 {
   __m512d a, b;
@@ -204,13 +237,14 @@ struct D16 {
 EPI_INLINE D16 zero_d16() {
   return {_mm512_setzero_pd(), _mm512_setzero_pd()};
 }
+// The square of a float32 is exact in float64: one rounding with the sum or two, the bits are the same.
 EPI_INLINE void add_moments(D16& sum, D16& sum_of_squares, F16 x) {
   const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
   const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
   sum.a = _mm512_add_pd(sum.a, a);
   sum.b = _mm512_add_pd(sum.b, b);
-  sum_of_squares.a = _mm512_add_pd(sum_of_squares.a, _mm512_mul_pd(a, a));
-  sum_of_squares.b = _mm512_add_pd(sum_of_squares.b, _mm512_mul_pd(b, b));
+  sum_of_squares.a = _mm512_fmadd_pd(a, a, sum_of_squares.a);
+  sum_of_squares.b = _mm512_fmadd_pd(b, b, sum_of_squares.b);
 }
 EPI_INLINE void store(double* p, D16 x) {
   _mm512_storeu_pd(p, x.a);

@@ -192,6 +192,14 @@ EPI_INLINE void store(uint32_t* p, U16 a) {
   store_parts(p, a);
 }
 
+using StepF = F16;
+constexpr int kStepWidth = 16;
+EPI_INLINE U16 kept(U16 x) {
+  return x;
+}
+EPI_INLINE U16 folded_halves(U16 x) {
+  return (x ^ (x >> 16)) & Lanes<F16>::u32(0xFFFFu);
+}
 // Thirty-two elements at once. bfloat16 values lie two to a word (the low half first: every target
 // is little-endian): splitting them into the even and the odd elements takes one operation each way
 // where widening in order takes more, and no element cares beside which others it is computed.
@@ -201,6 +209,9 @@ struct Pair {
 
 EPI_INLINE U16 shifted_left(U16 a, int count) {
   EPI_EACH(U16, a.v[q] << count);
+}
+EPI_INLINE Pair load_in_order(const float* p) {
+  return {load<F16>(p), load<F16>(p + kLanes)};
 }
 EPI_INLINE Pair load_split(const uint16_t* p) {
   const U16 words = load_words(p);
@@ -272,6 +283,37 @@ EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
 #endif
   }
   return bits;
+}
+
+// Extrema of finite words in the order of the numbers they are.
+struct WordExtrema {
+  I16Part low, high;
+};
+EPI_INLINE WordExtrema no_words() {
+  const I16Part zero{};
+  return {zero + int16_t{0x7FFF}, zero - int16_t{0x7FFF} - int16_t{1}};
+}
+// Adds thirty-two words; how many of them are finite.
+EPI_INLINE int add_words(WordExtrema& e, const uint16_t* p) {
+  I16Part count{};
+  for (int q = 0; q < kParts; ++q) {
+    const I16Part words = load_part<I16Part>(p, q);
+    const I16Part finite = (I16Part)((words & 0x7FFF) < static_cast<int16_t>(kBfloat16Infinity));
+    const I16Part ordered = words ^ ((words >> 15) & 0x7FFF);
+    const I16Part below = finite & (I16Part)(ordered < e.low), above = finite & (I16Part)(ordered > e.high);
+    e.low = (ordered & below) | (e.low & ~below);
+    e.high = (ordered & above) | (e.high & ~above);
+    count -= finite;
+  }
+  int n = 0;
+  for (int i = 0; i < 8; ++i) n += count[i];
+  return n;
+}
+EPI_INLINE void store(int16_t* low, int16_t* high, const WordExtrema& e) {  // [32] each
+  for (int i = 0; i < 32; i += 8) {
+    memcpy(low + i, &e.low, sizeof e.low);
+    memcpy(high + i, &e.high, sizeof e.high);
+  }
 }
 
 // Sixteen float64 accumulators; lane i takes the elements with position % 16 == i on every ISA.

@@ -29,7 +29,7 @@ struct RandomStream {
     key = math::mix<float>(rng_key ^ high);
     next_key = math::mix<float>(rng_key ^ (high + 1));
   }
-  EPI_KERNEL uint32_t word0(int64_t element) const {
+  EPI_KERNEL math::RandomWord<uint32_t> word0(int64_t element) const {
     const uint64_t index = first + static_cast<uint64_t>(element);
     const uint32_t element_key = static_cast<uint32_t>(index >> 32) == high ? key : next_key;
     return math::random_word0<float>(element_key, static_cast<uint32_t>(index));
@@ -84,23 +84,23 @@ EPI_KERNEL void update(const StepTensors<P, S, U>& t, const math::StepConstants<
     const math::Updated<float> updated =
         math::adamw(c, widen(theta.v[j]), g, g_squared, widen(exp_avg.v[j]), widen(exp_avg_sq.v[j]));
 
-    uint32_t w0 = 0, w1 = 0;
+    math::RandomWord<uint32_t> w0{}, w1{};
     constexpr bool kRounds = sizeof(P) == 2 || sizeof(S) == 2 || sizeof(Own) == 2;
     if (kRounds && args.stochastic_rounding) {
       w0 = random.word0(start + j);
-      w1 = math::random_word1<float>(w0);
+      w1 = math::random_word1<float>(w0.word(), math::kGolden);
     }
     const bool sr = args.stochastic_rounding;
-    exp_avg.v[j] = narrow<S>(updated.exp_avg, sr, w0 >> 16);
-    exp_avg_sq.v[j] = narrow<S>(updated.exp_avg_sq, sr, w1 & 0xFFFFu);
+    exp_avg.v[j] = narrow<S>(updated.exp_avg, sr, w0.high());
+    exp_avg_sq.v[j] = narrow<S>(updated.exp_avg_sq, sr, w1.word() & 0xFFFFu);
     if constexpr (kOwn<U>) {
       const float u = math::importance_ema(c, widen(importance.v[j]), g_squared);
-      importance.v[j] = narrow<Own>(u, sr, w1 >> 16);
+      importance.v[j] = narrow<Own>(u, sr, w1.high());
       include(widen(importance.v[j]));
     } else {
       include(widen(exp_avg_sq.v[j]));
     }
-    const P moved = narrow<P>(updated.theta, sr, w0 & 0xFFFFu);
+    const P moved = narrow<P>(updated.theta, sr, w0.word() & 0xFFFFu);
     theta.v[j] = (isolated >> j & 1u) != 0 ? theta.v[j] : moved;  // an isolated element keeps its bits
   }
 

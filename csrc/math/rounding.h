@@ -10,33 +10,46 @@ namespace epi::EPI_ISA {
 constexpr uint32_t kGolden = 0x9E3779B9u;
 constexpr uint32_t kBfloat16Nan = 0x7FC0u;
 
-// The public "lowbias32" mixer.
+// The public "lowbias32" mixer, but for its last step.
 template <class U>
-EPI_INLINE U mix(U x, U factor1, U factor2) {
+EPI_INLINE U mix_but_last(U x, U factor1, U factor2) {
   x = x ^ (x >> 16);
   x = x * factor1;
   x = x ^ (x >> 15);
-  x = x * factor2;
-  return x ^ (x >> 16);
+  return x * factor2;
+}
+template <class F>
+EPI_INLINE typename Lanes<F>::U mix_but_last(typename Lanes<F>::U x) {
+  return mix_but_last(x, Lanes<F>::u32(0x7FEB352Du), Lanes<F>::u32(0x846CA68Bu));
 }
 
 template <class F>
 EPI_INLINE typename Lanes<F>::U mix(typename Lanes<F>::U x) {
-  return mix(x, Lanes<F>::u32(0x7FEB352Du), Lanes<F>::u32(0x846CA68Bu));
+  x = mix_but_last<F>(x);
+  return x ^ (x >> 16);
 }
+
+// A word of random bits, kept as it is before the mixer's last step, which leaves the high half alone.
+template <class U>
+struct RandomWord {
+  U mixed;
+  EPI_INLINE U word() const { return mixed ^ (mixed >> 16); }
+  EPI_INLINE U high() const { return mixed >> 16; }
+};
 
 // Two words of random bits an element. Sixteen bits a tensor kind: theta w0 low, exp_avg w0 high,
 // exp_avg_sq w1 low, importance w1 high. `element_key` = mix(rng_key ^ (index >> 32)), `index_low`
 // the low word of the element's logical index.
 template <class F>
-EPI_INLINE typename Lanes<F>::U random_word0(typename Lanes<F>::U element_key,
-                                             typename Lanes<F>::U index_low) {
-  return mix<F>(index_low ^ element_key);
+EPI_INLINE RandomWord<typename Lanes<F>::U> random_word0(typename Lanes<F>::U element_key,
+                                                         typename Lanes<F>::U index_low) {
+  return {mix_but_last<F>(index_low ^ element_key)};
 }
 
 template <class F>
-EPI_INLINE typename Lanes<F>::U random_word1(typename Lanes<F>::U word0) {
-  return mix<F>(word0 + Lanes<F>::u32(kGolden));
+EPI_INLINE RandomWord<typename Lanes<F>::U> random_word1(typename Lanes<F>::U word0,
+                                                         typename Lanes<F>::U golden) {
+  return {mix_but_last<F>(word0 + golden)};
 }
 
 // A rounded bfloat16 is the high half of the word these return; what is below it is noise. The plain
