@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
 from epi_kernels import cli
 from epi_kernels.kernels_report import cuda_kernels, sass
 from epi_kernels.kernels_report.command import ARCHITECTURES
 from epi_kernels.kernels_report.rows import Expectation, describe, make_row
+from python_tests.harness import need_triton
+
+need_triton()
 
 ROOT = Path(__file__).resolve().parents[1]
 
