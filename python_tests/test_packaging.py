@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -15,20 +14,11 @@ import pytest
 
 import epi_kernels
 from epi_kernels import cli, env
+from epi_kernels.kernels_report.cuda_kernels import build_support
 from python_tests.harness import need_triton, triton_has_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_build_support():
-    spec = importlib.util.spec_from_file_location("build_support", ROOT / "tools/build_support.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_support"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-support = load_build_support()
+support = build_support()
 
 NVCC = support.Nvcc("/cuda/bin/nvcc", "/cuda", "13.0", ("75", "80", "86", "89", "90", "100", "120"))
 OLD_NVCC = support.Nvcc("/cuda/bin/nvcc", "/cuda", "12.4", ("75", "80", "86", "89", "90"))
