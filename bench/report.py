@@ -197,7 +197,7 @@ def memory() -> str:
     """Bytes a parameter, counted from optimizers over 4,096 of them after one step."""
     import torch
 
-    from epi_kernels import MaskedEMAAdamW
+    from epi_kernels import MaskedEMAAdamW, published
 
     f32, bf16 = torch.float32, torch.bfloat16
     own = {"importance_beta": 0.99}
@@ -224,9 +224,9 @@ def memory() -> str:
         (state,) = stepped(lambda params: torch.optim.AdamW(params, fused=True), dtype).state.values()
         sizes = {kind: state[kind].numel() * state[kind].element_size() / n for kind in kinds[:2]}
         lines.append((name, sizes, sum(sizes.values()), "-"))
-    published = dict(zip(kinds, (4, 4, 4, 1)))
     name = "EPI as published (float32 EMA, bool mask, sort)"
-    lines.append((name, published, sum(published.values()), "8 or more"))
+    refresh = f"{published.REFRESH_BYTES} or more"
+    lines.append((name, published.STATE_BYTES, published.STATE_TOTAL_BYTES, refresh))
     for name, dtype, options in ours:
         try:
             found = stepped(

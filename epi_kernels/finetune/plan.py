@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from epi_kernels import published
 from epi_kernels.policies.schedule import refresh_steps
 
 from .options import Options
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-EPI_AS_PUBLISHED = (
-    13  # bytes a parameter: two moments and an importance in fp32, a mask of bools (4 + 4 + 4 + 1)
-)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,14 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
         for count in trained
     )
     total = sum(trained)
-    return Memory(every * width, total * width, ours, 2 * width * total, EPI_AS_PUBLISHED * total, total)
+    return Memory(
+        weights=every * width,
+        gradients=total * width,
+        ours=ours,
+        adamw=2 * width * total,
+        epi_as_published=published.STATE_TOTAL_BYTES * total,
+        parameters=total,
+    )
 
 
 def refreshes(options: Options, steps: int) -> list[int]:
