@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from epi_kernels.finetune import log
 from epi_kernels.report import command as report
 from epi_kernels.report import figures, page, sections
 from epi_kernels.report.figures import Series
@@ -168,8 +169,19 @@ def test_what_a_log_lacks_is_left_out_or_said(tmp_path):
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     folder = write(tmp_path / "run", events())
-    with open(folder / "log.jsonl", "a") as file:
-        file.write('{"event": "step", "st')
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write('{"event": "protect", "source": "ü'.encode()[:-1])  # in the middle of a character, even
+    assert "Outcome" in read(folder).headings
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """A log is UTF-8: a name may hold what str.splitlines takes for the end of a line."""
+    records = events(protect="odd\u2028name\x85.safetensors")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert log.read(folder / "log.jsonl") == records
     assert "Outcome" in read(folder).headings
 
 
