@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from epi_kernels.finetune import chat, checkpoint, data, log, packing
+from epi_kernels.finetune import chat, checkpoint, data, packing
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import importance_command as importance
 from epi_kernels.finetune.model import weights_fingerprint
+from python_tests.finetune_runs import events
 from python_tests.tiny_model import backend, command, qa, save_tiny, tiny_tokenizer, write_config, write_jsonl
 
 LENGTH = 48
@@ -148,10 +149,6 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(files, tmp_path, capsys, 
     monkeypatch.setattr(importance, "answer_loss", stop)
     assert "nothing was written" in refused(capsys, *arguments(files, out), status=130)
     assert list(tmp_path.iterdir()) == []
-
-
-def events(out, kind):
-    return [event for event in log.read(out / "log.jsonl") if event["event"] == kind]
 
 
 def moved(files, out):
