@@ -13,6 +13,7 @@ import torch
 
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import model
+from epi_kernels.training import parameter_groups
 from python_tests.finetune_runs import FAST, arguments, events, same_weights, weights, write_inputs
 from python_tests.tiny_model import backend, command, qa, tiny_llama, write_config, write_jsonl
 
@@ -190,7 +191,7 @@ def test_isolation_options_reach_the_optimizer(files, tmp_path, options):
 
 def test_norms_and_biases_have_no_weight_decay():
     net = tiny_llama()
-    decayed, free = model.parameter_groups(net, 0.1)
+    decayed, free = parameter_groups(net, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert all("norm" in name for name, _ in free["params"]) and len(free["params"]) == 5
     assert not any("norm" in name for name, _ in decayed["params"])

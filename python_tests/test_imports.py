@@ -24,6 +24,7 @@ LEVELS = [
     ["policies"],
     ["distributed"],
     ["optim"],
+    ["training"],
     ["isolation", "integrations", "finetune", "report", "demo"],
     ["repro"],
     ["cli", "env", "kernels_report", "__main__"],

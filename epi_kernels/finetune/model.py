@@ -1,4 +1,4 @@
-"""Loading model and tokenizer, parameter groups, fingerprints."""
+"""Loading model and tokenizer, fingerprints."""
 
 from __future__ import annotations
 
@@ -186,16 +186,6 @@ def pick_device(asked: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {asked}: cpu or cuda")
     return asked
-
-
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """Two groups of (name, parameter) pairs: matrices with weight decay; norms and biases (one dimension) without."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": weight_decay},
-        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def block_of(name: str) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels.training import parameter_groups, state_bytes
+
 from . import checkpoint, model, packing, plan, protect
-from .build import build_optimizer, build_scheduler, environment, state_bytes
+from .build import build_optimizer, build_scheduler, environment
 from .errors import UserError
 from .log import Log
 from .options import Options
@@ -74,7 +76,7 @@ def one_run(
         packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
-    optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
+    optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
     if source is not None:
         _carry(optimizer, source)
 
@@ -92,7 +94,7 @@ def one_run(
         net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
         both = checkpoint.load_optimizer(found[-1])
         # The weights are in new tensors now: the optimizer is built anew over them.
-        optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
+        optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
         scheduler = build_scheduler(options, optimizer, job.steps)
         optimizer.load_state_dict(both["optimizer"])
         scheduler.load_state_dict(both["scheduler"])
