@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from epi_kernels.files import write_whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -111,7 +113,5 @@ class _progress:
 def _write(found: dict[str, Any], out: Path) -> None:
     from epi_kernels.demo.report_page import write_page
 
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / "results.json")
+    write_whole(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_page(found, out / "index.html")

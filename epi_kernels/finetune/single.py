@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels.files import write_whole
 from epi_kernels.training import parameter_groups, state_bytes
 
 from . import checkpoint, model, packing, plan, protect
@@ -149,13 +150,7 @@ def load_protected(options: Options, net: torch.nn.Module) -> protect.Source | N
 
 
 def _write_json(path: Path, record: dict) -> None:
-    """All of it or nothing, whenever the process or the machine stops."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_done(directory: Path) -> dict | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from epi_kernels.finetune.compare import NAMES
+from epi_kernels.text import human_bytes
+
 from . import figures
 from .figures import COLORS, Series
 from .page import Figure, Note, Section, Table, Tiles
 
-NAMES = {"isolation": "MaskedEMAAdamW", "adamw": "torch.optim.AdamW"}
 SMOOTHED_ABOVE = 60  # steps: below that the raw training loss is readable
 HEATMAP_ROWS = 60
 
@@ -34,14 +36,6 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
         total += value - (values[index - window] if index >= window else 0.0)
         result.append(total / min(index + 1, window))
     return result
-
-
-def bytes_text(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def _loss_text(value: object) -> str:
@@ -250,7 +244,7 @@ def memory(runs: Mapping[str, Events]) -> Section:
     labels = ["torch AdamW", "this run", "EPI as published"]
     values = [planned["adamw"], ours, planned["epi_as_published"]]
     rows = [
-        [label, bytes_text(value), f"{value / count:.3f}"]
+        [label, human_bytes(value), f"{value / count:.3f}"]
         for label, value in zip(labels, values, strict=True)
     ]
     blocks: list = [
@@ -263,7 +257,7 @@ def memory(runs: Mapping[str, Events]) -> Section:
     ]
     blocks.append(Table(["optimizer state", "bytes", "a parameter"], rows))
     if ends:
-        kinds = [[kind, bytes_text(value)] for kind, value in ends[-1].items() if value]
+        kinds = [[kind, human_bytes(value)] for kind, value in ends[-1].items() if value]
         blocks.append(Table(["this run's state", "bytes"], kinds))
     return Section("Optimizer memory", blocks)
 
