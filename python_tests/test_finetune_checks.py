@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import plan
 from epi_kernels.finetune.options import Options
 from python_tests.finetune_runs import FAST, arguments, weights, write_inputs
-from python_tests.tiny_model import command, tiny_llama, tiny_tokenizer
+from python_tests.tiny_model import command, tiny_llama, tiny_tokenizer, write_config
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,47 @@ def test_everything_is_checked_before_anything_is_written(files, tmp_path, refus
     assert "holds no checkpoint" in refused(*arguments(files, out, "--protect", files))
     if not torch.cuda.is_available():
         assert "sees no CUDA" in refused(*arguments(files, out, "--device", "cuda"))
+    assert "--seed is 9223372036854775808; allowed" in refused(*arguments(files, out, "--seed", 1 << 63))
+    assert "qa.jsonl is a file" in refused(*arguments(files, files / "qa.jsonl" / "out"))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": "many"}, "cannot be loaded"),
+        ({"hidden_size": 30}, "cannot be loaded"),
+        ({"hidden_size": 0}, "its config makes no Llama"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path, files, refused, change, said):
+    config = write_config(tmp_path, **change)
+    text = refused("--model", config, "--data", files / "qa.jsonl", "--out", tmp_path / "out", *FAST)
+    assert said in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_half_its_weights_is_refused(tmp_path, files, refused):
+    shutil.copytree(files / "model", tmp_path / "half")
+    os.truncate(tmp_path / "half" / "model.safetensors", 1000)
+    text = refused(
+        "--model", tmp_path / "half", "--data", files / "qa.jsonl", "--out", tmp_path / "out", *FAST
+    )
+    assert "half: cannot be loaded" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_said(tmp_path, files, refused, monkeypatch):
+    mkdir = Path.mkdir
+
+    def denied(self, *arguments, **options):
+        if self.name == "out":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    said = refused(*arguments(files, tmp_path / "out", "--max-steps", 1))
+    assert "out: cannot be made (Permission denied)" in said
 
 
 def test_a_mistyped_directory_is_said_before_the_hub_is_asked(files, tmp_path, refused, monkeypatch):
@@ -163,6 +207,15 @@ def test_overwrite_replaces_a_run_but_never_its_own_input(files, tmp_path, refus
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
     assert command(finetune, *arguments(files, out, "--max-steps", 3, "--overwrite")) == 0
     assert json.loads((out / "done.json").read_text())["step"] == 3
+
+
+def test_overwrite_through_a_link_keeps_the_link(files, tmp_path):
+    real, out = tmp_path / "real", tmp_path / "out"
+    assert command(finetune, *arguments(files, real, "--max-steps", 1)) == 0
+    out.symlink_to(real)
+    assert command(finetune, *arguments(files, out, "--max-steps", 2, "--overwrite")) == 0
+    assert out.is_symlink() and json.loads((real / "done.json").read_text())["step"] == 2
+    assert [path.name for path in (real / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, refused):

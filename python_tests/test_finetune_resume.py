@@ -243,14 +243,52 @@ def test_resume_refuses_other_arguments_data_or_weights_by_name(stopped, capsys)
     assert resume(out, "--lr", 0.003, "--checkpoint-every", 2, "--keep-checkpoints", 1) == 0
 
 
-def test_a_damaged_checkpoint_is_recognised(stopped, capsys):
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        ("model.safetensors", flip_a_bit, "not those that were saved"),
+        ("model.safetensors", halve, "cannot be loaded"),
+        ("config.json", halve, "cannot be loaded"),
+        ("optimizer.pt", halve, "optimizer.pt: cannot be read"),
+        ("optimizer.pt", lambda path: path.write_bytes(b"no archive"), "optimizer.pt: cannot be read"),
+        ("state.json", halve, "not a checkpoint"),
+        ("state.json", lambda path: path.write_text("{}"), "not a checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_recognised(stopped, capsys, name, damage, said):
     _, out = stopped
     (last,) = checkpoint.list_checkpoints(out)[-1:]
-    weights = last / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-3] ^= 1
-    weights.write_bytes(data)
+    damage(last / name)
+    before = tree(out)
     assert resume(out) == 1
-    assert "not those that were saved" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert said in text and f"remove {last} to resume from the checkpoint before it" in text
+    assert tree(out) == before
     shutil.rmtree(last)
     assert resume(out) == 0
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "no run to resume"),
+        ("[]", "not an object"),
+        ('{"version": 0}', "another version"),
+        ('{"version": 1, "options": {}}', "lacks fingerprints, model_weights"),
+    ],
+)
+def test_what_is_no_run_is_not_resumed(tmp_path, capsys, content, said):
+    (tmp_path / "run.json").write_text(content)
+    assert resume(tmp_path) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -127,6 +127,7 @@ def test_refusals_write_nothing(files, tmp_path, capsys, monkeypatch):
     assert "is a directory" in refused(capsys, *arguments(files, tmp_path))
     assert "does not exist" in refused(capsys, *arguments(files, tmp_path / "no" / "imp"))
     assert "--batch-size is 0" in refused(capsys, *arguments(files, tmp_path / "a", "--batch-size", 0))
+    assert "--max-length is -3" in refused(capsys, *arguments(files, tmp_path / "a", "--max-length", -3))
     config = ["--model", files / "config-tiny.json", "--data", files / "old.jsonl", "--out", tmp_path / "a"]
     assert "random weights" in refused(capsys, *config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imp.safetensors"]

@@ -33,10 +33,15 @@ def read_run(out: str | None) -> dict:
         saved = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: no run to resume ({error})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--out {out}: no run to resume (run.json is not an object)")
     if saved.get("version") != RUN_VERSION:
         raise UserError(
             f"--out {out}: written by another version of this command ({saved.get('version')!r}, this is {RUN_VERSION})"
         )
+    missing = {"options", "fingerprints", "model_weights"} - saved.keys()
+    if missing:
+        raise UserError(f"--out {out}: no run to resume (run.json lacks {', '.join(sorted(missing))})")
     return saved
 
 
@@ -89,11 +94,15 @@ def one_run(
     found = checkpoint.list_checkpoints(directory) if saved is not None else []
     start, carried = 0, {}
     if found:
-        state = checkpoint.load_state(found[-1])
-        start, carried = state["step"], state["carried"]
         del net, optimizer  # before their successors are loaded: two models need not fit
-        net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
-        both = checkpoint.load_optimizer(found[-1])
+        try:
+            state = checkpoint.load_state(found[-1])
+            net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
+            both = checkpoint.load_optimizer(found[-1])
+        except UserError as error:
+            advice = f"if it is damaged, remove {found[-1]} to resume from the checkpoint before it"
+            raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
+        start, carried = state["step"], state["carried"]
         # The weights are in new tensors now: the optimizer is built anew over them.
         optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
         scheduler = build_scheduler(options, optimizer, job.steps)
@@ -127,9 +136,14 @@ def _deterministic(device: str) -> None:
 
 def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
     out = Path(options.out)
-    if options.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
+    if options.overwrite:
+        # What it holds: `out` itself may be a link, or a mount. Its mark last: cut short, it can be done again.
+        for path in sorted(out.iterdir(), key=lambda path: path.name == "run.json"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     record = {
         "version": RUN_VERSION,
         "options": options.saved(),
@@ -203,10 +217,7 @@ def _load_weights(folder: Path, options: Options, device: str, dtype: torch.dtyp
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
     if model.weights_fingerprint(net) != expected:
-        raise UserError(
-            f"{folder}: the weights are not those that were saved (damaged file?); remove it to resume from the one before",
-            status=1,
-        )
+        raise UserError("the weights are not those that were saved")
     return net
 
 
