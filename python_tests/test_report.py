@@ -192,6 +192,8 @@ def test_values_that_are_no_numbers_do_not_break_the_page(tmp_path):
             record["loss"] = "nan"
         if record["event"] == "refresh":
             record["threshold"] = {"a": 0.5, "b": "inf"} if record["step"] == 5 else "inf"
+        if record["event"] == "eval" and record["step"] > 10:
+            record["validation_loss"], record["retain_loss"] = "nan", "inf"
     assert "What was isolated" in read(write(tmp_path / "run", records)).headings
 
 
@@ -218,6 +220,7 @@ def test_the_page_can_be_written_elsewhere_and_repeats(tmp_path, capsys):
         ("[]\n", "log.jsonl:1"),
         ('{"event": "step"}\n', "first line must be"),
         ("x\ny\n", ":1: "),
+        ('{"event": "start"}\n', "its log has no 'options'"),
     ],
 )
 def test_what_is_no_log_is_refused(tmp_path, capsys, content, fault):

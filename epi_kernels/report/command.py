@@ -23,6 +23,10 @@ def run(args: argparse.Namespace) -> int:
         runs = read_runs(directory)
         out = Path(args.out) if args.out else directory / "report.html"
         page.build(out, *sections.describe(directory.resolve().name, runs))
+    except KeyError as error:
+        lack = f"{directory}: its log has no {error} where the page needs it"
+        print(f"epi-kernels report: {lack}; another version wrote it?", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"epi-kernels report: {error}", file=sys.stderr)
         return 2

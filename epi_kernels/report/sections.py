@@ -42,6 +42,13 @@ def _loss_text(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
 
 
+def _change(before: object, after: object) -> str:
+    """ "-" where there is no such data, or the loss was no number."""
+    if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+        return f"{after - before:+.4f}"
+    return "-"
+
+
 def headline(runs: Mapping[str, Events]) -> Section:
     main = runs["isolation"]
     start, ends = main[0], _of(main, "end")
@@ -62,12 +69,12 @@ def headline(runs: Mapping[str, Events]) -> Section:
             )
         )
     if evals and isinstance(evals[0]["retain_loss"], (int, float)):
-        change = evals[-1]["retain_loss"] - evals[0]["retain_loss"]
+        change = _change(evals[0]["retain_loss"], evals[-1]["retain_loss"])
         tiles.append(
             (
                 "old-data loss",
                 f"{_loss_text(evals[0]['retain_loss'])} → {_loss_text(evals[-1]['retain_loss'])}",
-                f"change {change:+.4f}",
+                f"change {change}",
             )
         )
     refreshed = _of(main, "refresh")
@@ -93,13 +100,10 @@ def _outcomes(runs: Mapping[str, Events]) -> Table:
         if not evals:
             continue
         before, after = evals[0]["retain_loss"], evals[-1]["retain_loss"]
-        change = (
-            f"{after - before:+.4f}"
-            if isinstance(before, (int, float)) and isinstance(after, (int, float))
-            else "-"
-        )
         validation = [_loss_text(evals[0]["validation_loss"]), _loss_text(evals[-1]["validation_loss"])]
-        rows.append([NAMES[label], *validation, _loss_text(before), _loss_text(after), change])
+        rows.append(
+            [NAMES[label], *validation, _loss_text(before), _loss_text(after), _change(before, after)]
+        )
     headers = ["optimizer", "validation before", "after", "old data before", "after", "change"]
     if all(row[3] == row[4] == "-" for row in rows):
         return Table(headers[:3], [row[:3] for row in rows], "Mean cross-entropy in nats an answer token.")
