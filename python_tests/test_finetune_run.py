@@ -221,6 +221,18 @@ def test_one_example_trains_without_validation(files, tmp_path, capsys):
     assert json.loads((out / "done.json").read_text())["step"] == 1
 
 
+def test_raw_pairs_beside_old_data_in_another_form(files, tmp_path):
+    """Pairs joined as they stand need no chat template; the old data, in Alpaca's form, does."""
+    out = tmp_path / "out"
+    more = ["--template", "raw", "--max-steps", 1]
+    assert command(finetune, *arguments(files, out, *more)) == 0
+    assert not (out / "chat_template.jinja").exists()
+    out = tmp_path / "retain"
+    assert command(finetune, *arguments(files, out, *more, "--retain", files / "old.jsonl")) == 0
+    assert events(out, "eval")[0]["retain_loss"] > 0
+    assert (out / "chat_template.jinja").exists()
+
+
 def make_qa(out, *more, seed="0"):
     tool = Path(__file__).resolve().parents[1] / "tools" / "make_stdlib_qa.py"
     environment = {**os.environ, "PYTHONHASHSEED": seed}

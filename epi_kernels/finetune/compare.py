@@ -16,7 +16,7 @@ def _number(value: float | None) -> str:
 def table(results: Mapping[str, Mapping]) -> str:
     """`results`: done.json by label. Losses in nats an answer token; a positive change on the old data is forgetting."""
     headers = ("loss (nats/token)", "validation", "old before", "old after", "change", "state")
-    lines = [headers]
+    lines: list[tuple[str, ...]] = [headers]
     for label, result in results.items():
         before, after = result["retain_loss_before"], result["retain_loss_after"]
         change = "-" if before is None or after is None else f"{after - before:+.4f}"
