@@ -163,7 +163,7 @@ def test_a_run_killed_while_it_puts_the_model_in_place_finishes_it(files, undist
     assert not list(out.rglob("*partial*"))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"step": 1'])
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 1', '{"step": 9}'])
 def test_an_unreadable_done_is_no_end(files, undisturbed, tmp_path, content):
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)

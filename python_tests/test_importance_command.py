@@ -145,6 +145,14 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(files, tmp_path, capsys, 
         assert "no space left" in refused(capsys, *arguments(files, out), status=1)
     assert list(tmp_path.iterdir()) == []
 
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", denied)
+        assert "cannot be written (Permission denied)" in refused(capsys, *arguments(files, out))
+    assert list(tmp_path.iterdir()) == []
+
     def stop(*_):
         raise KeyboardInterrupt
 

@@ -23,6 +23,7 @@ from .prepare import Prepared
 from .train import Outcome, Run, peak_memory_bytes
 
 RUN_VERSION = 1
+LOSSES = ("validation_loss", "retain_loss_before", "retain_loss_after")
 
 
 def read_run(out: str | None) -> dict:
@@ -173,7 +174,8 @@ def read_done(directory: Path) -> dict | None:
         done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return done if isinstance(done, dict) and "step" in done else None
+    whole = isinstance(done, dict) and done.keys() >= {"step", *LOSSES, "state_bytes"}
+    return done if whole else None
 
 
 def _carry(optimizer, source: protect.Source) -> None:
@@ -240,11 +242,8 @@ def _log_start(log: Log, prepared: Prepared, net, memory: plan.Memory, label: st
 
 
 def _finish(one: Run, outcome: Outcome) -> None:
-    losses = {
-        "validation_loss": outcome.validation_loss,
-        "retain_loss_before": outcome.retain_before,
-        "retain_loss_after": outcome.retain_after,
-    }
+    ended = (outcome.validation_loss, outcome.retain_before, outcome.retain_after)
+    losses = dict(zip(LOSSES, ended, strict=True))
     bytes_ = state_bytes(one.optimizer)
     one.log.write(
         "end",
