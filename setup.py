@@ -93,10 +93,7 @@ def extensions() -> tuple[list, dict, dict]:
                 cuda_sources,
                 include_dirs=list(include_dirs),
                 depends=support.headers(ROOT),
-                extra_compile_args={
-                    "cxx": [*support.CXX_FLAGS, "-DUSE_CUDA"],
-                    "nvcc": [*support.NVCC_FLAGS, *support.gencode_flags(cuda.archs)],
-                },
+                extra_compile_args=support.cuda_flags(cuda.archs),
                 py_limited_api=True,
             )
         )

@@ -13,7 +13,7 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,8 @@ def memory() -> str:
     """Bytes a parameter, counted from optimizers over 4,096 of them after one step."""
     import torch
 
-    from epi_kernels import MaskedEMAAdamW
+    from epi_kernels import MaskedEMAAdamW, published
+    from epi_kernels.training import state_bytes
 
     f32, bf16 = torch.float32, torch.bfloat16
     own = {"importance_beta": 0.99}
@@ -210,36 +211,31 @@ def memory() -> str:
         ("ours, bfloat16 weights, bfloat16 importance of its own", bf16, own | {"importance_dtype": bf16}),
         ("ours, 8-bit states, bfloat16 weights", bf16, {"state_dtype": "int8"}),
     ]
-    n, kinds = 4096, ("exp_avg", "exp_avg_sq", "importance", "isolation_mask")
+    n, kinds = 4096, tuple(published.STATE_BYTES)
 
-    def stepped(make: Callable[[list], Any], dtype: torch.dtype) -> Any:
+    def measured(make: Callable[[list], Any], dtype: torch.dtype) -> dict[str, float]:
         param = torch.nn.Parameter(torch.ones(n, dtype=dtype))
         param.grad = torch.ones_like(param)
         optimizer = make([param])
         optimizer.step()
-        return optimizer
+        found = state_bytes(optimizer)
+        return {kind: found.get(kind, 0) / n for kind in kinds}
 
-    lines = []
+    lines: list[tuple[str, Mapping[str, float], str]] = []
     for name, dtype in (("torch AdamW, float32 weights", f32), ("torch AdamW, bfloat16 weights", bf16)):
-        (state,) = stepped(lambda params: torch.optim.AdamW(params, fused=True), dtype).state.values()
-        sizes = {kind: state[kind].numel() * state[kind].element_size() / n for kind in kinds[:2]}
-        lines.append((name, sizes, sum(sizes.values()), "-"))
-    published = dict(zip(kinds, (4, 4, 4, 1)))
+        lines.append((name, measured(lambda params: torch.optim.AdamW(params, fused=True), dtype), "-"))
     name = "EPI as published (float32 EMA, bool mask, sort)"
-    lines.append((name, published, sum(published.values()), "8 or more"))
+    lines.append((name, published.STATE_BYTES, f"{published.REFRESH_BYTES} or more"))
     for name, dtype, options in ours:
         try:
-            found = stepped(
-                lambda params, options=options: MaskedEMAAdamW(params, **options), dtype
-            ).state_bytes()
+            sizes = measured(lambda params, options=options: MaskedEMAAdamW(params, **options), dtype)
         except NotImplementedError:
             continue
-        sizes = {kind: found[kind] / n for kind in kinds}
-        lines.append((name, sizes, sum(sizes.values()), "0"))
+        lines.append((name, sizes, "0"))
     header = ["bytes a parameter", "exp_avg", "exp_avg_sq", "importance", "mask", "state", "a refresh adds"]
     cells = [
-        [name, *(_bytes(sizes.get(kind, 0)) for kind in kinds), f"**{_bytes(total)}**", extra]
-        for name, sizes, total, extra in lines
+        [name, *(_bytes(sizes[kind]) for kind in kinds), f"**{_bytes(sum(sizes.values()))}**", extra]
+        for name, sizes, extra in lines
     ]
     return table(header, cells, "lrrrrrr") + "\n\nA persistent mask adds 0.125 where one is set."
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import RESULTS, ROOT
+from epi_kernels.kernels_report.cuda_kernels import build_support
 
 KERNEL_FILES = (
     "csrc/math/*.h",
@@ -25,8 +26,12 @@ KERNEL_FILES = (
 
 
 def kernel_hash(root: Path = ROOT) -> str:
-    """Of every file that decides what runs on a GPU."""
-    digest = hashlib.sha256()
+    """Of every file and every compiler flag that decides what runs on a GPU.
+
+    Not of the list of architectures: a new one does not change the code of those that ran.
+    """
+    flags = build_support(root).cuda_flags(archs=["90"])
+    digest = hashlib.sha256(json.dumps(flags).encode())
     for path in sorted(path for pattern in KERNEL_FILES for path in root.glob(pattern) if path.is_file()):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import math
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from packaging.requirements import Requirement
 
 from python_tests import oracle
 from python_tests.cases import Case, gradient, half, lay_out, optimizer_arguments
 
+ROOT = Path(__file__).resolve().parents[1]
 ISA_VARIABLE = "EPI_KERNELS_CPU_ISA"
 
 
 # --- what runs here -----------------------------------------------------------------------------------------
+
+
+def triton_has_wheels(platform: Mapping[str, str] | None = None) -> bool:
+    """pyproject.toml's marker, asked of this machine or of one described by `platform`."""
+    (line,) = re.findall(r'^ *"(triton\b.*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    marker = Requirement(line).marker
+    assert marker is not None
+    return marker.evaluate(dict(platform) if platform else None)
+
+
+def need_triton() -> None:
+    """For the top of a test module: without Triton it is skipped where there are no wheels, and fails elsewhere."""
+    if triton_has_wheels():
+        importlib.import_module("triton")
+    else:
+        pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class Target:
     def must_run(self) -> bool:
         """Whether being unavailable is a failure rather than a skip."""
         if self.backend == "triton":
-            return importlib.util.find_spec("triton") is not None
+            return triton_has_wheels()
         return self.device == "cpu" and self.isa in (None, "plain")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,23 +64,49 @@ def test_machine_date_and_commit_of_the_newest_run(tmp_path):
     assert "failing: 3 of 500 device tests" in status.line(tmp_path)
 
 
-def test_stale_once_a_kernel_file_changed(tmp_path):
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A source tree, and beside it the record of a run of its kernels."""
     root = tmp_path / "tree"
     for name in (
         "csrc/math/adamw.h",
         "csrc/cuda/step.cu",
         "epi_kernels/backends/triton/step.py",
+        "tools/build_support.py",
         "README.md",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name)
+        shutil.copyfile(ROOT / name, root / name)
     write(tmp_path, a_run(kernel_hash=status.kernel_hash(root)))
+    return root
+
+
+def test_stale_once_a_kernel_file_changed(tmp_path, root):
     assert "device tests passed" in status.line(tmp_path, root)
     (root / "README.md").write_text("changed")
     assert "device tests passed" in status.line(tmp_path, root)
     (root / "csrc/cuda/step.cu").write_text("changed")
     assert status.line(tmp_path, root).startswith("**GPU status:** stale: kernels changed since")
     assert "NVIDIA H200, 2030-01-02, commit 0123456789" in status.line(tmp_path, root)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stale"),
+    [
+        ('"-fmad=false"', '"-fmad=true"', True),  # nvcc's
+        ('"-fno-math-errno"', '"-fmath-errno"', True),  # the bindings'
+        ("code=sm_{a}", "code=lto_{a}", True),
+        ('"75", ', "", False),
+        ('"0x020a000000000000"', '"0x20b000000000000"', True),
+        ('"""What setup.py decides', '"""What it decides', False),
+    ],
+)
+def test_stale_once_what_compiles_the_kernels_changed(tmp_path, root, old, new, stale):
+    build = root / "tools/build_support.py"
+    text = build.read_text()
+    assert old in text
+    build.write_text(text.replace(old, new))
+    assert status.line(tmp_path, root).startswith("**GPU status:** stale") is stale
 
 
 def test_every_kernel_pattern_matches_a_file():
@@ -181,7 +208,8 @@ def test_smoke_run_on_the_cpu(tmp_path):
 
 
 def test_the_list_of_a_one_billion_llama_is_transformers():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shapes.LLAMA_1B_CONFIG))
     assert [tuple(p.shape) for p in model.parameters()] == shapes.llama_1b()

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from epi_kernels.kernels_report.cuda_kernels import build_support
 from python_tests import cuda_emulation
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import build_support as support  # noqa: E402
-
+support = build_support()
 ARCHS = ("80", "90", "100", "120")
 WHOLE_ARCH = "90"  # the launches' host code is compiled too; for the others device code alone
 KERNELS = ("step", "stats", "threshold", "mask")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 
 import pytest
 import torch
 
 from epi_kernels import cli
-from epi_kernels.demo import command, measure, protocol, report_page, tasks, text, train
+from epi_kernels.demo import command, measure, pool, protocol, report_page, tasks, text, train
 from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE, Point, compare
 
 
@@ -243,6 +245,33 @@ def test_a_not_learned_exits_1_and_seeds_repeat_whatever_the_workers(tmp_path, c
     assert status == 1
     assert without_timing(spawned) == without_timing(here)
     assert spawned["timing"]["workers"] == 2
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    def read_only(path, text):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def never(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(command, "write_whole", read_only)
+    monkeypatch.setattr(pool, "run_all", never)
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["demo", "--quick", "--out", str(tmp_path)])
+    assert refusal.value.code == 2 and "Read-only file system" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_take_the_results(tmp_path, monkeypatch, capsys):
+    def full(found, out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "_write", full)
+    short = ("--seeds", "1", "--threads", "1", "--steps-a", "0", "--steps-b", "1", "--json")
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path), *short]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["seeds"] == [1]
+    assert "No space left on device; the results above are not kept" in shown.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_step_of_a_at_all_exits_1(tmp_path):

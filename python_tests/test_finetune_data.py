@@ -67,6 +67,8 @@ WRONG = {
     "empty answer": ('{"prompt": "a", "completion": ""}', '"completion" is empty'),
     "blank answer": ('{"instruction": "a", "output": " \\n"}', '"output" is empty'),
     "number for text": ('{"prompt": 1, "completion": "b"}', '"prompt" must be a string, is int'),
+    # More digits than Python converts: which fault it is depends on the version.
+    "a huge number": ('{"prompt": ' + "1" * 6000 + ', "completion": "b"}', "d.jsonl:2: "),
     "null answer": ('{"prompt": "a", "completion": null}', '"completion" must be a string, is NoneType'),
     "half a surrogate": ('{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
     "messages no list": ('{"messages": "hi"}', '"messages" must be a non-empty list'),

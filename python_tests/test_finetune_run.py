@@ -1,4 +1,4 @@
-"""`epi-kernels finetune` from arguments to a directory that loads: what it writes, says and refuses."""
+"""`epi-kernels finetune` from arguments to a directory that loads: what it writes and says."""
 
 from __future__ import annotations
 
@@ -11,37 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import epi_kernels.backends
 from epi_kernels.finetune import command as finetune
-from epi_kernels.finetune import log, model, plan
-from epi_kernels.finetune.options import Options
-from python_tests.tiny_model import (
-    backend,
-    command,
-    qa,
-    save_tiny,
-    tiny_llama,
-    tiny_tokenizer,
-    write_config,
-    write_jsonl,
-)
+from epi_kernels.finetune import model
+from epi_kernels.training import parameter_groups
+from python_tests.finetune_runs import FAST, arguments, events, same_weights, weights, write_inputs
+from python_tests.tiny_model import backend, command, qa, tiny_llama, write_config, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    write_jsonl(folder / "qa.jsonl", qa(24))
-    write_jsonl(folder / "old.jsonl", [{"instruction": f"Say {n}", "output": f"{n}!"} for n in range(6)])
-    write_config(folder)
-    save_tiny(folder / "model")
-    return folder
-
-
-FAST = ["--max-length", 64, "--batch-size", 2, "--lr", 3e-3, "--quiet", "--backend", backend()]
-
-
-def arguments(files, out, *more, model="model"):
-    return ["--model", files / model, "--data", files / "qa.jsonl", "--out", out, *FAST, *more]
+    return write_inputs(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +40,6 @@ def compared(files, tmp_path_factory):
     ]
     assert command(finetune, *arguments(files, out, *more, model="config-tiny.json")) == 0
     return out
-
-
-def weights(directory):
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")
-
-
-def same_weights(one, other):
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def events(directory, kind):
-    return [event for event in log.read(directory / "log.jsonl") if event["event"] == kind]
 
 
 @pytest.mark.parametrize("folder", [".", "adamw", "checkpoints"])
@@ -228,7 +191,7 @@ def test_isolation_options_reach_the_optimizer(files, tmp_path, options):
 
 def test_norms_and_biases_have_no_weight_decay():
     net = tiny_llama()
-    decayed, free = model.parameter_groups(net, 0.1)
+    decayed, free = parameter_groups(net, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert all("norm" in name for name, _ in free["params"]) and len(free["params"]) == 5
     assert not any("norm" in name for name, _ in decayed["params"])
@@ -249,51 +212,6 @@ def test_a_block_is_everything_of_one_layer(name, block):
     assert model.block_of(name) == block
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
-    out = tmp_path / "out"
-    more = ["--dry-run", "--epochs", 5, "--mask-interval", 4, "--isolation-ratio", 0.01]
-    assert command(finetune, *arguments(files, out, *more, model="config-tiny.json")) == 0
-    assert not out.exists()
-    text = capsys.readouterr().out
-    per_parameter = {
-        line.rsplit(None, 1)[0]: line.rsplit(None, 1)[1] for line in text.splitlines() if line.strip()
-    }
-    ours = next(value for line, value in per_parameter.items() if line.startswith("optimizer state"))
-    assert float(ours) == pytest.approx(8.125, abs=0.001)
-    assert "beside torch AdamW's" in text and "8.000" in text
-    assert "beside EPI's as published" in text and "13.000" in text
-    assert "refreshes of the mask due: " in text
-
-
-@pytest.mark.parametrize(
-    "options, steps, due",
-    [
-        ({}, 99, []),
-        ({}, 100, [100]),
-        ({"mask_interval": 10}, 35, [10, 20, 30]),
-        ({"mask_interval": 10, "mask_warmup": 3}, 24, [3, 13, 23]),
-        ({"protect": "imp"}, 150, [0, 100]),
-        ({"isolation_ratio": 0.0}, 500, []),
-    ],
-)
-def test_refreshes_due_are_counted_as_the_optimizer_counts(options, steps, due):
-    assert plan.refreshes(Options(**options), steps) == due
-
-
-@pytest.mark.parametrize(
-    "more, warned",
-    [
-        ([], True),
-        (["--mask-interval", 2], False),
-        (["--mask-interval", 3], True),
-        (["--isolation-ratio", 0], False),
-    ],
-)
-def test_a_run_without_any_isolation_warns_at_the_start(files, tmp_path, capsys, more, warned):
-    assert command(finetune, *arguments(files, tmp_path / "out", "--max-steps", 3, "--dry-run", *more)) == 0
-    assert ("nothing will be isolated" in capsys.readouterr().err) is warned
-
-
 def test_one_example_trains_without_validation(files, tmp_path, capsys):
     data = write_jsonl(tmp_path / "one.jsonl", qa(1))
     out = tmp_path / "out"
@@ -303,123 +221,16 @@ def test_one_example_trains_without_validation(files, tmp_path, capsys):
     assert json.loads((out / "done.json").read_text())["step"] == 1
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs the command, which must refuse with status 2, and returns what it said."""
-
-    def check(*arguments, status=2):
-        assert command(finetune, *arguments) == status
-        return capsys.readouterr().err
-
-    return check
-
-
-def test_everything_is_checked_before_anything_is_written(files, tmp_path, refused):
+def test_raw_pairs_beside_old_data_in_another_form(files, tmp_path):
+    """Pairs joined as they stand need no chat template; the old data, in Alpaca's form, does."""
     out = tmp_path / "out"
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    (tmp_path / "no_type.json").write_text("{}")
-    (tmp_path / "bert.json").write_text('{"model_type": "bert", "is_decoder": true}')
-    other = tiny_tokenizer(["completely different words " * 9] * 3, 400)
-    other.add_tokens([f"<extra{n}>" for n in range(400 - len(other))])
-    other.save_pretrained(tmp_path / "big")
-    assert "holds no examples" in refused("--model", files / "model", "--data", empty, "--out", out)
-    assert "no such file" in refused(
-        "--model", tmp_path / "nowhere", "--data", files / "qa.jsonl", "--out", out
-    )
-    assert "model_type" in refused(
-        "--model", tmp_path / "no_type.json", "--data", files / "qa.jsonl", "--out", out
-    )
-    assert "--out is required" in refused("--model", files / "model", "--data", files / "qa.jsonl")
-    assert "more than the model's 128" in refused(*arguments(files, out, "--max-length", 200))
-    assert "no example has an answer within 5 tokens" in refused(*arguments(files, out, "--max-length", 5))
-    assert "they do not belong together" in refused(*arguments(files, out, "--tokenizer", tmp_path / "big"))
-    assert "--isolation-ratio is 1.0; allowed" in refused(*arguments(files, out, "--isolation-ratio", 1))
-    assert "--mask-interval is 0; allowed" in refused(*arguments(files, out, "--mask-interval", 0))
-    assert "not with --normalization zscore" in refused(
-        *arguments(files, out, "--hysteresis", 0.1, "--normalization", "zscore")
-    )
-    assert "protects nothing" in refused(*arguments(files, out, "--protect", "x", "--isolation-ratio", 0))
-    assert "no such file" in refused(*arguments(files, out, "--protect", tmp_path / "none"))
-    assert "holds no checkpoint" in refused(*arguments(files, out, "--protect", files))
-    if not torch.cuda.is_available():
-        assert "sees no CUDA" in refused(*arguments(files, out, "--device", "cuda"))
-    assert not out.exists()
-
-
-def test_a_mistyped_directory_is_said_before_the_hub_is_asked(files, tmp_path, refused, monkeypatch):
-    from transformers import AutoConfig
-
-    def offline(name):
-        raise OSError(
-            f"We couldn't connect to the hub to load {name}. Check your connection.\nSee the manual."
-        )
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
-    said = refused("--model", "nodir", "--data", files / "qa.jsonl", "--out", tmp_path / "out").splitlines()
-    assert said == [
-        "--model nodir: no such directory; trying the hub",
-        "epi-kernels finetune: --model nodir: no such directory here, and the hub gave none "
-        "(We couldn't connect to the hub to load nodir)",
-    ]
-
-
-def test_a_dry_run_refuses_what_the_run_refuses(files, tmp_path, refused):
-    out = tmp_path / "out"
-    dry = ["--dry-run", "--max-steps", 2]
-    assert "no such file" in refused(*arguments(files, out, *dry, "--protect", tmp_path / "none"))
-    assert "holds no checkpoint" in refused(*arguments(files, out, *dry, "--protect", files))
-    for name, usable, _ in epi_kernels.backends.available():
-        if not usable:
-            assert "not able to run" in refused(*arguments(files, out, *dry, "--backend", name))
-    with pytest.raises(SystemExit):
-        refused(*arguments(files, out, *dry, "--state-dtype", "int8"))
-    assert not out.exists()
-    out.mkdir()
-    (out / "thesis.txt").write_text("years of work")
-    assert "is not empty: choose another" in refused(*arguments(files, out, *dry))
-
-
-def test_an_output_directory_with_something_in_it_is_refused(files, tmp_path, refused):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("years of work")
-    assert "is not empty: choose another" in refused(*arguments(files, out))
-    assert "not a fine-tuning run" in refused(*arguments(files, out, "--overwrite"))
-    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
-    assert "no run to resume" in refused("--out", out, "--resume")
-    assert "is a file" in refused(*arguments(files, out / "thesis.txt"))
-
-
-def test_overwrite_replaces_a_run_but_never_its_own_input(files, tmp_path, refused):
-    out = tmp_path / "out"
-    assert command(finetune, *arguments(files, out, "--max-steps", 2)) == 0
-    before = weights(out)
-    assert "--resume continues it, --overwrite replaces it" in refused(*arguments(files, out))
-    text = refused("--model", out, "--data", files / "qa.jsonl", "--out", out, *FAST, "--overwrite")
-    assert "--overwrite would delete --model" in text
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
-    assert command(finetune, *arguments(files, out, "--max-steps", 3, "--overwrite")) == 0
-    assert json.loads((out / "done.json").read_text())["step"] == 3
-
-
-def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, refused):
-    broken = tiny_llama()
-    with torch.no_grad():
-        broken.model.norm.weight.fill_(float("inf"))
-    broken.save_pretrained(tmp_path / "broken")
-    tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    more = [
-        "--model",
-        tmp_path / "broken",
-        "--data",
-        files / "qa.jsonl",
-        "--out",
-        tmp_path / "out",
-        *FAST,
-        "--no-packing",
-    ]
-    assert "step 1: loss nan" in refused(*more, status=1)
+    more = ["--template", "raw", "--max-steps", 1]
+    assert command(finetune, *arguments(files, out, *more)) == 0
+    assert not (out / "chat_template.jinja").exists()
+    out = tmp_path / "retain"
+    assert command(finetune, *arguments(files, out, *more, "--retain", files / "old.jsonl")) == 0
+    assert events(out, "eval")[0]["retain_loss"] > 0
+    assert (out / "chat_template.jinja").exists()
 
 
 def make_qa(out, *more, seed="0"):

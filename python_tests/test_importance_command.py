@@ -10,10 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from epi_kernels.finetune import chat, checkpoint, data, log, packing
+from epi_kernels.finetune import chat, checkpoint, data, packing, protect
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import importance_command as importance
 from epi_kernels.finetune.model import weights_fingerprint
+from python_tests.finetune_runs import events
+from python_tests.stopped_runs import signalled
 from python_tests.tiny_model import backend, command, qa, save_tiny, tiny_tokenizer, write_config, write_jsonl
 
 LENGTH = 48
@@ -126,6 +128,7 @@ def test_refusals_write_nothing(files, tmp_path, capsys, monkeypatch):
     assert "is a directory" in refused(capsys, *arguments(files, tmp_path))
     assert "does not exist" in refused(capsys, *arguments(files, tmp_path / "no" / "imp"))
     assert "--batch-size is 0" in refused(capsys, *arguments(files, tmp_path / "a", "--batch-size", 0))
+    assert "--max-length is -3" in refused(capsys, *arguments(files, tmp_path / "a", "--max-length", -3))
     config = ["--model", files / "config-tiny.json", "--data", files / "old.jsonl", "--out", tmp_path / "a"]
     assert "random weights" in refused(capsys, *config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imp.safetensors"]
@@ -142,16 +145,20 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(files, tmp_path, capsys, 
         assert "no space left" in refused(capsys, *arguments(files, out), status=1)
     assert list(tmp_path.iterdir()) == []
 
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", denied)
+        assert "cannot be written (Permission denied)" in refused(capsys, *arguments(files, out))
+    assert list(tmp_path.iterdir()) == []
+
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importance, "answer_loss", stop)
     assert "nothing was written" in refused(capsys, *arguments(files, out), status=130)
     assert list(tmp_path.iterdir()) == []
-
-
-def events(out, kind):
-    return [event for event in log.read(out / "log.jsonl") if event["event"] == kind]
 
 
 def moved(files, out):
@@ -215,21 +222,11 @@ def test_a_run_protects_the_next_one(files, tmp_path, capsys):
         assert not torch.equal(before[name], after[name]), name
 
 
-def test_a_protected_run_resumes_to_the_same_bits(files, tmp_path, monkeypatch):
-    from epi_kernels.finetune import train
-
+def test_a_protected_run_resumes_to_the_same_bits(files, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     more = ["--protect", files / "imp.safetensors", "--mask-interval", 2]
     assert command(finetune, *tuned(files, whole, *more)) == 0
-    step = train.Run.step
-
-    def interrupted(self, index):
-        if index == 0:
-            os.kill(os.getpid(), 2)
-        return step(self, index)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train.Run, "step", interrupted)
+    with signalled(0):
         assert command(finetune, *tuned(files, out, *more)) == 130
     assert command(finetune, "--out", out, "--resume") == 0
     assert [one["step"] for one in events(out, "refresh")] == [0, 2, 4]
@@ -299,8 +296,6 @@ def test_fingerprint_sees_one_bit():
 
 
 def test_carried_importance_is_the_mean_counted_as_some_steps(files, tmp_path):
-    from epi_kernels.finetune import protect
-
     means = load_file(files / "imp.safetensors")
     shapes = {name: one.shape for name, one in means.items()}
     for steps, counted in ((None, 10), (40, 40)):
@@ -327,3 +322,21 @@ def test_carried_importance_is_the_mean_counted_as_some_steps(files, tmp_path):
         for index, name in zip(group["params"], group["param_names"], strict=True):
             expected = optimizer["state"][index]["exp_avg_sq"] / (1 - 0.999**4)
             torch.testing.assert_close(carried["state"][position[name]]["exp_avg_sq"], expected)
+
+
+def test_a_run_whose_parameter_never_had_a_gradient_protects_the_others(files, tmp_path):
+    out = tmp_path / "out"
+    assert command(finetune, *tuned(files, out)) == 0
+    saved = checkpoint.list_checkpoints(out)[-1] / "optimizer.pt"
+    both = torch.load(saved, weights_only=True)
+    group = both["optimizer"]["param_groups"][0]
+    unused = group["param_names"][1]
+    del both["optimizer"]["state"][group["params"][1]]  # as torch leaves it
+    torch.save(both, saved)
+    shapes = {name: one.shape for name, one in load_file(out / "model.safetensors").items()}
+    carried = protect.load(str(out), shapes, (0.9, 0.999), None, own=True).state_dict
+    nonzero = {name for i, name in enumerate(shapes) if carried["state"][i]["exp_avg_sq"].any()}
+    assert nonzero == shapes.keys() - {unused}
+    assert command(finetune, *tuned(files, tmp_path / "next", "--protect", out)) == 0
+    rows = {row["name"]: row["isolated"] for row in events(tmp_path / "next", "refresh")[0]["layers"]}
+    assert rows[unused] == 0 and sum(rows.values()) > 0

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
 from epi_kernels import cli
 from epi_kernels.kernels_report import cuda_kernels, sass
 from epi_kernels.kernels_report.command import ARCHITECTURES
 from epi_kernels.kernels_report.rows import Expectation, describe, make_row
+from python_tests.harness import need_triton
+
+need_triton()
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,10 +123,18 @@ def test_what_a_cuda_step_is_held_to():
     assert cuda_kernels.expectation("count_kernel") is None
 
 
-def test_cuda_sources_are_compiled_with_the_flags_of_the_build(monkeypatch, tmp_path):
-    from_build = cuda_kernels.build_flags()
-    monkeypatch.setattr(cuda_kernels, "BUILD_SUPPORT", tmp_path / "none.py")
-    assert "-fmad=false" in from_build and cuda_kernels.build_flags() == from_build
+def test_cuda_sources_are_compiled_with_the_flags_of_the_build(monkeypatch):
+    commands = []
+
+    def compiler(command, **options):
+        commands.append(command)
+        raise KeyboardInterrupt  # seen enough
+
+    monkeypatch.setattr(subprocess, "run", compiler)
+    with pytest.raises(KeyboardInterrupt):
+        cuda_kernels._compile(("nvcc", cuda_kernels.sources()[0], 90))
+    flags = cuda_kernels.build_support().NVCC_FLAGS
+    assert "-fmad=false" in flags and set(flags) <= set(commands[0])
 
 
 def test_a_cuda_check_that_knows_no_step_fails(monkeypatch, capsys):

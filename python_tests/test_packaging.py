@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -15,19 +14,11 @@ import pytest
 
 import epi_kernels
 from epi_kernels import cli, env
+from epi_kernels.kernels_report.cuda_kernels import build_support
+from python_tests.harness import need_triton, triton_has_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_build_support():
-    spec = importlib.util.spec_from_file_location("build_support", ROOT / "tools/build_support.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_support"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-support = load_build_support()
+support = build_support()
 
 NVCC = support.Nvcc("/cuda/bin/nvcc", "/cuda", "13.0", ("75", "80", "86", "89", "90", "100", "120"))
 OLD_NVCC = support.Nvcc("/cuda/bin/nvcc", "/cuda", "12.4", ("75", "80", "86", "89", "90"))
@@ -208,6 +199,27 @@ def test_torch_is_no_build_requirement():
     text = (ROOT / "pyproject.toml").read_text()
     (requires,) = re.findall(r"^requires = (.*)$", text, re.MULTILINE)
     assert "torch" not in requires
+
+
+@pytest.mark.parametrize(
+    ("sys_platform", "platform_machine", "wheels"),
+    [
+        ("linux", "x86_64", True),
+        ("linux", "aarch64", True),
+        ("linux", "ppc64le", False),
+        ("darwin", "arm64", False),
+        ("win32", "AMD64", False),
+    ],
+)
+def test_a_missing_triton_is_a_skip_only_where_it_has_no_wheels(
+    monkeypatch, sys_platform, platform_machine, wheels
+):
+    here = {"sys_platform": sys_platform, "platform_machine": platform_machine}
+    assert triton_has_wheels(here) is wheels
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.setattr("python_tests.harness.triton_has_wheels", lambda: wheels)
+    with pytest.raises(ModuleNotFoundError if wheels else pytest.skip.Exception):
+        need_triton()
 
 
 def test_version_has_one_place():

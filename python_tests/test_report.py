@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from epi_kernels.finetune import log
 from epi_kernels.report import command as report
 from epi_kernels.report import figures, page, sections
 from epi_kernels.report.figures import Series
@@ -168,8 +169,19 @@ def test_what_a_log_lacks_is_left_out_or_said(tmp_path):
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     folder = write(tmp_path / "run", events())
-    with open(folder / "log.jsonl", "a") as file:
-        file.write('{"event": "step", "st')
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write('{"event": "protect", "source": "ü'.encode()[:-1])  # in the middle of a character, even
+    assert "Outcome" in read(folder).headings
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """A log is UTF-8: a name may hold what str.splitlines takes for the end of a line."""
+    records = events(protect="odd\u2028name\x85.safetensors")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert log.read(folder / "log.jsonl") == records
     assert "Outcome" in read(folder).headings
 
 
@@ -180,6 +192,8 @@ def test_values_that_are_no_numbers_do_not_break_the_page(tmp_path):
             record["loss"] = "nan"
         if record["event"] == "refresh":
             record["threshold"] = {"a": 0.5, "b": "inf"} if record["step"] == 5 else "inf"
+        if record["event"] == "eval" and record["step"] > 10:
+            record["validation_loss"], record["retain_loss"] = "nan", "inf"
     assert "What was isolated" in read(write(tmp_path / "run", records)).headings
 
 
@@ -206,6 +220,7 @@ def test_the_page_can_be_written_elsewhere_and_repeats(tmp_path, capsys):
         ("[]\n", "log.jsonl:1"),
         ('{"event": "step"}\n', "first line must be"),
         ("x\ny\n", ":1: "),
+        ('{"event": "start"}\n', "its log has no 'options'"),
     ],
 )
 def test_what_is_no_log_is_refused(tmp_path, capsys, content, fault):

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from epi_kernels.backends import table
-from epi_kernels.backends.triton.backend import LARGEST_BLOCK, TritonBackend
-from epi_kernels.backends.triton.chunks import Cache, aligned_tensors, plan, sampled_elements
-from epi_kernels.backends.triton.variants import (
+from epi_kernels.reference.threshold import SAMPLE_BLOCK
+from python_tests.harness import need_triton
+from python_tests.triton_stages import BF16, F32, Spec, make
+
+need_triton()  # before what imports it
+
+from epi_kernels.backends.triton.backend import LARGEST_BLOCK, TritonBackend  # noqa: E402
+from epi_kernels.backends.triton.chunks import Cache, aligned_tensors, plan, sampled_elements  # noqa: E402
+from epi_kernels.backends.triton.variants import (  # noqa: E402
     RefreshVariant,
     StepVariant,
     refresh_variants,
     step_variants,
 )
-from epi_kernels.reference.threshold import SAMPLE_BLOCK
-from python_tests.triton_stages import BF16, F32, Spec, make
 
 
 @pytest.mark.parametrize("n_bytes", [2, 4, 8])

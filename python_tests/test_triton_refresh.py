@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from epi_kernels.reference import bits
 from epi_kernels.reference.stats import LayerStats, score_terms
 from epi_kernels.reference.threshold import KEY_END, KthSearch
+from python_tests.harness import need_triton
 from python_tests.stage_checks import search_problem
 from python_tests.triton_stages import (
     BF16,
@@ -29,6 +28,8 @@ from python_tests.triton_stages import (
     same_bits,
     stats_on_device,
 )
+
+need_triton()
 
 # several layers and chunks, both dtypes, own importances, layers without any spread, special values
 SPECS = (

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from epi_kernels.reference.stats import LayerStats
+from python_tests.harness import need_triton
 from python_tests.triton_stages import (
     BF16,
     BLOCK,
@@ -26,6 +25,8 @@ from python_tests.triton_stages import (
     same_bits,
     stats_on_device,
 )
+
+need_triton()
 
 DTYPES = list(itertools.product((F32, BF16), (F32, BF16), (None, F32, BF16)))
 SIZES = (0, 1, 7, BLOCK // 2 - 1, BLOCK // 2, BLOCK // 2 + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * CHUNK + 13)

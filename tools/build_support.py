@@ -138,6 +138,11 @@ def gencode_flags(archs: Sequence[str]) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
 
 
+def cuda_flags(archs: Sequence[str]) -> dict[str, list[str]]:
+    """What compiles the CUDA library: "cxx" its bindings, "nvcc" the rest."""
+    return {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": [*NVCC_FLAGS, *gencode_flags(archs)]}
+
+
 def choose_cuda(
     torch_cuda: str | None,
     nvcc: Nvcc | None,

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from epi_kernels.files import write_whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 when every seed learned task A, 1 when not, 2 for a bad argument."""
+    """Exit status: 0 when every seed learned task A, 1 when not or when --out could not be written, 2 for a bad argument."""
     settings = _settings(args)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a config and no weights: nothing is asked of the hub
     from epi_kernels.demo import pool, protocol, results, text
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     workers = min(args.threads or min(8, pool.usable_cores()), args.seeds * len(arms))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out / ".try", "")  # before the minutes of training
+        (args.out / ".try").unlink()
     except OSError as error:
         raise _refusal(f"--out {args.out}: {error.strerror}") from error
 
@@ -57,11 +61,16 @@ def run(args: argparse.Namespace) -> int:
         "workers": workers,
     }
     found = results.collect(settings, arms, stage_a, stage_b, timing)
-    _write(found, args.out)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(text.report(found))
+    print(json.dumps(found, indent=2) if args.json else text.report(found), flush=True)
+    try:  # after the results are shown: a full disk does not take them
+        _write(found, args.out)
+    except OSError as error:
+        print(
+            f"epi-kernels demo: --out {args.out}: {error.strerror}; the results above are not kept",
+            file=sys.stderr,
+        )
+        return 1
+    if not args.json:
         print(f"\nThe page: {args.out / 'index.html'}   The numbers: {args.out / 'results.json'}")
     if not found["learned"]:
         print(f"epi-kernels demo: {text.learned(found)}", file=sys.stderr)
@@ -111,7 +120,5 @@ class _progress:
 def _write(found: dict[str, Any], out: Path) -> None:
     from epi_kernels.demo.report_page import write_page
 
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / "results.json")
+    write_whole(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_page(found, out / "index.html")

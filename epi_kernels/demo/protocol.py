@@ -33,7 +33,8 @@ from torch import Tensor
 
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.demo.tasks import Examples, Tasks, joined, make_tasks
-from epi_kernels.demo.train import make_model, parameter_groups, score, train
+from epi_kernels.demo.train import make_model, score, train
+from epi_kernels.training import parameter_groups, state_bytes
 
 ADAMW, KEPT, RANDOM, ISOLATION = "adamw", "kept", "random", "isolation"
 
@@ -177,7 +178,7 @@ def learn_b(settings: Settings, before: StageA, arm: Arm, tick: Tick) -> StageB:
 
     # Every arm of a seed sees the same batches.
     train(model, optimizer, tasks.learn_b, settings.steps_b, settings.batch_b, 2 * seed + 1, after_step)
-    outcome = StageB(seed, arm.key, curve[-1][1], curve[-1][2], curve, state_bytes(optimizer), 0.0)
+    outcome = StageB(seed, arm.key, curve[-1][1], curve[-1][2], curve, state_bytes(optimizer)["total"], 0.0)
     if watch is not None:
         outcome.refreshes, outcome.backend = watch.refreshes, backend_name(model)
     outcome.cpu_s = time.process_time() - started
@@ -234,14 +235,6 @@ class MaskWatch:
                 "layers": {row.name: 100.0 * row.isolated / row.elements for row in report.layers},  # percent
             }
         )
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state, torch's or ours."""
-    if isinstance(optimizer, MaskedEMAAdamW):
-        return optimizer.state_bytes()["total"]
-    tensors = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def backend_name(model: Any) -> str:

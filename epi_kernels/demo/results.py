@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from epi_kernels import published
 from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE, Point, chance_jaccard, compare, spread
 from epi_kernels.demo.protocol import ADAMW, ISOLATION, KEPT, Arm, Settings, StageA, StageB
 
 VERSION = 1
-
-# Bytes a parameter: float32 exp_avg, exp_avg_sq and importance and a bool mask; a float32 copy of the scores and
-# its sort while the mask is refreshed.
-EPI_PUBLISHED_BYTES = 13
-EPI_PUBLISHED_REFRESH_BYTES = 8
 
 
 def collect(
@@ -116,6 +112,6 @@ def _bytes(n_parameters: int, arms: Sequence[Arm], runs: dict) -> dict[str, Any]
         "n_parameters": n_parameters,
         "isolation": next(size[arm.key] for arm in arms if arm.kind == ISOLATION),
         "torch_adamw": next(size[arm.key] for arm in arms if arm.kind == ADAMW),
-        "epi_as_published": EPI_PUBLISHED_BYTES * n_parameters,
-        "epi_as_published_refresh": EPI_PUBLISHED_REFRESH_BYTES * n_parameters,
+        "epi_as_published": published.STATE_TOTAL_BYTES * n_parameters,
+        "epi_as_published_refresh": published.REFRESH_BYTES * n_parameters,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE
 from epi_kernels.demo.protocol import ADAMW, ISOLATION
+from epi_kernels.text import columns
 
 DEFINITION = (
     "dA@B is a run's score on A less what AdamW keeps of A when it reaches the same B. Freezing acts like a smaller "
@@ -209,14 +210,7 @@ def timing(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [HEADERS, *rows(results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADERS))]
-    aligned = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-        for line in lines
-    ]
-    aligned.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in aligned)
+    return columns([HEADERS, *rows(results)], rule=True)
 
 
 def wrapped(text: str, width: int = 100) -> str:

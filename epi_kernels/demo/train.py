@@ -32,15 +32,6 @@ def make_model(seed: int, hidden: int, layers: int) -> Any:
     return LlamaForCausalLM(config).train()
 
 
-def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Norms do not decay. Names go along, so that importance is carried over by name."""
-    named = list(model.named_parameters())
-    return [
-        {"params": [pair for pair in named if pair[1].ndim > 1], "weight_decay": weight_decay},
-        {"params": [pair for pair in named if pair[1].ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 def schedule(step: int, steps: int, warmup: float = 0.03, floor: float = 0.1) -> float:
     """Factor on the learning rate of step 0 .. steps-1: linear warm-up, then a cosine down to `floor`."""
     warm = max(1, round(steps * warmup))

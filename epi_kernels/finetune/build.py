@@ -63,15 +63,3 @@ def build_scheduler(options: Options, optimizer, steps: int):
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, warmup, steps, min_lr_rate=options.min_lr_ratio
     )
-
-
-def state_bytes(optimizer) -> dict[str, int]:
-    """Bytes of the optimizer's state by kind."""
-    if hasattr(optimizer, "state_bytes"):
-        return optimizer.state_bytes()
-    kinds: dict[str, int] = {}
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            name = name if name.startswith("exp_avg") else "other"
-            kinds[name] = kinds.get(name, 0) + value.numel() * value.element_size()
-    return {**kinds, "total": sum(kinds.values())}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -133,16 +134,19 @@ def clean(run_dir: Path) -> None:
 
 def load_state(checkpoint: Path) -> dict:
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint}: not a checkpoint ({error})") from None
+    if not isinstance(state, dict) or not {"step", "log_bytes", "weights", "carried"} <= state.keys():
+        raise UserError(f"{checkpoint}: not a checkpoint (state.json lacks what a resume needs)")
+    return state
 
 
 def load_optimizer(checkpoint: Path) -> dict:
     """{"optimizer": state_dict, "scheduler": state_dict}, tensors mapped from the file."""
     try:
         return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{checkpoint / 'optimizer.pt'}: cannot be read ({error})") from None
 
 

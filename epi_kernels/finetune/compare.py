@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .plan import human_bytes
-from .plan import table as text_table
+from epi_kernels.text import columns, human_bytes
 
 NAMES = {"isolation": "MaskedEMAAdamW", "adamw": "torch.optim.AdamW"}
 
@@ -17,11 +16,11 @@ def _number(value: float | None) -> str:
 def table(results: Mapping[str, Mapping]) -> str:
     """`results`: done.json by label. Losses in nats an answer token; a positive change on the old data is forgetting."""
     headers = ("loss (nats/token)", "validation", "old before", "old after", "change", "state")
-    rows = []
+    lines: list[tuple[str, ...]] = [headers]
     for label, result in results.items():
         before, after = result["retain_loss_before"], result["retain_loss_after"]
         change = "-" if before is None or after is None else f"{after - before:+.4f}"
-        rows.append(
+        lines.append(
             (
                 NAMES[label],
                 _number(result["validation_loss"]),
@@ -31,4 +30,4 @@ def table(results: Mapping[str, Mapping]) -> str:
                 human_bytes(result["state_bytes"]["total"]),
             )
         )
-    return text_table(headers, rows)
+    return columns(lines)

@@ -126,7 +126,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
                 examples.append(parse(json.loads(text), where))
             except UnicodeDecodeError as error:
                 errors.append(f"{where}: is not UTF-8 (byte {error.start})")
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
                 errors.append(f"{where}: is not JSON ({error})")
             except _LineError as error:
                 errors.append(f"{where}: {error}")

@@ -70,7 +70,7 @@ class Accumulator:
             self.partial.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"no space left for {path} ({(begin + offset) / 2**20:.1f} MiB)") from None
-            raise
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         mapped = torch.from_file(str(self.partial), shared=True, size=begin + offset, dtype=torch.uint8)
         self.tensors: dict[str, torch.Tensor] = {}
         for name, shape in shapes.items():

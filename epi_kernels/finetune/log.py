@@ -70,10 +70,20 @@ class Log:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict]:
-    """All events of a log; a last line that a kill cut short is left out."""
+    """All events of a log; a last line that a kill cut short is left out.
+
+    Raises ValueError naming the first damaged line, or when it is not the log of a run.
+    """
+    whole = Path(path).read_bytes().split(b"\n")[:-1]  # lines that were ended
     events = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                events.append(json.loads(line))
+    for number, line in enumerate(whole, 1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of a log ({error})") from None
+        if not isinstance(event, dict) or "event" not in event:
+            raise ValueError(f"{path}:{number}: not a line of a log (no event)")
+        events.append(event)
+    if not events or events[0]["event"] != "start":
+        raise ValueError(f"{path}: not the log of a fine-tuning run (its first line must be the start)")
     return events

@@ -1,4 +1,4 @@
-"""Loading model and tokenizer, parameter groups, fingerprints."""
+"""Loading model and tokenizer, fingerprints."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def load_config(model: str):
             config = AutoConfig.for_model(record.pop("model_type"), **record)
         else:
             config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a config's own checks raise what they like
         if not os.path.exists(model):
             raise UserError(
                 f"--model {model}: no such directory here, and the hub gave none ({_first_sentence(error)})"
@@ -107,6 +109,8 @@ def pad_id(tokenizer) -> int:
 
 def row_length(config, asked: int | None) -> int:
     """Tokens a row: what is asked for, if the model has as many positions."""
+    if asked is not None and asked < 2:
+        raise UserError(f"--max-length is {asked}; allowed: 2 or more")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
@@ -131,17 +135,24 @@ def model_dtype(config, asked: str | None, model: str) -> torch.dtype:
 
 
 def empty_model(config):
-    """The model on the meta device: shapes and names without memory."""
+    """The model on the meta device: shapes and names without memory. Raises UserError when the config makes none."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of whatever the model's own code stumbles over
+        raise UserError(
+            f"--model: its config makes no {type(config).__name__.removesuffix('Config')} "
+            f"({type(error).__name__}: {error})"
+        ) from None
 
 
 def load_model(
     model: str, config, dtype: torch.dtype, attention: str, device: str, seed: int, tokenizer=None
 ):
     """The model in training mode. A config gives random weights from `seed`, and the tokenizer's special tokens."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -163,7 +174,7 @@ def load_model(
                 raise UserError(
                     f"--model {model}: weights missing or of another shape: {', '.join(missing[:5])} ({len(missing)} in all)"
                 )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({error})") from None
     return loaded.to(device).train()
 
@@ -186,16 +197,6 @@ def pick_device(asked: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {asked}: cpu or cuda")
     return asked
-
-
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """Two groups of (name, parameter) pairs: matrices with weight decay; norms and biases (one dimension) without."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": weight_decay},
-        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def block_of(name: str) -> str:

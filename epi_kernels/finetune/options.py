@@ -138,6 +138,7 @@ class Options:
         for name in ("max_steps", "protect_steps", "mask_warmup", "eval_every"):
             need(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         need("max_length", self.max_length is None or self.max_length >= 2, "2 or more")
+        need("seed", -(1 << 63) <= self.seed < 1 << 63, "64 bits")
         need("retain_examples", self.retain_examples >= 0, "0 (all) or more")
         for name in ("lr", "weight_decay", "eps"):
             need(name, getattr(self, name) >= 0, "0 or more")
@@ -185,6 +186,8 @@ def check_out(options: Options) -> None:
         raise UserError(f"--out {out} is a file, not a directory")
     if not out.exists() or not any(out.iterdir()):
         parent = next(p for p in (out, *out.parents) if p.exists())
+        if not parent.is_dir():
+            raise UserError(f"--out {out}: {parent} is a file, not a directory")
         if not os.access(parent, os.W_OK):
             raise UserError(f"--out {out}: {parent} is not writable")
         return

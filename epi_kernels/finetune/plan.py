@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from epi_kernels import published
 from epi_kernels.policies.schedule import refresh_steps
+from epi_kernels.text import columns, human_bytes
 
 from .options import Options
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-EPI_AS_PUBLISHED = (
-    13  # bytes a parameter: two moments and an importance in fp32, a mask of bools (4 + 4 + 4 + 1)
-)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,14 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
         for count in trained
     )
     total = sum(trained)
-    return Memory(every * width, total * width, ours, 2 * width * total, EPI_AS_PUBLISHED * total, total)
+    return Memory(
+        weights=every * width,
+        gradients=total * width,
+        ours=ours,
+        adamw=2 * width * total,
+        epi_as_published=published.STATE_TOTAL_BYTES * total,
+        parameters=total,
+    )
 
 
 def refreshes(options: Options, steps: int) -> list[int]:
@@ -68,36 +74,12 @@ def warning(options: Options, steps: int) -> str:
     )
 
 
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Text columns, the first flush left, the others right."""
-    lines = [list(headers), *[list(row) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
-
-
 def describe_memory(one: Memory) -> str:
     per = max(1, one.parameters)
     rows = [("weights", one.weights), ("gradients", one.gradients), ("optimizer state, this run", one.ours)]
     rows += [("  beside torch AdamW's", one.adamw), ("  beside EPI's as published", one.epi_as_published)]
-    return table(
-        ("memory (without activations)", "bytes", "a parameter"),
-        [(name, human_bytes(count), f"{count / per:.3f}") for name, count in rows],
-    )
+    header = ("memory (without activations)", "bytes", "a parameter")
+    return columns([header, *((name, human_bytes(count), f"{count / per:.3f}") for name, count in rows)])
 
 
 def describe_steps(options: Options, steps: int, steps_per_epoch: int, rows: int) -> str:

@@ -53,13 +53,8 @@ def prepare(options: Options) -> Prepared:
     vocab_size = config.get_text_config().vocab_size
     tokenizer = load_tokenizer(options.model, options.tokenizer, vocab_size, texts)
     notes = []
-    if (
-        tokenizer.chat_template is None
-        and options.template == "raw"
-        and all(example.raw for example in examples)
-    ):
-        pass  # nothing goes through a template, so none is added
-    elif chat.ensure_template(tokenizer):
+    templated = options.template != "raw" or not all(one.raw for one in (*train, *validation, *retain))
+    if templated and chat.ensure_template(tokenizer):
         notes.append("the tokenizer has no chat template: a plain one is used, and saved with it")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

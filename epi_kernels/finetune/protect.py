@@ -115,7 +115,10 @@ def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
     means = {}
     for group in optimizer["param_groups"]:
         for index, name in zip(group["params"], group["param_names"], strict=True):
-            state = optimizer["state"].get(index, {})
+            state = optimizer["state"].get(index)
+            if not state:  # it never had a gradient (an expert that no token took)
+                means[name] = torch.zeros(shapes.get(name, ()))
+                continue
             kept = "importance" if "importance" in state else "exp_avg_sq"
             if not isinstance(state.get(kept), torch.Tensor) or not state[kept].is_floating_point():
                 raise UserError(f"--protect {path}: the run's {kept} of {name} is not kept as floating point")

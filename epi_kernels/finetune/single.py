@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels.files import write_whole
+from epi_kernels.training import parameter_groups, state_bytes
+
 from . import checkpoint, model, packing, plan, protect
-from .build import build_optimizer, build_scheduler, environment, state_bytes
+from .build import build_optimizer, build_scheduler, environment
 from .errors import UserError
 from .log import Log
 from .options import Options
@@ -20,6 +23,7 @@ from .prepare import Prepared
 from .train import Outcome, Run, peak_memory_bytes
 
 RUN_VERSION = 1
+LOSSES = ("validation_loss", "retain_loss_before", "retain_loss_after")
 
 
 def read_run(out: str | None) -> dict:
@@ -30,10 +34,15 @@ def read_run(out: str | None) -> dict:
         saved = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: no run to resume ({error})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--out {out}: no run to resume (run.json is not an object)")
     if saved.get("version") != RUN_VERSION:
         raise UserError(
             f"--out {out}: written by another version of this command ({saved.get('version')!r}, this is {RUN_VERSION})"
         )
+    missing = {"options", "fingerprints", "model_weights"} - saved.keys()
+    if missing:
+        raise UserError(f"--out {out}: no run to resume (run.json lacks {', '.join(sorted(missing))})")
     return saved
 
 
@@ -74,7 +83,7 @@ def one_run(
         packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
-    optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
+    optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
     if source is not None:
         _carry(optimizer, source)
 
@@ -86,13 +95,17 @@ def one_run(
     found = checkpoint.list_checkpoints(directory) if saved is not None else []
     start, carried = 0, {}
     if found:
-        state = checkpoint.load_state(found[-1])
-        start, carried = state["step"], state["carried"]
         del net, optimizer  # before their successors are loaded: two models need not fit
-        net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
-        both = checkpoint.load_optimizer(found[-1])
+        try:
+            state = checkpoint.load_state(found[-1])
+            net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
+            both = checkpoint.load_optimizer(found[-1])
+        except UserError as error:
+            advice = f"if it is damaged, remove {found[-1]} to resume from the checkpoint before it"
+            raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
+        start, carried = state["step"], state["carried"]
         # The weights are in new tensors now: the optimizer is built anew over them.
-        optimizer = build_optimizer(options, model.parameter_groups(net, options.weight_decay), label)
+        optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
         scheduler = build_scheduler(options, optimizer, job.steps)
         optimizer.load_state_dict(both["optimizer"])
         scheduler.load_state_dict(both["scheduler"])
@@ -124,9 +137,14 @@ def _deterministic(device: str) -> None:
 
 def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
     out = Path(options.out)
-    if options.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
+    if options.overwrite:
+        # What it holds: `out` itself may be a link, or a mount. Its mark last: cut short, it can be done again.
+        for path in sorted(out.iterdir(), key=lambda path: path.name == "run.json"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     record = {
         "version": RUN_VERSION,
         "options": options.saved(),
@@ -147,13 +165,7 @@ def load_protected(options: Options, net: torch.nn.Module) -> protect.Source | N
 
 
 def _write_json(path: Path, record: dict) -> None:
-    """All of it or nothing, whenever the process or the machine stops."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_done(directory: Path) -> dict | None:
@@ -162,7 +174,8 @@ def read_done(directory: Path) -> dict | None:
         done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return done if isinstance(done, dict) and "step" in done else None
+    whole = isinstance(done, dict) and done.keys() >= {"step", *LOSSES, "state_bytes"}
+    return done if whole else None
 
 
 def _carry(optimizer, source: protect.Source) -> None:
@@ -206,10 +219,7 @@ def _load_weights(folder: Path, options: Options, device: str, dtype: torch.dtyp
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
     if model.weights_fingerprint(net) != expected:
-        raise UserError(
-            f"{folder}: the weights are not those that were saved (damaged file?); remove it to resume from the one before",
-            status=1,
-        )
+        raise UserError("the weights are not those that were saved")
     return net
 
 
@@ -232,11 +242,8 @@ def _log_start(log: Log, prepared: Prepared, net, memory: plan.Memory, label: st
 
 
 def _finish(one: Run, outcome: Outcome) -> None:
-    losses = {
-        "validation_loss": outcome.validation_loss,
-        "retain_loss_before": outcome.retain_before,
-        "retain_loss_after": outcome.retain_after,
-    }
+    ended = (outcome.validation_loss, outcome.retain_before, outcome.retain_after)
+    losses = dict(zip(LOSSES, ended, strict=True))
     bytes_ = state_bytes(one.optimizer)
     one.log.write(
         "end",

@@ -13,26 +13,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from epi_kernels.kernels_report.rows import Expectation, Row, make_row
 from epi_kernels.kernels_report.sass import read_cubin
 
 _ROOT = Path(__file__).resolve().parents[2]
 SOURCES = _ROOT / "csrc"
-BUILD_SUPPORT = _ROOT / "tools" / "build_support.py"
-# The build's own flags, for where its file is not; a test holds the two together.
-NVCC_FLAGS = (
-    "-O3",
-    "-std=c++20",
-    "-fmad=false",
-    "-prec-div=true",
-    "-prec-sqrt=true",
-    "-ftz=false",
-    "-lineinfo",
-    "-DUSE_CUDA",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    "-Xcompiler=-ffp-contract=off,-fvisibility=hidden",
-)
 _PTXAS_FUNCTION = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
@@ -45,15 +32,14 @@ def sources() -> list[Path]:
     return sorted((SOURCES / "cuda").glob("*.cu"))
 
 
-def build_flags() -> tuple[str, ...]:
-    """What setup.py passes to nvcc."""
-    spec = importlib.util.spec_from_file_location("epi_kernels_build_support", BUILD_SUPPORT)
-    if not BUILD_SUPPORT.is_file() or spec is None or spec.loader is None:
-        return NVCC_FLAGS
+def build_support(root: Path = _ROOT) -> ModuleType:
+    """tools/build_support.py of a source tree, which setup.py takes its flags from; it is in no package."""
+    spec = importlib.util.spec_from_file_location("build_support", root / "tools" / "build_support.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
-    return module.NVCC_FLAGS
+    return module
 
 
 def steps_recognised(found: Iterable[Row], arch: int) -> bool:
@@ -85,7 +71,7 @@ def _compile(task: tuple[str, Path, int]) -> list[Row]:
     compiler, source, arch = task
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        command = [compiler, "-cubin", f"-arch=sm_{arch}", *build_flags()]
+        command = [compiler, "-cubin", f"-arch=sm_{arch}", *build_support().NVCC_FLAGS]
         command += ["-Xptxas", "-v", "-I", str(SOURCES), str(source), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from epi_kernels.kernels_report.sass import Kernel, widths
+from epi_kernels.text import columns
 
 # What an H200 has time for while it moves the 28 bytes of a float32 element is about 200.
 MAX_INSTRUCTIONS = 100
@@ -109,12 +110,4 @@ def table(rows: Iterable[Row]) -> str:
                 "; ".join(row.problems),
             )
         )
-    column = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = {0, 1, 6, 7, 8}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, column, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return columns(lines, left={0, 1, 6, 7, 8})

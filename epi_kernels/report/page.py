@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from epi_kernels.files import write_whole
+
 
 @dataclass
 class Text:
@@ -143,9 +145,7 @@ def render(title: str, sections: Iterable[Section], subtitle: str = "") -> str:
 
 
 def build(path: str | os.PathLike[str], title: str, sections: Iterable[Section], subtitle: str = "") -> Path:
-    """Writes the page to `path` (through a temporary file beside it, so a reader never sees half a page); returns the path."""
+    """Writes the page to `path` (all of it or nothing); returns the path."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(title, sections, subtitle), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, render(title, sections, subtitle))
     return path

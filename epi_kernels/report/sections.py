@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from epi_kernels.finetune.compare import NAMES
+from epi_kernels.text import human_bytes
+
 from . import figures
 from .figures import COLORS, Series
 from .page import Figure, Note, Section, Table, Tiles
 
-NAMES = {"isolation": "MaskedEMAAdamW", "adamw": "torch.optim.AdamW"}
 SMOOTHED_ABOVE = 60  # steps: below that the raw training loss is readable
 HEATMAP_ROWS = 60
 
@@ -36,16 +38,15 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return result
 
 
-def bytes_text(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
 def _loss_text(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
+
+
+def _change(before: object, after: object) -> str:
+    """ "-" where there is no such data, or the loss was no number."""
+    if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+        return f"{after - before:+.4f}"
+    return "-"
 
 
 def headline(runs: Mapping[str, Events]) -> Section:
@@ -68,12 +69,12 @@ def headline(runs: Mapping[str, Events]) -> Section:
             )
         )
     if evals and isinstance(evals[0]["retain_loss"], (int, float)):
-        change = evals[-1]["retain_loss"] - evals[0]["retain_loss"]
+        change = _change(evals[0]["retain_loss"], evals[-1]["retain_loss"])
         tiles.append(
             (
                 "old-data loss",
                 f"{_loss_text(evals[0]['retain_loss'])} → {_loss_text(evals[-1]['retain_loss'])}",
-                f"change {change:+.4f}",
+                f"change {change}",
             )
         )
     refreshed = _of(main, "refresh")
@@ -99,13 +100,10 @@ def _outcomes(runs: Mapping[str, Events]) -> Table:
         if not evals:
             continue
         before, after = evals[0]["retain_loss"], evals[-1]["retain_loss"]
-        change = (
-            f"{after - before:+.4f}"
-            if isinstance(before, (int, float)) and isinstance(after, (int, float))
-            else "-"
-        )
         validation = [_loss_text(evals[0]["validation_loss"]), _loss_text(evals[-1]["validation_loss"])]
-        rows.append([NAMES[label], *validation, _loss_text(before), _loss_text(after), change])
+        rows.append(
+            [NAMES[label], *validation, _loss_text(before), _loss_text(after), _change(before, after)]
+        )
     headers = ["optimizer", "validation before", "after", "old data before", "after", "change"]
     if all(row[3] == row[4] == "-" for row in rows):
         return Table(headers[:3], [row[:3] for row in rows], "Mean cross-entropy in nats an answer token.")
@@ -250,7 +248,7 @@ def memory(runs: Mapping[str, Events]) -> Section:
     labels = ["torch AdamW", "this run", "EPI as published"]
     values = [planned["adamw"], ours, planned["epi_as_published"]]
     rows = [
-        [label, bytes_text(value), f"{value / count:.3f}"]
+        [label, human_bytes(value), f"{value / count:.3f}"]
         for label, value in zip(labels, values, strict=True)
     ]
     blocks: list = [
@@ -263,7 +261,7 @@ def memory(runs: Mapping[str, Events]) -> Section:
     ]
     blocks.append(Table(["optimizer state", "bytes", "a parameter"], rows))
     if ends:
-        kinds = [[kind, bytes_text(value)] for kind, value in ends[-1].items() if value]
+        kinds = [[kind, human_bytes(value)] for kind, value in ends[-1].items() if value]
         blocks.append(Table(["this run's state", "bytes"], kinds))
     return Section("Optimizer memory", blocks)
 
