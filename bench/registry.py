@@ -46,7 +46,7 @@ STEP_BFLOAT16 = Target("ratio.p50", 0.75)
 STEP_BFLOAT16_STOCHASTIC = Target("ratio.p50", 0.9)
 REFRESH = Target("ratio.p50", 1.0)
 # Linear cost: every timed call finds cold caches, so that no size profits from them.
-SLOPE = Target("slope", 1.1, 0.9)
+LINE = Target("line.deviation", 0.3)
 LARGEST_TO_TENTH = Target("cost_ratio", 1.3)
 REFRESH_PEAK = Target("extra_mib.refresh", 1.0)
 

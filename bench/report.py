@@ -118,6 +118,10 @@ def _refresh_table(rows: list[Row]) -> str:
     return table(header, lines, "lrrrr") + "\n\n" + note
 
 
+def _line(line: dict[str, float]) -> str:
+    return f"{line['fixed']:.2f} ms + {1e6 * line['each']:.2f} ns an element, within {line['deviation']:.0%}"
+
+
 def _linear_table(rows: list[Row]) -> str:
     steps = sorted(
         (r for r in rows if re.fullmatch(r"linear-step-f32-\d.*", r["name"])), key=lambda r: r["elements"]
@@ -145,15 +149,16 @@ def _linear_table(rows: list[Row]) -> str:
     ]
     fits = [
         f"{'Step' if 'step' in row['name'] else 'Refresh'}: "
-        + (f"slope {row['slope']:.3f}" if "slope" in row else f"largest / tenth {row['cost_ratio']:.3f}")
+        + (_line(row["line"]) if "line" in row else f"largest / tenth {row['cost_ratio']:.3f}")
         + ("" if row["met"] is None else " (met)" if row["met"] else " (**missed**)")
         for row in rows
-        if "slope" in row or "cost_ratio" in row
+        if "line" in row or "cost_ratio" in row
     ]
     note = (
-        "Linear cost is a slope of log time over log size in [0.9, 1.1] from 1e6 elements on, and a cost an "
-        "element at the largest size at most 1.3 times that at a tenth of it; below 1e6 the host's cost a "
-        "call shows. " + "; ".join(fits) + "."
+        "Linear cost is one line, a fixed cost a call and one an element, within 30 % of the costs at all sizes, "
+        "and a cost an element at the largest size at most 1.3 times that at a tenth of it. "
+        + "; ".join(fits)
+        + "."
     )
     return table(header, lines, "rrrrr") + "\n\n" + note
 

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -77,12 +77,23 @@ def paired_ratios(ours: Sequence[float], beside: Sequence[float]) -> list[float]
     return [a / b for a, b in zip(ours, beside)]
 
 
-def slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Least squares of log(cost) over log(size): 1 is linear."""
-    x, y = [math.log(s) for s in sizes], [math.log(c) for c in costs]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / spread
+class Line(NamedTuple):
+    """cost = fixed + each * size: a fixed cost a call, and one an element."""
+
+    fixed: float
+    each: float
+    deviation: float  # the largest distance of a cost from the line, as a share of the cost
+
+
+def line(sizes: Sequence[float], costs: Sequence[float]) -> Line:
+    """Least squares of the relative distances, so that small sizes count as much as large ones."""
+    # minimise sum((fixed * a + each * b - 1)^2) with a = 1 / cost, b = size / cost
+    a, b = [1 / c for c in costs], [n / c for n, c in zip(sizes, costs)]
+    aa, ab, bb = (sum(x * y for x, y in zip(p, q)) for p, q in ((a, a), (a, b), (b, b)))
+    sa, sb = sum(a), sum(b)
+    determinant = aa * bb - ab * ab
+    fixed, each = (sa * bb - sb * ab) / determinant, (sb * aa - sa * ab) / determinant
+    return Line(fixed, each, max(abs(fixed * x + each * y - 1) for x, y in zip(a, b)))
 
 
 # ---------------------------------------------------------------- where and from what

@@ -89,25 +89,21 @@ def timing_row(benchmark: dict[str, Any], shared: dict[str, Any]) -> dict[str, A
 
 
 def fit_rows(rows: list[dict[str, Any]], like: dict[str, Any]) -> list[dict[str, Any]]:
-    """Slope over the sizes from 1e6 on (below, the host's cost a step shows), and the largest beside a tenth."""
+    """The line through the costs of all sizes, a fixed cost and one an element; the largest beside a tenth."""
     found = []
     for stem, end in (("linear-step-f32-", ""), ("linear-refresh-f32-", "-stand-alone")):
         points = [r for r in rows if r["name"].startswith(stem) and r["name"].endswith(end)]
         points.sort(key=lambda row: row["elements"])
         if len(points) < 2:
             continue
-        large = [row for row in points if row["elements"] >= 1_000_000]
-        fitted = large if len(large) >= 2 else points
-        sizes, costs = [r["elements"] for r in fitted], [r["ours_ms"]["p50"] for r in fitted]
+        fitted = results.line([r["elements"] for r in points], [r["ours_ms"]["p50"] for r in points])
         per_element = {r["elements"]: r["ns_per_element"] for r in points}
         largest = points[-1]["elements"]
         tenth = per_element.get(largest // 10)
         base = {key: points[-1][key] for key in like if key in points[-1]}
         base |= {"ns_by_elements": {str(n): ns for n, ns in per_element.items()}}
         found.append(
-            base
-            | {"name": f"{stem}slope", "slope": results.slope(sizes, costs), "sizes": sizes}
-            | {"target": registry.SLOPE._asdict()}
+            base | {"name": f"{stem}line", "line": fitted._asdict()} | {"target": registry.LINE._asdict()}
         )
         if tenth:
             found.append(
@@ -201,8 +197,11 @@ def measure(plan: Plan, groups: set[str], complete: bool) -> list[dict[str, Any]
 
 
 def _figures(row: dict[str, Any]) -> str:
-    if "slope" in row:
-        return f"slope {row['slope']:.3f} over {row['sizes']}"
+    if "line" in row:
+        line = row["line"]
+        return (
+            f"{line['fixed']:.3f} ms + {1e6 * line['each']:.3f} ns an element, within {line['deviation']:.0%}"
+        )
     if "cost_ratio" in row:
         per_element = ", ".join(f"{int(n):.0e}: {ns:.2f}" for n, ns in row["ns_by_elements"].items())
         return f"cost ratio {row['cost_ratio']:.3f}  (ns per element {per_element})"

@@ -40,17 +40,18 @@ def test_ratios_are_taken_round_by_round():
         results.paired_ratios([1.0, 1.0, 1.0], [1.0, 1.0])
 
 
-def test_slope_of_known_powers():
-    sizes = [1e6, 1e7, 1e8]
-    assert results.slope(sizes, [3 * n for n in sizes]) == pytest.approx(1)
-    assert results.slope(sizes, [n**1.5 for n in sizes]) == pytest.approx(1.5)
+def test_line_through_known_costs():
+    sizes = [1e5, 1e6, 1e7, 1e8]
+    assert results.line(sizes, [2 + 3e-6 * n for n in sizes]) == pytest.approx((2, 3e-6, 0), abs=1e-9)
+    bent = results.line(sizes, [n**1.5 for n in sizes])
+    assert bent.deviation > 0.5
 
 
 def test_targets_have_limits_on_either_side():
     assert Target("ratio.p50", 1.02).met({"ratio": {"p50": 1.02}}) is True
     assert Target("ratio.p50", 1.02).met({"ratio": {"p50": 1.021}}) is False
-    assert Target("slope", 1.1, 0.9).met({"slope": 0.8}) is False
-    assert Target("slope", 1.1, 0.9).met({"ratio": None}) is None
+    assert Target("share", 1.1, 0.9).met({"share": 0.8}) is False
+    assert Target("share", 1.1, 0.9).met({"ratio": None}) is None
 
 
 # ---------------------------------------------------------------- rows
@@ -83,12 +84,12 @@ def test_a_row_without_its_keys_is_refused():
         results.check_row(row)
 
 
-def test_fit_leaves_the_sizes_below_a_million_out():
-    rows = linear_rows({10**5: 9.0, 10**6: 2.0, 10**7: 2.0, 10**8: 3.0}, "linear-step-f32-")
+def test_fit_takes_every_size():
+    # ns an element: a fixed cost of 0.5 ms and 2 ns each, but for the largest
+    rows = linear_rows({10**5: 7.0, 10**6: 2.5, 10**7: 2.05, 10**8: 3.0}, "linear-step-f32-")
     fits = {row["name"]: row for row in run.fit_rows(rows, dict.fromkeys(results.ROW_KEYS))}
-    assert fits["linear-step-f32-slope"]["sizes"] == [10**6, 10**7, 10**8]
-    assert fits["linear-step-f32-slope"]["slope"] == pytest.approx(1 + np.log10(1.5) / 2)
-    assert fits["linear-step-f32-cost-ratio"]["cost_ratio"] == pytest.approx(1.5)
+    assert 0.1 < fits["linear-step-f32-line"]["line"]["deviation"] < 0.3
+    assert fits["linear-step-f32-cost-ratio"]["cost_ratio"] == pytest.approx(3.0 / 2.05)
 
 
 # ---------------------------------------------------------------- cases
@@ -169,9 +170,7 @@ def test_quick_run_produces_every_row(tmp_path):
     refreshes = [*registry.refresh_cases(plan), *registry.linear_refresh_cases(plan)]
     expected = {"copy", *(case.name for case in steps), *(name for name, _, _ in run.MEMORY_CASES)}
     expected |= {f"{case.name}-{kind}" for case in refreshes for kind in ("after-step", "stand-alone")}
-    expected |= {
-        f"linear-{what}-f32-{fit}" for what in ("step", "refresh") for fit in ("slope", "cost-ratio")
-    }
+    expected |= {f"linear-{what}-f32-{fit}" for what in ("step", "refresh") for fit in ("line", "cost-ratio")}
     assert set(rows) == expected
     assert not any(row["complete"] for row in rows.values())
     assert all(row["met"] is None for row in rows.values())

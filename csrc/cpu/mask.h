@@ -35,7 +35,7 @@ template <class F>
 EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds<F>& b) {
   uint64_t now = finite_from(u, b.word[0]);
   now |= static_cast<uint64_t>(finite_from(u + 32, b.word[0])) << 32;
-  if (!b.by_old_bit) return now;
+  if (!b.by_old_bit || old == 0) return now;
   uint64_t stays = finite_from(u, b.word[1]);
   stays |= static_cast<uint64_t>(finite_from(u + 32, b.word[1])) << 32;
   return (stays & old) | (now & ~old);

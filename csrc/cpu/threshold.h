@@ -102,9 +102,11 @@ EPI_INLINE int64_t count_words(const uint16_t* u, const uint8_t* mask, int64_t s
     }
     uint32_t over = finite_from(at, b.hi[0]), in = finite_from(at, b.lo[0]);
     if (b.by_old_bit) {
-      old = mask_bits(mask, i, count);
-      over = (finite_from(at, b.hi[1]) & old) | (over & ~old);
-      in = (finite_from(at, b.lo[1]) & old) | (in & ~old);
+      old = count == 2 * kWidth ? mask_word(mask, i) : mask_bits(mask, i, count);
+      if (old != 0) {  // few words hold an isolated element
+        over = (finite_from(at, b.hi[1]) & old) | (over & ~old);
+        in = (finite_from(at, b.lo[1]) & old) | (in & ~old);
+      }
     }
     above += __builtin_popcount(over & in_bounds);
     in &= in_bounds & ~over;
