@@ -156,6 +156,45 @@ def test_refused_parameters_do_not_join_a_live_optimizer():
     assert snapshot(optimizer) == before
 
 
+def test_expanded_gradient_under_a_loss_scale_steps_nothing():
+    params = {"w": torch.nn.Parameter(torch.ones(8)), "b": torch.nn.Parameter(torch.ones(8))}
+    optimizer = make(params)
+    params["w"].grad, params["b"].grad = torch.ones(8), torch.ones(1).expand(8)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.grad_scale = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match=r"gradient of b is expanded .*\.contiguous\(\)"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    assert torch.equal(params["w"].grad, torch.ones(8))
+
+
+def test_a_graph_capture_is_refused(monkeypatch):
+    params = {"w": torch.nn.Parameter(torch.ones(8))}
+    optimizer = make(params)
+    params["w"].grad = torch.ones(8)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA graph: capturable=True is not supported yet"):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(params["w"], torch.ones(8))
+
+
+@pytest.mark.parametrize("call", ["step", "refresh_isolation_mask"])
+def test_warnings_point_at_the_caller(call):
+    params = {"w": torch.nn.Parameter(torch.ones(8))}
+    optimizer = make(params, isolation_ratio=0.01, mask_interval=1 if call == "step" else None)
+    params["w"].grad = torch.full((8,), math.nan)
+    if call != "step":
+        optimizer.step()
+    with pytest.warns(UserWarning) as caught:
+        getattr(optimizer, call)()
+    assert {"less than one", "non-finite"} <= {
+        m for w in caught for m in ("less than one", "non-finite") if m in str(w.message)
+    }
+    assert {w.filename for w in caught} == {__file__}
+
+
 def test_sparse_gradient_steps_nothing():
     """It is found before the parameters ahead of it are stepped."""
     params = small_model()

@@ -12,15 +12,14 @@ namespace {
 
 constexpr int64_t kKeyEnd = int64_t{1} << 32;
 
-// A coarse sample finds the region, a finer one a narrow bracket in it. About so many elements are
-// sampled; the second stride is bounded too, since its accuracy is what keeps the bracket narrow.
-constexpr int64_t kCoarseSample = int64_t{1} << 14, kFineSample = int64_t{1} << 17;
-constexpr int64_t kMaxCoarseStride = 1024, kMaxFineStride = 32;
+// A coarse sample of about so many elements finds the region, a finer one a narrow bracket in it.
+constexpr int64_t kCoarseSample = int64_t{1} << 14;
+constexpr int64_t kMaxCoarseStride = 1024, kMaxFineStride = 32, kMinFineStride = 4;
 // Standard deviations of a sampled rank on either side, were the elements independent. Neighbours are
-// not: runs of 64 of one embedding row spread a rank several times as far.
-constexpr double kDeviations = 8.0;
-// Keys noted by all threads together, 4 bytes each: at 1e8 elements and p = 1 % the bracket holds
-// about 9e4.
+// not: where runs of 64 are alike, a bracket may prove wrong, which costs another pass.
+constexpr double kDeviations = 5.0;
+// Keys noted by all threads together, 4 bytes each. The finer stride is chosen so that the brackets hold
+// no more: at 1e8 elements and p = 1 % they hold about 6e4.
 constexpr int64_t kNotedKeys = int64_t{1} << 17;
 // A bracket that proves wrong is followed by one beside it, so many times as wide.
 constexpr int64_t kWiden = 8;
@@ -62,8 +61,8 @@ class ThresholdSearch {
     for (int64_t d = 0; d < problem_.domains; ++d) total += problem_.n_elements[d];
     if (total >= problem_.sample_from && open()) {
       sample(std::clamp<int64_t>(total / kCoarseSample, 1, kMaxCoarseStride));
-      const int64_t fine = std::min(total / kFineSample, kMaxFineStride);
-      if (fine > 1) sample(fine);
+      const int64_t fine = fine_stride();
+      if (total / fine >= kCoarseSample) sample(fine);
     }
     while (open()) {
       if (!recount()) count_all();
@@ -76,6 +75,16 @@ class ThresholdSearch {
  private:
   bool open() const {
     return std::any_of(domains_.begin(), domains_.end(), [](const Domain& d) { return !d.done; });
+  }
+
+  // The largest stride whose brackets leave room for all their keys: a bracket is kDeviations of a sampled
+  // rank wide on either side, and a rank of the sample stands for `stride` of the whole.
+  int64_t fine_stride() const {
+    double roots = 0.0;
+    for (const Domain& d : domains_) roots += d.done ? 0.0 : std::sqrt(static_cast<double>(d.k));
+    const double width = 0.75 * static_cast<double>(kNotedKeys) / (2.0 * kDeviations * roots);
+    return static_cast<int64_t>(
+        std::clamp(width * width, static_cast<double>(kMinFineStride), static_cast<double>(kMaxFineStride)));
   }
 
   // The smallest shift that lays the bracket over the bins.

@@ -28,8 +28,8 @@ class Entry(NamedTuple):
     rng_id: int  # CRC-32 of the name, or the position when unnamed
 
 
-def check_gradient(entry: Entry, requested_backend: str) -> None:
-    """Refuses what no backend steps, before anything changes."""
+def check_gradient(entry: Entry, requested_backend: str, *, written: bool) -> None:
+    """Refuses what no backend steps, before anything changes. ``written``: a loss scale is divided out of it."""
     param, name, grad = entry.param, entry.name, entry.param.grad
     assert grad is not None
     if grad.layout != torch.strided:
@@ -41,6 +41,11 @@ def check_gradient(entry: Entry, requested_backend: str) -> None:
         raise RuntimeError(
             f"the gradient of {name} is {grad.dtype} {list(grad.shape)} on {grad.device}, "
             f"its parameter {param.dtype} {list(param.shape)} on {param.device}"
+        )
+    if written and any(stride == 0 and n > 1 for stride, n in zip(grad.stride(), grad.shape)):
+        raise RuntimeError(
+            f"the gradient of {name} is expanded (several elements share one place in memory), so a loss scale cannot "
+            "be divided out of it in place: use .contiguous() on it"
         )
     choose(requested_backend, param.device, param.dtype)
 

@@ -16,7 +16,7 @@ from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.batches import Entry, check_gradient, check_state, param_tensors, run_step
 from epi_kernels.optim.refresh import Partition, StatsByDevice, refresh
-from epi_kernels.optim.report import IsolationReport
+from epi_kernels.optim.report import IsolationReport, callers_level
 from epi_kernels.policies.layers import LayerTable, build_layers
 from epi_kernels.policies.schedule import refresh_due
 from epi_kernels.reference import bits
@@ -141,7 +141,14 @@ class MaskedEMAAdamW(Optimizer):
     # ---------------------------------------------------------------- groups and names
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch; the group may set what the class docstring lists, and is checked before it joins."""
+        """As torch; the group may set what the class docstring lists, and is checked before it joins.
+
+        Raises:
+            ValueError: an option is out of range or not a group's, a parameter has a dtype that no backend steps,
+                or a name is missing where ``layer_key`` needs one, or taken.
+            NotImplementedError: a parameter is a DTensor.
+            RuntimeError: the backend asked for cannot step a parameter.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         group = dict(param_group)
@@ -196,20 +203,29 @@ class MaskedEMAAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One optimization step; refreshes the mask after it when one is due. Returns the closure's loss."""
+        """One optimization step; refreshes the mask after it when one is due. Returns the closure's loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse or does not fit its parameter, state does not fit it, or a CUDA
+                graph is being captured. Nothing has changed then.
+        """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph: capturable=True is not supported yet"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         config = self._config
         stepped = [entry for entry in self._parameters() if entry.param.grad is not None]
+        # both set by torch.amp.GradScaler
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for entry in stepped:
-            check_gradient(entry, config.backend)
+            check_gradient(entry, config.backend, written=grad_scale is not None)
             check_state(entry, self.state.get(entry.param, {}))
-        found_inf = getattr(self, "found_inf", None)  # set, like grad_scale, by torch.amp.GradScaler
         if found_inf is not None and bool(found_inf):
             return loss
-        grad_scale = getattr(self, "grad_scale", None)
 
         step = self._isolation_step + 1
         due = refresh_due(step, interval=config.mask_interval, warmup=config.mask_warmup)
@@ -274,7 +290,7 @@ class MaskedEMAAdamW(Optimizer):
             warnings.warn(
                 f"isolation_ratio={self._config.isolation_ratio} of {layers.total_eligible} eligible elements is "
                 "less than one element: nothing is isolated. Raise isolation_ratio.",
-                stacklevel=4,
+                stacklevel=callers_level(),
             )
         # reading the count warns; on a GPU it stays there until somebody reads it
         if all(param.device.type == "cpu" for param in layers.row_of):
@@ -293,7 +309,11 @@ class MaskedEMAAdamW(Optimizer):
         raise ValueError("this parameter is not in any of the optimizer's groups")
 
     def isolation_mask(self, param: Tensor) -> Tensor:
-        """bool tensor of param's shape, a copy: True where the weight is isolated."""
+        """bool tensor of param's shape, a copy: True where the weight is isolated.
+
+        Raises:
+            ValueError: the parameter is in no group.
+        """
         self._group_of(param)
         packed = self.state[param].get("isolation_mask") if self.state.get(param) else None
         if packed is None:
@@ -306,6 +326,10 @@ class MaskedEMAAdamW(Optimizer):
 
         Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
         ``isolation_ratio=0`` and ``isolate=False`` too. Installing an all-False persistent mask lifts it.
+
+        Raises:
+            TypeError: the mask is no bool tensor.
+            ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
         group = self._group_of(param)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -338,6 +362,10 @@ class MaskedEMAAdamW(Optimizer):
         position, all or nothing. A shared importance takes the source's own importance if it has one, else its
         ``exp_avg_sq``, together with ``step``; an own importance takes that tensor alone. ``exp_avg`` starts at
         zero, T at 0. It does not refresh: call ``refresh_isolation_mask()`` to protect from the first step on.
+
+        Raises:
+            TypeError: the source is neither an optimizer nor a state dict.
+            ValueError: a parameter has no counterpart there, or one of another shape, or there is no state at all.
         """
         entries = list(self._parameters())
         params = [param for _, param, _, _ in entries]
@@ -381,6 +409,10 @@ class MaskedEMAAdamW(Optimizer):
         """Loads a state dict of ours or of torch.optim.AdamW; one that does not fit is refused whole.
 
         torch's own policy would cast importances to the parameter's dtype and packed masks to floats.
+
+        Raises:
+            ValueError: it is of another parameter set or version, or a tensor in it does not fit; the optimizer is
+                as before.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,16 @@ from torch import Tensor
 
 from epi_kernels.policies.layers import LayerTable
 from epi_kernels.reference.mask import ENTERED, ISOLATED, RELEASED
+
+
+def callers_level() -> int:
+    """The ``stacklevel`` of a warning that is to point past this package and torch's wrappers of ``step``."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("epi_kernels", "torch", "functools"):
+            break
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def jaccard(isolated: int, entered: int, released: int) -> float:
@@ -122,7 +133,7 @@ class IsolationReport:
             warnings.warn(
                 f"{count} elements have a non-finite importance after step {self.step}: they are never isolated, and "
                 "their weights follow the non-finite gradient. Clip gradients or use a GradScaler.",
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         return count
 
