@@ -25,7 +25,7 @@ struct StepPointers {
   S* exp_avg;
   S* exp_avg_sq;
   // at most one of the two is there: the parameter's own importance. A branch of the loop that always
-  // goes one way; an instance for each took half as long again to compile
+  // goes one way, and half the instances to compile
   float* importance_f32;
   uint16_t* importance_bf16;
 
