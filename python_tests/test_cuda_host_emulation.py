@@ -125,7 +125,7 @@ def test_empty_lists_and_lists_of_empties(emulated):
 
 def test_bindings_refuse_wrong_tensors(emulated):
     ops = emulated._ops
-    rows, programs = torch.zeros(1, 12, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+    rows, programs = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
     runs, partials = torch.zeros(1, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.float64)
     ops.cuda_stats(rows, programs, runs, partials, False)
     for bad in (

@@ -21,6 +21,10 @@ enum Column {
   kRngKey,
   kIndexOffset,
   kFlags,
+  kExpAvgScale,
+  kExpAvgSqScale,
+  kImportanceScale,
+  kStep,
   kColumns,
 };
 enum Flag : int64_t {
@@ -29,6 +33,9 @@ enum Flag : int64_t {
   kImportanceBf16 = 4,
   kUBf16 = 8,
   kMaximize = 16,
+  kStateInt8 = 32,
+  kImportanceInt8 = 64,
+  kUInt8 = 128,
 };
 
 using TableRow = const int64_t*;  // [kColumns]

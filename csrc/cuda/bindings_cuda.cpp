@@ -99,7 +99,7 @@ class Launch {
 };
 
 Work work_of(const Tensor& rows, const Tensor& programs, int32_t device) {
-  check(rows.numel() % kColumns == 0, "rows", "is not [n, 12]");
+  check(rows.numel() % kColumns == 0, "rows", "is not [n, 16]");
   check(programs.numel() >= 4 && programs.numel() % 2 == 0, "programs", "is not [n + 1, 2] with n > 0");
   return {data<const int64_t>(rows, "rows", rows.numel(), device),
           data<const int64_t>(programs, "programs", programs.numel(), device), programs.numel() / 2 - 1};

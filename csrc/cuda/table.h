@@ -21,6 +21,10 @@ enum Column {
   kRngKey,
   kIndexOffset,
   kFlags,
+  kExpAvgScale,
+  kExpAvgSqScale,
+  kImportanceScale,
+  kStep,
   kColumns,
 };
 enum Flag : int64_t {
@@ -29,7 +33,10 @@ enum Flag : int64_t {
   kImportanceBf16 = 4,
   kUBf16 = 8,
   kMaximize = 16,
-  kAligned = 32,  // every tensor the kernel reads or writes starts on 16 bytes (backends/cuda.py)
+  kStateInt8 = 32,
+  kImportanceInt8 = 64,
+  kUInt8 = 128,
+  kAligned = 256,  // every tensor the kernel reads or writes starts on 16 bytes (backends/cuda.py)
 };
 
 // Spans start at multiples of this many elements of a tensor, so they own whole mask bytes, and keep

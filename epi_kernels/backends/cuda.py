@@ -28,7 +28,7 @@ from epi_kernels.reference.threshold import KthSearch
 
 CHUNK = 4096  # kChunk of csrc/cuda/table.h
 MIN_CAPABILITY = (7, 5)
-ALIGNED = 32  # kAligned: every tensor of the row that the kernel touches starts on 16 bytes
+ALIGNED = 256  # kAligned: every tensor of the row that the kernel touches starts on 16 bytes
 STATS_PARTIAL_WORDS = 4  # StatsPartial, in float64 words
 
 # Enough programs to fill a large GPU several times over, so that its blocks finish together, and

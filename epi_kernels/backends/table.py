@@ -33,8 +33,12 @@ from epi_kernels.reference.tensors import ParamTensors
     RNG_KEY,  # uint32; step only
     INDEX_OFFSET,  # logical position of element 0; step only
     FLAGS,
-) = range(12)
-COLUMNS = 12
+    EXP_AVG_SCALE,  # of 8-bit states, 0 otherwise; step only
+    EXP_AVG_SQ_SCALE,
+    IMPORTANCE_SCALE,
+    STEP,  # the parameter's ``step``; step only, where the device counts
+) = range(16)
+COLUMNS = 16
 
 # Bits of FLAGS.
 PARAM_BF16 = 1  # param and grad
@@ -42,10 +46,13 @@ STATE_BF16 = 2  # exp_avg and exp_avg_sq
 IMPORTANCE_BF16 = 4  # the parameter's own importance; unset when shared
 U_BF16 = 8  # u, whichever of the two it is
 MAXIMIZE = 16
+STATE_INT8 = 32  # exp_avg and exp_avg_sq are codes (reference/codec.py)
+IMPORTANCE_INT8 = 64  # the parameter's own importance; unset when shared
+U_INT8 = 128  # u, whichever of the two it is
 
 SCALAR_COLUMNS = len(StepScalars._fields)
 
-_IS_BF16 = {torch.float32: False, torch.bfloat16: True}
+_U_OF_STATE = U_BF16 // STATE_BF16  # what turns the state's flag into u's, where u is exp_avg_sq
 
 
 @dataclass(slots=True)
@@ -79,6 +86,7 @@ def step_table(tensors: Sequence[ParamTensors], *, writes_grad: bool) -> Pointer
     _fill(rows, EXP_AVG, Tensor.data_ptr, exp_avgs)
     _fill(rows, EXP_AVG_SQ, Tensor.data_ptr, exp_avg_sqs)
     _fill_optional(rows, IMPORTANCE, importances)
+    _fill_optional(rows, EXP_AVG_SCALE, [item.exp_avg_scale for item in tensors])
     _fill(rows, NUMEL, Tensor.numel, params)
     _fill(rows, RNG_KEY, attrgetter("rng_key"), tensors)
     rows[:, FLAGS] = _u_flags(exp_avg_sqs, importances) | _flags(params, "param", PARAM_BF16)
@@ -115,6 +123,9 @@ def _fill_optional(rows: np.ndarray, column: int, tensors: list[Tensor | None]) 
 
 
 def _fill_common(rows: np.ndarray, tensors: Sequence[ParamTensors]) -> list[Tensor]:
+    """Columns of every stage: u's scales, the masks, where the elements belong."""
+    _fill_optional(rows, EXP_AVG_SQ_SCALE, [item.exp_avg_sq_scale for item in tensors])
+    _fill_optional(rows, IMPORTANCE_SCALE, [item.importance_scale for item in tensors])
     isolation = [item.isolation_mask for item in tensors]
     persistent = [item.persistent_mask for item in tensors]
     _fill_optional(rows, ISOLATION_MASK, isolation)
@@ -143,25 +154,27 @@ def _dense(tensors: list[Tensor], written: list[tuple[Tensor, Tensor]] | None) -
     return result
 
 
-def _flags(tensors: Sequence[Tensor], what: str, bit: int) -> int | np.ndarray:
-    """``bit`` where a tensor is bfloat16; one number when all agree, which is the common case."""
+def _flags(tensors: Sequence[Tensor], what: str, bf16: int, int8: int = 0) -> int | np.ndarray:
+    """The flag of every tensor's dtype; one number when all agree, which is the common case."""
+    flag_of = {torch.float32: 0, torch.bfloat16: bf16} | ({torch.uint8: int8} if int8 else {})
     dtypes = list(map(attrgetter("dtype"), tensors))
-    unknown = set(dtypes) - _IS_BF16.keys()
+    distinct = set(dtypes)
+    unknown = distinct - flag_of.keys()
     if unknown:
-        raise TypeError(f"{what}: expected float32 or bfloat16, got {unknown.pop()}")
-    if len(set(dtypes)) <= 1:
-        return bit if dtypes and _IS_BF16[dtypes[0]] else 0
-    return np.array([bit * _IS_BF16[dtype] for dtype in dtypes], dtype=np.int64)
+        raise TypeError(f"{what}: expected one of {', '.join(map(str, flag_of))}, got {unknown.pop()}")
+    if len(distinct) <= 1:
+        return flag_of[dtypes[0]] if dtypes else 0
+    return np.array([flag_of[dtype] for dtype in dtypes], dtype=np.int64)
 
 
 def _u_flags(exp_avg_sqs: list[Tensor], importances: list[Tensor | None]) -> int | np.ndarray:
-    state = _flags(exp_avg_sqs, "exp_avg_sq", STATE_BF16)
-    shared = state // STATE_BF16 * U_BF16
+    state = _flags(exp_avg_sqs, "exp_avg_sq", STATE_BF16, STATE_INT8)
+    shared = state * _U_OF_STATE
     own = [importance is not None for importance in importances]
     if not any(own):
         return state | shared
     u = np.zeros(len(own), dtype=np.int64) + shared
-    u[own] = _flags(_present(importances), "importance", IMPORTANCE_BF16 | U_BF16)
+    u[own] = _flags(_present(importances), "importance", IMPORTANCE_BF16 | U_BF16, IMPORTANCE_INT8 | U_INT8)
     return state | u
 
 

@@ -21,12 +21,12 @@ def select_(
 ) -> None:
     """isolated = score >= threshold, u > 0, score > 0 (minmax, none), scale > 0; persistent bits OR-ed in."""
     assert tensors.isolation_mask is not None
-    u_all, row = tensors.u.reshape(-1), tensors.layer
+    row = tensors.layer
     threshold, scale = thresholds[row], terms.scale[row]
-    for start, stop in slices(u_all.numel()):
+    for start, stop in slices(tensors.u.numel()):
         packed = tensors.isolation_mask[start // 8 : bits.packed_bytes(stop)]
         old = bits.unpack(packed, stop - start)
-        u = u_all[start:stop].to(torch.float32)
+        u = tensors.read_u(start, stop)
         scores = score(u, terms.shift[row], scale, old, keep_factor)
         new = (scores >= threshold) & (threshold < torch.inf) & (u > 0) & torch.isfinite(u) & (scale > 0)
         if terms.positive_only:

@@ -14,7 +14,7 @@ SLICE = 1 << 18  # elements a slice: bounds the temporaries of a refresh on this
 
 
 def slices(n_elements: int) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive slices; every start is a multiple of 8, so a slice owns whole mask bytes."""
+    """Bounds of consecutive slices; every start is a multiple of 64: a slice owns whole mask bytes and scale blocks."""
     for start in range(0, n_elements, SLICE):
         yield start, min(start + SLICE, n_elements)
 
@@ -51,9 +51,9 @@ class LayerStats:
 
 def accumulate(tensors: ParamTensors, stats: LayerStats) -> None:
     """Merges one parameter's importances, as stored, into its layer's row."""
-    u_all, row = tensors.u.reshape(-1), tensors.layer
-    for start, stop in slices(u_all.numel()):
-        u = u_all[start:stop].to(torch.float32)
+    row = tensors.layer
+    for start, stop in slices(tensors.u.numel()):
+        u = tensors.read_u(start, stop)
         finite = torch.isfinite(u)
         stats.nonfinite[row] += (~finite).sum()
         stats.minimum[row] = torch.minimum(stats.minimum[row], torch.where(finite, u, torch.inf).min())

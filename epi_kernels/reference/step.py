@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epi_kernels.reference import bits, rounding
+from epi_kernels.reference import bits, codec, rounding
 from epi_kernels.reference.tensors import ParamTensors
 
 
@@ -18,12 +18,28 @@ def exact_sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().to(x.dtype)
 
 
-def _store(target: Tensor, value: Tensor, random_bits: Tensor | None, keep: Tensor | None = None) -> None:
-    """``target[...] = value`` in target's dtype, row-major; elements where ``keep`` retain their bits."""
-    if target.dtype == torch.bfloat16 and random_bits is not None:
-        value = rounding.round_bfloat16(value.to(torch.float32), random_bits)
-    value = value.to(target.dtype).view(target.shape)
-    target.copy_(value if keep is None else torch.where(keep.view(target.shape), target, value))
+def _load(state: Tensor, scale: Tensor | None, opmath: torch.dtype, *, signed: bool = False) -> Tensor:
+    """[n] opmath: a state's values, row-major."""
+    values = state.reshape(-1) if scale is None else codec.decode(state.reshape(-1), scale, signed=signed)
+    return values.to(opmath)
+
+
+def _store(
+    state: Tensor, scale: Tensor | None, value: Tensor, random_bits: Tensor | None, *, signed: bool = False
+) -> None:
+    """``state[...] = value`` in state's dtype, row-major; with ``scale``, as codes."""
+    if scale is None:
+        state.copy_(_rounded(value, state.dtype, random_bits).view(state.shape))
+        return
+    codes, scales = codec.encode(value.to(torch.float32), random_bits, signed=signed)
+    state.copy_(codes.view(state.shape))
+    scale.copy_(scales)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, random_bits: Tensor | None) -> Tensor:
+    if dtype == torch.bfloat16 and random_bits is not None:
+        return rounding.round_bfloat16(value.to(torch.float32), random_bits)
+    return value.to(dtype)
 
 
 def step_(tensors: ParamTensors, *, stochastic_rounding: bool, grad_multiplier: float | None = None) -> None:
@@ -36,6 +52,7 @@ def step_(tensors: ParamTensors, *, stochastic_rounding: bool, grad_multiplier: 
     assert scalars is not None and grad is not None
     opmath = torch.float64 if tensors.param.dtype == torch.float64 else torch.float32
 
+    n = tensors.param.numel()
     theta = tensors.param.reshape(-1).to(opmath)
     g = grad.reshape(-1).to(opmath)
     if grad_multiplier is not None:
@@ -45,19 +62,26 @@ def step_(tensors: ParamTensors, *, stochastic_rounding: bool, grad_multiplier: 
         g = -g
 
     g_squared = g * g
-    m = scalars.beta1 * tensors.exp_avg.reshape(-1).to(opmath) + scalars.one_minus_beta1 * g
-    v = scalars.beta2 * tensors.exp_avg_sq.reshape(-1).to(opmath) + scalars.one_minus_beta2 * g_squared
+    m = _load(tensors.exp_avg, tensors.exp_avg_scale, opmath, signed=True)
+    m = scalars.beta1 * m + scalars.one_minus_beta1 * g
+    v = _load(tensors.exp_avg_sq, tensors.exp_avg_sq_scale, opmath)
+    v = scalars.beta2 * v + scalars.one_minus_beta2 * g_squared
     denom = exact_sqrt(v) + scalars.eps
     new = scalars.decay * theta - scalars.step_size * (m / denom)
 
-    n = theta.numel()
-    w0 = w1 = None
+    r_theta = r_exp_avg = r_exp_avg_sq = r_importance = None
     if stochastic_rounding:
         w0, w1 = rounding.random_words(tensors.rng_key, tensors.index_offset, n, theta.device)
-    isolated = None if tensors.isolation_mask is None else bits.unpack(tensors.isolation_mask, n)
-    _store(tensors.exp_avg, m, None if w0 is None else w0 >> 16)
-    _store(tensors.exp_avg_sq, v, None if w1 is None else w1 & 0xFFFF)
+        r_theta, r_exp_avg = w0 & 0xFFFF, w0 >> 16
+        r_exp_avg_sq, r_importance = w1 & 0xFFFF, w1 >> 16
+    _store(tensors.exp_avg, tensors.exp_avg_scale, m, r_exp_avg, signed=True)
+    _store(tensors.exp_avg_sq, tensors.exp_avg_sq_scale, v, r_exp_avg_sq)
     if tensors.importance is not None:
-        u = scalars.beta_u * tensors.importance.reshape(-1).to(opmath) + scalars.one_minus_beta_u * g_squared
-        _store(tensors.importance, u, None if w1 is None else w1 >> 16)
-    _store(tensors.param, new, None if w0 is None else w0 & 0xFFFF, keep=isolated)
+        u = _load(tensors.importance, tensors.importance_scale, opmath)
+        u = scalars.beta_u * u + scalars.one_minus_beta_u * g_squared
+        _store(tensors.importance, tensors.importance_scale, u, r_importance)
+    new = _rounded(new, tensors.param.dtype, r_theta).view(tensors.param.shape)
+    if tensors.isolation_mask is not None:
+        isolated = bits.unpack(tensors.isolation_mask, n).view(tensors.param.shape)
+        new = torch.where(isolated, tensors.param, new)
+    tensors.param.copy_(new)

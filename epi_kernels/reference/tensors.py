@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from epi_kernels.reference import codec
 from epi_kernels.reference.scalars import StepScalars
 
 
@@ -13,9 +15,10 @@ from epi_kernels.reference.scalars import StepScalars
 class ParamTensors:
     """One parameter, its gradient and its state. States are contiguous; param and grad need not be.
 
-    Dtypes: ``grad`` has the parameter's; ``exp_avg`` and ``exp_avg_sq`` share one of float32, bfloat16
+    Dtypes: ``grad`` has the parameter's; ``exp_avg`` and ``exp_avg_sq`` share one of float32, bfloat16, uint8
     (float64 on the reference backend); ``importance`` is None when shared with ``exp_avg_sq``, else
-    float32 or bfloat16. Masks are packed (``bits.py``) or None.
+    float32, bfloat16 or uint8. uint8 are codes, whose scales lie beside them (``codec.py``); other states have
+    none. Masks are packed (``bits.py``) or None.
     """
 
     param: Tensor
@@ -29,9 +32,24 @@ class ParamTensors:
     scalars: StepScalars | None = None  # step only
     maximize: bool = False  # step only
     rng_key: int = 0  # step only: rounding.stream_key(seed, t, id)
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    importance_scale: Tensor | None = None
     index_offset: int = 0  # logical position of element 0 in the whole (unsharded) tensor
 
     @property
     def u(self) -> Tensor:
         """The importance: the shared second moment, or the parameter's own tensor."""
         return self.exp_avg_sq if self.importance is None else self.importance
+
+    @property
+    def u_scale(self) -> Tensor | None:
+        return self.exp_avg_sq_scale if self.importance is None else self.importance_scale
+
+    def read_u(self, start: int, stop: int) -> Tensor:
+        """Elements start .. stop - 1 of u as float32, row-major; ``start`` is a multiple of 64."""
+        u, scale = self.u.reshape(-1)[start:stop], self.u_scale
+        if scale is None:
+            return u.to(torch.float32)
+        blocks = slice(start // codec.BLOCK, -(-stop // codec.BLOCK))
+        return codec.decode(u, scale[blocks], signed=False)

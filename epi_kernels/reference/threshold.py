@@ -156,14 +156,14 @@ def count(tensors: ParamTensors, terms: ScoreTerms, search: KthSearch, sample_st
 
     ``sample_stride`` = s > 1 counts only every s-th block of SAMPLE_BLOCK elements of the parameter.
     """
-    u_all, row = tensors.u.reshape(-1), tensors.layer
+    row = tensors.layer
     domain = int(search.domain[row])
     if bool(search.done[domain]):
         return
     lo, hi, shift = search.lo[domain], search.hi[domain], search.shift[domain]
     columns = search.histogram.shape[1]
-    for start, stop in slices(u_all.numel()):
-        u = u_all[start:stop].to(torch.float32)
+    for start, stop in slices(tensors.u.numel()):
+        u = tensors.read_u(start, stop)
         isolated = None
         if search.keep_factor != 1.0 and tensors.isolation_mask is not None:
             isolated = bits.unpack(tensors.isolation_mask[start // 8 : bits.packed_bytes(stop)], stop - start)

@@ -1,0 +1,85 @@
+"""The 8-bit codec of reference/codec.py: what it stores, and that it loses nothing it should keep."""
+
+import itertools
+
+import pytest
+import torch
+
+from epi_kernels.reference import codec
+
+SCALES = [0, 1, 2, 100, 103, 126, 200, 222]  # exp_avg's end at 222, exp_avg_sq's at 230
+
+
+def _all_codes(signed: bool) -> torch.Tensor:
+    codes = torch.arange(256)
+    return (codes if signed else codes[(codes == 0) | (codes >= 16)]).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("scale", "signed"), [*itertools.product(SCALES, [True, False]), (230, False)])
+def test_values_on_the_grid_come_back_whatever_the_random_bits(scale, signed):
+    codes = _all_codes(signed)
+    for code in codes.split(63):
+        block = torch.cat(
+            [code, torch.tensor([127 if signed else 255], dtype=torch.uint8)]
+        )  # holds the scale
+        scales = torch.tensor([scale], dtype=torch.uint8)
+        values = codec.decode(block, scales, signed=signed)
+        for random in (0, 1, 0x8000, 0xFFFF):
+            again, scales_again = codec.encode(values, torch.full(block.shape, random), signed=signed)
+            assert torch.equal(codec.decode(again, scales_again, signed=signed), values)
+
+
+def test_what_a_code_stands_for():
+    codes, scales = torch.tensor([0, 16, 24, 255], dtype=torch.uint8), torch.tensor([103], dtype=torch.uint8)
+    expected = torch.tensor([0.0, 2.0**-14, 1.5 * 2.0**-14, 1.9375])
+    assert torch.equal(codec.decode(codes, scales, signed=False), expected)
+    codes = torch.tensor([0, 1, 16, 127, 0x80 | 127], dtype=torch.uint8)
+    expected = torch.tensor([0.0, 2.0**-10, 2.0**-6, 1.9375, -1.9375])
+    assert torch.equal(codec.decode(codes, scales, signed=True), expected)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_zero_bytes_are_zero_and_zero_is_zero_bytes(signed):
+    codes, scales = codec.encode(torch.zeros(100), None, signed=signed)
+    assert not codes.any() and not scales.any() and len(scales) == 2
+    assert not codec.decode(codes, scales, signed=signed).any()
+
+
+def test_a_positive_second_moment_never_becomes_zero():
+    x = torch.full((64,), 1e-38)
+    x[0] = 1e30
+    for random in (0, 0xFFFF):
+        values = codec.decode(*codec.encode(x, torch.full((64,), random), signed=False), signed=False)
+        assert (values > 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3.4e38])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_block_with_a_value_that_is_not_finite_says_so_and_its_neighbours_do_not(bad, signed):
+    x = torch.ones(150)
+    x[70] = bad
+    codes, scales = codec.encode(x, None, signed=signed)
+    values = codec.decode(codes, scales, signed=signed)
+    assert scales.tolist().count(codec.NONFINITE) == 1
+    assert not torch.isfinite(values[64:128]).any()
+    assert torch.equal(values[:64], x[:64]) and torch.equal(values[128:], x[128:])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_stochastic_rounding_is_unbiased_in_the_value(signed):
+    # all 2^16 random words against every value: the mean is the value, but for the floor's 2^-17 of a step
+    x = torch.tensor([1.0, 0.731, 0.0101, 0.52, 0.003, 0.00071] + [0.9] * 58)
+    total = torch.zeros(64, dtype=torch.float64)
+    for random in range(0, 1 << 16, 64):
+        total += codec.decode(
+            *codec.encode(x, torch.full((64,), random), signed=signed), signed=signed
+        ).double()
+    mean = total / 1024
+    assert torch.allclose(mean, x.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_rounding_to_nearest_errs_by_at_most_half_a_step(signed):
+    x = torch.rand(6400, generator=torch.Generator().manual_seed(1)) + 0.02
+    values = codec.decode(*codec.encode(x, None, signed=signed), signed=signed)
+    assert ((values - x).abs() <= x / 32 + (2.0**-11 if signed else 0)).all()
