@@ -13,6 +13,7 @@ import torch
 from epi_kernels.backends.protocol import Backend
 from epi_kernels.backends.reference import ReferenceBackend
 from epi_kernels.policies import selection
+from epi_kernels.reference import codec
 from epi_kernels.reference.scalars import step_scalars
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
@@ -21,8 +22,15 @@ from python_tests.harness import assert_same_bits, logical
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceBackend()
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.uint8  # uint8 holds the codes of reference/codec.py
 DTYPES = [(p, s, u) for p in (F32, BF16) for s in (F32, BF16) for u in (None, F32, BF16)]
+DTYPES_INT8 = [
+    (p, s, u)
+    for p in (F32, BF16)
+    for s in (F32, BF16, INT8)
+    for u in (None, F32, BF16, INT8)
+    if INT8 in (s, u)
+]
 # around a chunk of the cuda backend, with one and with no element
 SIZES = (5, 4099, 0, 8192, 1, 77, 300)
 KEEP = selection.keep_factor(0.3)
@@ -37,7 +45,7 @@ NORMALIZATIONS = [  # hysteresis is refused with zscore
 
 def names(dtypes: tuple[torch.dtype | None, ...]) -> str:
     """A test's id: param-state-importance."""
-    return "-".join({None: "shared", F32: "f32", BF16: "bf16"}[dtype] for dtype in dtypes)
+    return "-".join({None: "shared", F32: "f32", BF16: "bf16", INT8: "int8"}[dtype] for dtype in dtypes)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -57,6 +65,15 @@ def params(
         values = torch.randn(n + shift, generator=generator).to(dtype)[shift:]
         return values.abs_() if positive else values
 
+    def make_state(n: int, dtype: torch.dtype, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if dtype != INT8:
+            return make(n, dtype, positive=not signed), None
+        values = make(n, F32, positive=not signed) * 10.0 ** torch.randint(-9, 3, (n,), generator=generator)
+        codes, scales = codec.encode(values, None, signed=signed)
+        return torch.cat([codes.new_zeros(shift), codes])[shift:], torch.cat(
+            [scales.new_zeros(shift), scales]
+        )[shift:]
+
     scalars = step_scalars(
         3,
         lr=1e-2,
@@ -70,20 +87,25 @@ def params(
         mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, generator=generator)
         if n % 8:
             mask[-1] &= (1 << n % 8) - 1
+        (m, m_scale), (v, v_scale) = make_state(n, state, signed=True), make_state(n, state, signed=False)
+        u, u_scale = (None, None) if importance is None else make_state(n, importance, signed=False)
         result.append(
             ParamTensors(
                 param=make(n, param),
                 grad=make(n, param),
-                exp_avg=make(n, state),
-                exp_avg_sq=make(n, state, positive=True),
-                importance=None if importance is None else make(n, importance, positive=True),
+                exp_avg=m,
+                exp_avg_sq=v,
+                importance=u,
+                exp_avg_scale=m_scale,
+                exp_avg_sq_scale=v_scale,
+                importance_scale=u_scale,
                 isolation_mask=mask if row % 3 else None,
                 persistent_mask=None if row % 2 else mask >> 1,
                 layer=row % 3 - 1 if row else 0,
                 scalars=scalars,
                 maximize=row % 2 == 1,
                 rng_key=12345 + row,
-                index_offset=[0, 2**32 - 3000, 2**33 + 5][row % 3],
+                index_offset=[0, 2**32 - 3008, 2**33 + 64][row % 3],  # whole blocks of 64,
             )
         )
     return result
@@ -96,7 +118,11 @@ def refresh_params(dtype: torch.dtype, shift: int) -> list[ParamTensors]:
         t.layer = row % 3
         if t.isolation_mask is None:
             t.isolation_mask = torch.zeros((t.param.numel() + 7) // 8, dtype=torch.uint8)
-        if t.exp_avg_sq.numel() > 4:
+        if t.exp_avg_sq_scale is not None and len(t.exp_avg_sq_scale) > 2:
+            t.exp_avg_sq_scale[1] = codec.NONFINITE
+            t.exp_avg_sq[64:128] = 255
+            t.exp_avg_sq[200:204] = 0
+        elif t.exp_avg_sq.numel() > 4:
             t.exp_avg_sq[:4] = torch.tensor([math.inf, math.nan, 0.0, -math.inf], dtype=dtype)
     return nonempty(tensors)
 
@@ -107,17 +133,19 @@ def nonempty(tensors: list[ParamTensors]) -> list[ParamTensors]:
 
 
 def copies(tensors: list[ParamTensors], device: torch.device, shift: int = 0) -> list[ParamTensors]:
-    """On a device; every float tensor ``shift`` elements behind its allocation's start there too."""
+    """On a device; every tensor but masks ``shift`` elements behind its allocation's start there too."""
 
-    def copy(value):
+    def copy(name: str, value):
         if not isinstance(value, torch.Tensor):
             return value
-        behind = shift if value.is_floating_point() else 0
+        behind = 0 if name.endswith("mask") else shift
         buffer = torch.empty(value.numel() + behind, dtype=value.dtype, device=device)
         return buffer[behind:].copy_(value)
 
     fields = [field.name for field in dataclasses.fields(ParamTensors)]
-    return [dataclasses.replace(t, **{name: copy(getattr(t, name)) for name in fields}) for t in tensors]
+    return [
+        dataclasses.replace(t, **{name: copy(name, getattr(t, name)) for name in fields}) for t in tensors
+    ]
 
 
 def to(value, device: torch.device):
