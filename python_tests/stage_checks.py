@@ -113,13 +113,13 @@ def params(
 
 def refresh_params(dtype: torch.dtype, shift: int) -> list[ParamTensors]:
     """Three layers, every row with a mask, non-finite and zero importances among the rest."""
-    tensors = params(SIZES, dtype, dtype, None, shift)
+    tensors = params(SIZES, F32 if dtype == INT8 else dtype, dtype, None, shift)
     for row, t in enumerate(tensors):
         t.layer = row % 3
         if t.isolation_mask is None:
             t.isolation_mask = torch.zeros((t.param.numel() + 7) // 8, dtype=torch.uint8)
-        if t.exp_avg_sq_scale is not None and len(t.exp_avg_sq_scale) > 2:
-            t.exp_avg_sq_scale[1] = codec.NONFINITE
+        if t.exp_avg_sq_scale is not None:
+            t.exp_avg_sq_scale[1:2] = codec.NONFINITE
             t.exp_avg_sq[64:128] = 255
             t.exp_avg_sq[200:204] = 0
         elif t.exp_avg_sq.numel() > 4:
