@@ -134,6 +134,13 @@ _MIXED = (
     Spec((7,), "float32", "strided", "strided"),
     Spec((70,), "bfloat16", "unaligned", "unaligned"),
 )
+_LARGE = (  # from 4,096 elements on states may be 8-bit
+    Spec((64, 64)),
+    Spec((4097,), "bfloat16", "unaligned", "unaligned"),
+    Spec((77, 65), "bfloat16", "transposed", "transposed"),
+    Spec((4095,)),
+    Spec((9,), "bfloat16"),
+)
 _SOON = {"isolation_ratio": 0.1, "mask_interval": 2, "mask_warmup": 1}
 
 CASES = {
@@ -147,6 +154,15 @@ CASES = {
     "own-importance": case(*_MIXED, hyper=Hyper(importance_beta=0.9), **_SOON),
     "own-bfloat16": case(*_MIXED, hyper=Hyper(importance_beta=0.5), importance_dtype="bfloat16", **_SOON),
     "importance-beta-0": case(Spec((257,)), hyper=Hyper(importance_beta=0.0), **_SOON),
+    "int8": case(*_LARGE, state_dtype="int8", **_SOON),
+    "int8-nearest": case(*_LARGE, state_dtype="int8", stochastic_rounding=False, **_SOON),
+    "int8-own": case(
+        *_LARGE, hyper=Hyper(importance_beta=0.9), state_dtype="int8", importance_dtype="int8", **_SOON
+    ),
+    "int8-importance-alone": case(
+        *_LARGE, hyper=Hyper(importance_beta=0.9), importance_dtype="int8", **_SOON
+    ),
+    "int8-layer-hysteresis": case(*_LARGE, state_dtype="int8", scope="layer", hysteresis=0.3, **_SOON),
     "none": case(*_MIXED, normalization="none", **_SOON),
     "layer-scope": case(*_MIXED, scope="layer", **_SOON),
     "layer-scope-none": case(*_MIXED, scope="layer", normalization="none", **_SOON),

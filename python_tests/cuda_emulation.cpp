@@ -8,6 +8,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/mask_body.h"
+#include "cuda/prepare_body.h"
 #include "cuda/step_body.h"
 
 namespace epi::cuda {
@@ -72,6 +73,11 @@ void step(const StepArgs& args, const StepKind& kind) {
 }
 
 }  // namespace
+
+int launch_prepare(const PrepareArgs& args, void*) {
+  for (int64_t r = 0; r < args.n_rows; ++r) prepare_row(args, r);
+  return 0;
+}
 
 int launch_step(const StepArgs& args, const StepKind& kind, void*) {
   if (kind.param_bf16) {

@@ -17,7 +17,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from python_tests import oracle
+from python_tests import oracle, oracle_codec
 from python_tests.cases import Case, gradient, half, lay_out, optimizer_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +117,14 @@ def logical(tensor: torch.Tensor) -> np.ndarray:
     """Flat logical row-major values; bfloat16 as the float32 it stands for."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().reshape(-1)
+
+
+def stored(state: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+    """The values of a moment, flat and row-major."""
+    if state[name].dtype != torch.uint8:
+        return logical(state[name])
+    codes, scales = logical(state[name]), logical(state[f"{name}_scale"])
+    return oracle_codec.values(codes, scales, signed=name == "exp_avg")
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
@@ -252,7 +260,7 @@ class Pair:
         names = ["exp_avg", "exp_avg_sq"] + ([] if expected.hyper.shared else ["importance"])
         for name in names:
             assert state[name].shape == p.shape
-            assert_same_bits(logical(state[name]), getattr(expected, name), f"p{i}.{name}")
+            assert_same_bits(stored(state, name), getattr(expected, name), f"p{i}.{name}")
         assert ("importance" in state) == (not expected.hyper.shared)
 
     def _check_report(self) -> None:

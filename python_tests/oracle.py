@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from python_tests import oracle_codec
+
 F32 = np.float32
 FLOAT_DTYPES = {
     "float32": np.float32,
     "bfloat16": np.float32,
+    "int8": np.float32,
     "float64": np.float64,
 }  # dtype it is computed in
 
@@ -199,7 +202,7 @@ class Run:
         real = FLOAT_DTYPES[p.dtype]
         n = p.theta.size
         if p.exp_avg is None:
-            state_real = FLOAT_DTYPES[s.state_dtype or p.dtype]
+            state_real = FLOAT_DTYPES[self._state_dtype(p, s.state_dtype)]
             p.exp_avg, p.exp_avg_sq = np.zeros(n, state_real), np.zeros(n, state_real)
             if not h.shared:
                 p.importance = np.zeros(n, F32)
@@ -226,15 +229,27 @@ class Run:
         ident = position if p.name is None else zlib.crc32(p.name.encode())
         w0, w1 = random_words(s.seed, t, ident, np.arange(n, dtype=np.uint64) if p.index is None else p.index)
         low, high = (lambda w: w & np.uint32(0xFFFF)), (lambda w: w >> np.uint32(16))
-        state_dtype = s.state_dtype or p.dtype
+        state_dtype = self._state_dtype(p, s.state_dtype)
         p.theta = np.where(p.mask, p.theta, self._store(new, p.dtype, low(w0)))
-        p.exp_avg = self._store(m, state_dtype, high(w0))
+        p.exp_avg = self._store(m, state_dtype, high(w0), signed=True)
         p.exp_avg_sq = self._store(v, state_dtype, low(w1))
         if not h.shared:
-            p.importance = self._store(u, s.importance_dtype, high(w1))
+            p.importance = self._store(u, self._state_dtype(p, s.importance_dtype), high(w1))
         return written
 
-    def _store(self, x: np.ndarray, dtype: str, r16: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _state_dtype(p: Param, dtype: str | None) -> str:
+        """Of a state for which the settings say `dtype`; small tensors keep float32."""
+        if dtype == "int8":
+            return "int8" if p.theta.size >= oracle_codec.MIN_ELEMENTS else "float32"
+        return dtype or p.dtype
+
+    def _store(self, x: np.ndarray, dtype: str, r16: np.ndarray, *, signed: bool = False) -> np.ndarray:
+        if dtype == "int8":
+            x = x.astype(F32)
+            return oracle_codec.stored(
+                x, None if self.settings.stochastic_rounding is False else r16, signed=signed
+            )
         if dtype != "bfloat16":
             return x.astype(FLOAT_DTYPES[dtype])
         return round_bf16(x, None if self.settings.stochastic_rounding is False else r16)

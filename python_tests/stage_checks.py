@@ -10,11 +10,12 @@ import math
 
 import torch
 
+from epi_kernels.backends.batch import StepBatch
 from epi_kernels.backends.protocol import Backend
 from epi_kernels.backends.reference import ReferenceBackend
 from epi_kernels.policies import selection
 from epi_kernels.reference import codec
-from epi_kernels.reference.scalars import step_scalars
+from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch, SearchProblem
@@ -74,14 +75,8 @@ def params(
             [scales.new_zeros(shift), scales]
         )[shift:]
 
-    scalars = step_scalars(
-        3,
-        lr=1e-2,
-        betas=(0.9, 0.99),
-        eps=1e-8,
-        weight_decay=0.1,
-        importance_beta=None if importance is None else 0.5,
-    )
+    beta_u = 0.99 if importance is None else 0.5
+    hyper = HyperParameters(lr=1e-2, beta1=0.9, beta2=0.99, beta_u=beta_u, eps=1e-8, weight_decay=0.1)
     result = []
     for row, n in enumerate(sizes):
         mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, generator=generator)
@@ -102,9 +97,10 @@ def params(
                 isolation_mask=mask if row % 3 else None,
                 persistent_mask=None if row % 2 else mask >> 1,
                 layer=row % 3 - 1 if row else 0,
-                scalars=scalars,
+                step=torch.tensor(2.0 + row % 2),
+                hyper=hyper,
                 maximize=row % 2 == 1,
-                rng_key=12345 + row,
+                rng_id=12345 + row,
                 index_offset=[0, 2**32 - 3008, 2**33 + 64][row % 3],  # whole blocks of 64,
             )
         )
@@ -205,6 +201,31 @@ def assert_same_stats(actual: LayerStats, expected: LayerStats) -> None:
     torch.testing.assert_close(actual.moments.cpu(), expected.moments, rtol=1e-12, atol=0)
 
 
+def run_step(
+    backend: Backend,
+    tensors: list[ParamTensors],
+    *,
+    stochastic_rounding: bool = True,
+    grad_scale: float | torch.Tensor | None = None,
+    found_inf: float | torch.Tensor | None = None,
+    stats: LayerStats | None = None,
+) -> None:
+    """One step of tensors that belong to no optimizer."""
+    device = tensors[0].param.device if tensors else CPU
+
+    def scalar(value):
+        return torch.tensor([value], device=device) if isinstance(value, float) else value
+
+    backend.step(
+        StepBatch(tensors),
+        seed=5,
+        stochastic_rounding=stochastic_rounding,
+        grad_scale=scalar(grad_scale),
+        found_inf=scalar(found_inf),
+        stats=stats,
+    )
+
+
 # --- stages -------------------------------------------------------------------------------------------------
 
 
@@ -214,13 +235,14 @@ def check_step(
     """Three steps: with stats and moments, with an unscaled gradient, with stats alone."""
     expected = nonempty(params(SIZES, *dtypes, shift=shift))
     ours = copies(expected, device, shift)
-    for multiplier, with_stats, moments in ((None, True, True), (0.25, False, False), (None, True, False)):
+    for scale, with_stats, moments in ((None, True, True), (3.0, False, False), (None, True, False)):
         stats = [LayerStats.empty(3, d, with_moments=moments) for d in (device, CPU)]
         for side, tensors, into in ((backend, ours, stats[0]), (REFERENCE, expected, stats[1])):
-            side.step(
+            run_step(
+                side,
                 tensors,
                 stochastic_rounding=stochastic_rounding,
-                grad_multiplier=multiplier,
+                grad_scale=scale,
                 stats=into if with_stats else None,
             )
         assert_same(ours, expected)
@@ -232,7 +254,7 @@ def check_mixed_step(backend: Backend, device: torch.device) -> None:
     expected = [t for dtypes in DTYPES for t in params((9, 4097), *dtypes)]
     ours = copies(expected, device)
     for side, tensors in ((backend, ours), (REFERENCE, expected)):
-        side.step(tensors, stochastic_rounding=True, grad_multiplier=None, stats=None)
+        run_step(side, tensors)
     assert_same(ours, expected)
 
 

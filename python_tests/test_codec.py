@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from epi_kernels.reference import codec
+from python_tests import oracle_codec
+from python_tests.harness import assert_same_bits
 
 SCALES = [0, 1, 2, 100, 103, 126, 200, 222]  # exp_avg's end at 222, exp_avg_sq's at 230
 
@@ -83,3 +85,19 @@ def test_rounding_to_nearest_errs_by_at_most_half_a_step(signed):
     x = torch.rand(6400, generator=torch.Generator().manual_seed(1)) + 0.02
     values = codec.decode(*codec.encode(x, None, signed=signed), signed=signed)
     assert ((values - x).abs() <= x / 32 + (2.0**-11 if signed else 0)).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_the_oracle_stores_the_same_values(signed, stochastic):
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.randint(-40, 30, (200, 1), generator=generator)
+    x = torch.randn(200, 64, generator=generator) * 10.0**exponents
+    x *= 10.0 ** torch.randint(-8, 1, x.shape, generator=generator)
+    x = torch.cat([x.reshape(-1), torch.randn(7), torch.tensor([0.0, -0.0, 1e-45, 2.0**120, 1.96875])])
+    x = x if signed else x.abs()
+    random = torch.randint(0, 1 << 16, x.shape, generator=generator) if stochastic else None
+    codes, scales = codec.encode(x, random, signed=signed)
+    expected = oracle_codec.stored(x.numpy(), None if random is None else random.numpy(), signed=signed)
+    assert_same_bits(codec.decode(codes, scales, signed=signed).numpy(), expected, "stored")
+    assert_same_bits(oracle_codec.values(codes.numpy(), scales.numpy(), signed=signed), expected, "decoded")

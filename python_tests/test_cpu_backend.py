@@ -15,11 +15,11 @@ import torch
 from epi_kernels.backends.cpu import ISA_VARIABLE, CpuBackend
 from epi_kernels.backends.reference import ReferenceBackend
 from epi_kernels.reference import bits
-from epi_kernels.reference.scalars import round_to_float32, step_scalars
+from epi_kernels.reference.scalars import HyperParameters, round_to_float32
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score, score_terms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KEY_END, KthSearch, score_keys
-from python_tests.stage_checks import search_problem
+from python_tests.stage_checks import run_step, search_problem
 
 CHUNK = 32768  # kChunk of csrc/cpu/tasks.h
 SMALL = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 511, 512, 513]
@@ -147,7 +147,6 @@ def make_param(
     **fields,
 ) -> ParamTensors:
     generator = torch.Generator().manual_seed(1000 * n + seed)
-    scalars = step_scalars(7, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, importance_beta=0.95)
     item = ParamTensors(
         param=values(n, param, generator, specials),
         grad=values(n, param, generator, specials),
@@ -156,8 +155,9 @@ def make_param(
         importance=None if importance is None else values(n, importance, generator, specials).abs(),
         isolation_mask=random_mask(n, generator, mask),
         persistent_mask=random_mask(n, generator, persistent),
-        scalars=scalars,
-        rng_key=0x9ABCDEF0 + seed,
+        step=torch.tensor(6.0),
+        hyper=HyperParameters(lr=1e-2, beta1=0.9, beta2=0.99, beta_u=0.95, eps=1e-8, weight_decay=0.1),
+        rng_id=0x9ABCDEF0 + seed,
         **fields,
     )
     if unaligned:
@@ -174,12 +174,11 @@ def make_param(
 
 def step_both(backend, items, *, layers: int = 0, with_moments: bool = False, **options) -> None:
     """Steps copies of ``items`` on both backends and compares everything a step may touch."""
-    options = {"stochastic_rounding": True, "grad_multiplier": None, **options}
     results = []
     for runner in (REFERENCE, backend):
         copies = copy.deepcopy(items)
         stats = LayerStats.empty(layers, torch.device("cpu"), with_moments=with_moments) if layers else None
-        runner.step(copies, stats=stats, **options)
+        run_step(runner, copies, stats=stats, **options)
         results.append((copies, stats))
     (expected, expected_stats), (actual, actual_stats) = results
     assert_same(expected, actual, "tensors")
@@ -219,7 +218,7 @@ def test_step_across_chunks(backend, dtype, unaligned):
 def test_step_with_special_values(backend, dtypes):
     items = [make_param(n, *dtypes, specials=True, layer=0) for n in (1, 16, 17, 600, 5000)]
     step_both(backend, items, layers=1, with_moments=False)
-    step_both(backend, items, stochastic_rounding=False, grad_multiplier=round_to_float32(1 / 3))
+    step_both(backend, items, stochastic_rounding=False, grad_scale=3.0)
 
 
 @pytest.mark.parametrize("mask", ["none", "empty", "random", "full"])
@@ -229,15 +228,15 @@ def test_step_keeps_isolated_bits(backend, param, mask):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("multiplier", [None, 1.0, 1 / 1024, round_to_float32(1 / 3)])
+@pytest.mark.parametrize("scale", [None, 1.0, 1024.0, 3.0])
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed"])
-def test_step_options_and_layouts(backend, layout, multiplier, maximize):
+def test_step_options_and_layouts(backend, layout, scale, maximize):
     items = [
         make_param(n, param, state, layout=layout, maximize=maximize)
         for n in (0, 5, 35, 515)
         for param, state in ((FP32, FP32), (BF16, FP32), (BF16, BF16))
     ]
-    step_both(backend, items, grad_multiplier=multiplier)
+    step_both(backend, items, grad_scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_a_shard_draws_what_the_whole_draws(backend):
         setattr(shard, name, getattr(shard, name)[start:])
     shard.index_offset = start
     for item in (whole, shard):
-        backend.step([item], stochastic_rounding=True, grad_multiplier=None, stats=None)
+        run_step(backend, [item])
     assert_same(whole.param[start:], shard.param)
     assert_same(whole.exp_avg_sq[start:], shard.exp_avg_sq)
 
@@ -273,7 +272,7 @@ def test_refused_dtype_names_it(backend):
     item = make_param(3)
     item.exp_avg_sq = item.exp_avg_sq.double()
     with pytest.raises(TypeError, match="exp_avg_sq.*float64"):
-        backend.step([item], stochastic_rounding=False, grad_multiplier=None, stats=None)
+        run_step(backend, [item], stochastic_rounding=False)
 
 
 def test_a_layer_out_of_range_is_refused(backend):
@@ -281,7 +280,7 @@ def test_a_layer_out_of_range_is_refused(backend):
     before = copy.deepcopy(item)
     stats = LayerStats.empty(2, torch.device("cpu"), with_moments=False)
     with pytest.raises(RuntimeError, match="layer 2 of 2"):
-        backend.step([item], stochastic_rounding=False, grad_multiplier=None, stats=stats)
+        run_step(backend, [item], stochastic_rounding=False, stats=stats)
     assert_same(before, item)
 
 
@@ -445,7 +444,7 @@ def run_all(backend: CpuBackend, threads: int):
     torch.set_num_threads(threads)
     items = [make_param(n, BF16, BF16, seed=n, layer=n % 2) for n in (5 * CHUNK + 3, 100, 3 * CHUNK, 9)]
     stats = LayerStats.empty(2, torch.device("cpu"), with_moments=True)
-    backend.step(items, stochastic_rounding=True, grad_multiplier=None, stats=stats)
+    run_step(backend, items, stats=stats)
     alone = LayerStats.empty(2, torch.device("cpu"), with_moments=True)
     backend.accumulate(items, alone)
     terms = score_terms(stats, torch.tensor([8 * CHUNK, 8 * CHUNK]), "zscore")

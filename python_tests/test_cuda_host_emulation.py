@@ -118,7 +118,7 @@ def test_two_runs_give_the_same_moments(emulated):
 def test_empty_lists_and_lists_of_empties(emulated):
     stats = LayerStats.empty(1, torch.device("cpu"), with_moments=False)
     for tensors in ([], checks.params((0,), checks.F32, checks.F32, None)):
-        emulated.step(tensors, stochastic_rounding=True, grad_multiplier=None, stats=stats)
+        checks.run_step(emulated, tensors, stats=stats)
         emulated.accumulate(tensors, stats)
     assert float(stats.minimum) == np.inf
 
@@ -137,8 +137,12 @@ def test_bindings_refuse_wrong_tensors(emulated):
     ):
         with pytest.raises(RuntimeError, match="epi_kernels"):
             ops.cuda_stats(*bad, False)
-    scalars = torch.zeros(9)
+    scalars, none = torch.zeros(9), torch.zeros(0)
     with pytest.raises(RuntimeError, match="kind"):
-        ops.cuda_step(rows, programs, runs, scalars, 12, False, False, 1.0, partials[:0], False)
+        ops.cuda_step(rows, programs, runs, scalars, 12, False, none, partials[:0], False)
     with pytest.raises(RuntimeError, match="scalars"):
-        ops.cuda_step(rows, programs, runs, scalars[:8], 0, False, False, 1.0, partials[:0], False)
+        ops.cuda_step(rows, programs, runs, scalars[:8], 0, False, none, partials[:0], False)
+    hyper = torch.zeros(1, 4, dtype=torch.float64)
+    for bad in ((hyper.float(), none), (hyper, torch.ones(1))):
+        with pytest.raises(RuntimeError, match="hyper|grad_multiplier"):
+            ops.cuda_prepare(rows, scalars, bad[0], 0, none, bad[1], none)

@@ -374,7 +374,7 @@ def test_an_unusable_group_value_leaves_no_state_behind():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = MaskedEMAAdamW([p])
     optimizer.param_groups[0]["eps"], p.grad = "bad", torch.ones(3)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="eps must be"):
         optimizer.step()
     assert not optimizer.state and torch.equal(p, torch.ones(3))
 

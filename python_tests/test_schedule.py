@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from epi_kernels.policies.schedule import may_be_due, refresh_due
 from python_tests.harness import Target, make, small_model, train
 
 
@@ -102,3 +103,12 @@ def test_grad_scaler_skips_overflow():
     assert scaler.get_scale() == 512.0
     assert all(torch.equal(p, b) for p, b in zip(params.values(), before, strict=True))
     assert optimizer.param_groups[0]["isolation_step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "due"), [(1, 9, False), (1, 10, True), (11, 19, False), (12, 20, True)]
+)
+def test_a_range_of_steps_may_be_due(first, last, due):
+    assert may_be_due(first, last, interval=10, warmup=None) is due
+    some = [refresh_due(step, interval=10, warmup=None) for step in range(first, last + 1)]
+    assert any(some) is due

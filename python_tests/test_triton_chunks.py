@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from epi_kernels.backends import table
+from epi_kernels.backends.batch import StepBatch
 from epi_kernels.reference.threshold import SAMPLE_BLOCK
 from python_tests.harness import need_triton
 from python_tests.triton_stages import BF16, F32, Spec, make
@@ -51,7 +51,7 @@ def test_the_variant_of_views(name, n_bytes, dtype):
         behind = (-room.data_ptr() % 16 + (n_bytes if each == name else 0)) // dtype.itemsize
         setattr(item, each, room[behind : behind + 4096])
         assert getattr(item, each).data_ptr() % 16 == (n_bytes if each == name else 0)
-    (variant,) = step_variants(table.step_table([item], writes_grad=False).rows, 1024)
+    (variant,) = step_variants(StepBatch([item]).table(writes_grad=False).rows, 1024)
     assert variant == StepVariant(dtype == BF16, dtype == BF16, 2 if dtype == BF16 else 1, False)
     u = np.array([item.u.data_ptr()])
     (variant,) = refresh_variants(u, np.array([dtype == BF16]), 1024)

@@ -10,6 +10,7 @@ import torch
 
 from epi_kernels.reference.stats import LayerStats
 from python_tests.harness import need_triton
+from python_tests.stage_checks import run_step
 from python_tests.triton_stages import (
     BF16,
     BLOCK,
@@ -37,11 +38,10 @@ def check(*specs: Spec, steps: int = 1, stats: LayerStats | None = None, edit=No
     if edit is not None:
         edit(expected)
     actual = on_device(expected, specs)
-    options = {"stochastic_rounding": True, "grad_multiplier": None} | options
     moved = None if stats is None else stats_on_device(stats)
     for _ in range(steps):
-        REFERENCE.step(expected, stats=stats, **options)
-        backend().step(actual, stats=moved, **options)
+        run_step(REFERENCE, expected, stats=stats, **options)
+        run_step(backend(), actual, stats=moved, **options)
     assert_same(actual, expected)
     if stats is not None:
         for name in ("minimum", "maximum", "nonfinite"):
@@ -68,7 +68,7 @@ def test_unaligned_views(dtype):
 
 def test_tensors_that_are_not_contiguous():
     specs = (Spec(CHUNK + 6, transposed=True), Spec(30, BF16, BF16, transposed=True))
-    check(*specs, grad_multiplier=0.5)
+    check(*specs, grad_scale=2.0)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
@@ -78,7 +78,7 @@ def test_maximize_multiplier_and_missing_masks(dtype):
         Spec(700, dtype, dtype, maximize=True, isolated=None),
         Spec(700, dtype, F32, isolated=1.0),
     )
-    check(*specs, grad_multiplier=1 / 3)
+    check(*specs, grad_scale=3.0)
 
 
 @pytest.mark.parametrize("first", [(1 << 32) - 700, (1 << 32) - 1, 1 << 32, (5 << 32) + 3, 1 << 40])
@@ -99,7 +99,7 @@ def test_special_values(dtype):
 
     specs = [Spec(len(pairs), dtype, dtype, isolated=0.5) for _ in range(3)]
     for stochastic_rounding in (True, False):
-        check(*specs, edit=edit, stochastic_rounding=stochastic_rounding, grad_multiplier=0.25)
+        check(*specs, edit=edit, stochastic_rounding=stochastic_rounding, grad_scale=4.0)
 
 
 @pytest.mark.parametrize("with_moments", [False, True], ids=["minmax", "zscore"])
@@ -116,16 +116,16 @@ def test_stats_inside_the_step(with_moments):
     check(*specs, stats=stats)
 
 
-def test_a_parameter_without_a_gradient_is_skipped_whole():
-    specs = (Spec(100), Spec(CHUNK + 1, BF16, BF16), Spec(9))
-    before, expected = make(*specs), make(*specs)
-    actual = on_device(expected, specs)
-    for item in (before[1], expected[1], actual[1]):
-        item.grad = None
-    present = [expected[0], expected[2]]
-    REFERENCE.step(present, stochastic_rounding=True, grad_multiplier=None, stats=None)
-    backend().step(actual, stochastic_rounding=True, grad_multiplier=None, stats=None)
-    assert_same(actual, [expected[0], before[1], expected[2]])
+def test_found_inf_on_the_device_leaves_everything_and_step_as_it_was():
+    specs = (Spec(100), Spec(CHUNK + 1, BF16, BF16), Spec(0), Spec(9, BF16, F32, F32))
+    before, actual = make(*specs), on_device(make(*specs), specs)
+    for _ in range(2):
+        run_step(backend(), actual, grad_scale=4.0, found_inf=1.0)
+    assert_same(actual, before)
+    expected = before
+    run_step(REFERENCE, expected, grad_scale=4.0)
+    run_step(backend(), actual, grad_scale=4.0, found_inf=0.0)
+    assert_same(actual, expected)
 
 
 def test_isolated_elements_keep_their_bits():
@@ -133,7 +133,7 @@ def test_isolated_elements_keep_their_bits():
     items = on_device(make(spec), (spec,))
     before = items[0].param.clone()
     for _ in range(3):
-        backend().step(items, stochastic_rounding=True, grad_multiplier=None, stats=None)
+        run_step(backend(), items)
     from epi_kernels.reference import bits
 
     isolated = bits.unpack(items[0].isolation_mask, spec.n)
@@ -147,7 +147,7 @@ def test_two_runs_agree_to_the_bit_with_moments():
     for _ in range(2):
         stats = stats_on_device(LayerStats.empty(2, torch.device("cpu"), with_moments=True))
         items = on_device(make(*specs), tuple(specs))
-        backend().step(items, stochastic_rounding=False, grad_multiplier=None, stats=stats)
+        run_step(backend(), items, stochastic_rounding=False, stats=stats)
         moments.append(stats.moments.cpu())
     assert torch.equal(*moments)
 

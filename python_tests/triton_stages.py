@@ -13,7 +13,7 @@ from torch import Tensor
 
 from epi_kernels.backends.reference import ReferenceBackend
 from epi_kernels.reference import bits
-from epi_kernels.reference.scalars import step_scalars
+from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.stats import LayerStats
 from epi_kernels.reference.tensors import ParamTensors
 
@@ -88,23 +88,28 @@ def make(*specs: Spec, seed: int = 0) -> list[ParamTensors]:
                 isolation_mask=packed(spec.isolated, spec),
                 persistent_mask=packed(spec.persistent, spec),
                 layer=spec.layer,
-                scalars=step_scalars(
-                    3 + i,
-                    lr=1e-2,
-                    betas=(0.9, 0.99),
-                    eps=1e-8,
-                    weight_decay=0.1,
-                    importance_beta=0.97 if importance is not None else None,
+                step=torch.tensor(2.0 + i),
+                hyper=HyperParameters(
+                    lr=1e-2, beta1=0.9, beta2=0.99, beta_u=0.97, eps=1e-8, weight_decay=0.1
                 ),
                 maximize=spec.maximize,
-                rng_key=(0x9E3779B9 * (i + 1)) & 0xFFFFFFFF,
+                rng_id=(0x9E3779B9 * (i + 1)) & 0xFFFFFFFF,
                 index_offset=spec.index_offset,
             )
         )
     return items
 
 
-_TENSORS = ("param", "grad", "exp_avg", "exp_avg_sq", "importance", "isolation_mask", "persistent_mask")
+_TENSORS = (
+    "param",
+    "grad",
+    "exp_avg",
+    "exp_avg_sq",
+    "importance",
+    "isolation_mask",
+    "persistent_mask",
+    "step",
+)
 
 
 def on_device(items: list[ParamTensors], specs: tuple[Spec, ...]) -> list[ParamTensors]:

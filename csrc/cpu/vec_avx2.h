@@ -79,6 +79,9 @@ EPI_INLINE U8 operator&(U8 x, U8 y) {
 EPI_INLINE U8 operator^(U8 x, U8 y) {
   return {_mm256_xor_si256(x.v, y.v)};
 }
+EPI_INLINE U8 max(U8 x, U8 y) {
+  return {_mm256_max_epu32(x.v, y.v)};
+}
 EPI_INLINE U8 operator>>(U8 x, int count) {
   return {_mm256_srl_epi32(x.v, _mm_cvtsi32_si128(count))};
 }

@@ -76,6 +76,9 @@ EPI_INLINE U16 operator&(U16 a, U16 b) {
 EPI_INLINE U16 operator^(U16 a, U16 b) {
   return {_mm512_xor_si512(a.v, b.v)};
 }
+EPI_INLINE U16 max(U16 a, U16 b) {
+  return {_mm512_max_epu32(a.v, b.v)};
+}
 EPI_INLINE U16 operator>>(U16 a, int count) {
   return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(count))};
 }

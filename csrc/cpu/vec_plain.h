@@ -151,6 +151,9 @@ EPI_INLINE U16 select(M16 where, U16 a, U16 b) {
 EPI_INLINE F16 select(M16 where, F16 a, F16 b) {
   return float_of(select(where, bits_of(a), bits_of(b)));
 }
+EPI_INLINE U16 max(U16 a, U16 b) {
+  return select(a < b, b, a);
+}
 EPI_INLINE F16 min(F16 a, F16 b) {
   return select(a < b, a, b);
 }

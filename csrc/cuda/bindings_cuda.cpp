@@ -116,9 +116,36 @@ StatsOut stats_of(const Tensor& rows, const Tensor& runs, const Tensor& partials
 
 // Tensors by value: every torch since 2.10 boxes them so.
 
+// One value, or none.
+template <class T>
+T* optional(const Tensor& tensor, const char* name, int32_t device) {
+  return tensor.numel() == 0 ? nullptr : data<T>(tensor, name, 1, device);
+}
+
+// No grad_scale, no found_inf: tensors without an element.
+void prepare(Tensor rows, Tensor scalars, Tensor hyper, int64_t mixed_seed, Tensor grad_scale,
+             Tensor grad_multiplier, Tensor found_inf) {
+  const Launch launch(rows);
+  check(rows.numel() > 0 && rows.numel() % kColumns == 0, "rows", "is not [n, 16] with n > 0");
+  const int64_t n = rows.numel() / kColumns;
+  PrepareArgs args{};
+  args.rows = data<int64_t>(rows, "rows", rows.numel(), launch.device());
+  check(scalars.numel() >= n * 9, "scalars", "is not [n, 9]");
+  args.scalars = data<float>(scalars, "scalars", scalars.numel(), launch.device());
+  args.hyper = data<const double>(hyper, "hyper", n * kHyperColumns, launch.device());
+  args.n_rows = n;
+  args.mixed_seed = static_cast<uint32_t>(mixed_seed);
+  args.grad_scale = optional<const float>(grad_scale, "grad_scale", launch.device());
+  args.grad_multiplier = optional<float>(grad_multiplier, "grad_multiplier", launch.device());
+  check((args.grad_scale == nullptr) == (args.grad_multiplier == nullptr), "grad_multiplier",
+        "does not go with grad_scale");
+  args.found_inf = optional<const float>(found_inf, "found_inf", launch.device());
+  launch.finish(launch_prepare(args, launch.stream()), "cuda_prepare");
+}
+
 // kind: bit 0 param, bit 1 state is bfloat16; kind >> 2: the importance. No partials: no stats.
 void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kind, bool stochastic_rounding,
-          bool has_grad_multiplier, double grad_multiplier, Tensor partials, bool moments) {
+          Tensor grad_multiplier, Tensor partials, bool moments) {
   check(kind >= 0 && kind < 12, "kind", "is not one of the twelve");
   const Launch launch(rows);
   StepArgs args{};
@@ -129,8 +156,7 @@ void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kin
   const bool stats = partials.numel() > 0;
   if (stats) args.stats = stats_of(rows, runs, partials, moments, launch.device());
   args.stochastic_rounding = stochastic_rounding;
-  args.has_grad_multiplier = has_grad_multiplier;
-  args.grad_multiplier = static_cast<float>(grad_multiplier);
+  args.grad_multiplier = optional<const float>(grad_multiplier, "grad_multiplier", launch.device());
   const StepKind step_kind{(kind & 1) != 0, (kind & 2) != 0, static_cast<Importance>(kind >> 2), stats};
   launch.finish(launch_step(args, step_kind, launch.stream()), "cuda_step");
 }
@@ -210,8 +236,11 @@ void select(Tensor rows, Tensor programs, Tensor shift, Tensor scale, Tensor thr
 // A fragment: the CPU library opens the namespace, and either may be loaded without the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(EPI_CUDA_LIBRARY, m) {
   m.def(
+      "cuda_prepare(Tensor(a!) rows, Tensor(b!) scalars, Tensor hyper, int mixed_seed, Tensor grad_scale, "
+      "Tensor(c!) grad_multiplier, Tensor found_inf) -> ()");
+  m.def(
       "cuda_step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int kind, "
-      "bool stochastic_rounding, bool has_grad_multiplier, float grad_multiplier, "
+      "bool stochastic_rounding, Tensor grad_multiplier, "
       "Tensor(a!) partials, bool moments) -> ()");
   m.def("cuda_stats(Tensor rows, Tensor programs, Tensor runs, Tensor(a!) partials, bool moments) -> ()");
   m.def(
@@ -227,6 +256,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EPI_CUDA_LIBRARY, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EPI_CUDA_LIBRARY, EPI_CUDA_KEY, m) {
+  m.impl("cuda_prepare", TORCH_BOX(&epi::cuda::prepare));
   m.impl("cuda_step", TORCH_BOX(&epi::cuda::step));
   m.impl("cuda_stats", TORCH_BOX(&epi::cuda::stats));
   m.impl("cuda_merge_stats", TORCH_BOX(&epi::cuda::merge_stats));

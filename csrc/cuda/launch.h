@@ -6,6 +6,7 @@
 
 namespace epi::cuda {
 
+int launch_prepare(const PrepareArgs& args, void* stream);
 int launch_step(const StepArgs& args, const StepKind& kind, void* stream);
 int launch_stats(const StatsArgs& args, void* stream);
 int launch_merge(const MergeArgs& args, void* stream);

@@ -60,8 +60,8 @@ struct StepTensors {
 // bits lie in one byte. `include(u)` takes the importances as stored.
 template <int N, class P, class S, class U, class Include>
 EPI_KERNEL void update(const StepTensors<P, S, U>& t, const math::StepConstants<float>& c,
-                       const StepArgs& args, bool maximize, const RandomStream& random, int64_t start,
-                       const Include& include) {
+                       const StepArgs& args, float multiplier, bool maximize, const RandomStream& random,
+                       int64_t start, const Include& include) {
   using Own = typename StepTensors<P, S, U>::Own;
   Pack<P, N> theta = load<P, N>(t.param + start);
   Pack<P, N> grad = load<P, N>(t.grad + start);
@@ -75,8 +75,8 @@ EPI_KERNEL void update(const StepTensors<P, S, U>& t, const math::StepConstants<
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     float g = widen(grad.v[j]);
-    if (args.has_grad_multiplier) {
-      g = g * args.grad_multiplier;
+    if (args.grad_multiplier != nullptr) {
+      g = g * multiplier;
       grad.v[j] = narrow<P>(g, false, 0);
     }
     if (maximize) g = -g;
@@ -105,7 +105,7 @@ EPI_KERNEL void update(const StepTensors<P, S, U>& t, const math::StepConstants<
   }
 
   store<P, N>(t.param + start, theta);
-  if (args.has_grad_multiplier) store<P, N>(t.grad + start, grad);
+  if (args.grad_multiplier != nullptr) store<P, N>(t.grad + start, grad);
   store<S, N>(t.exp_avg + start, exp_avg);
   store<S, N>(t.exp_avg_sq + start, exp_avg_sq);
   if constexpr (kOwn<U>) store<Own, N>(t.importance + start, importance);
@@ -121,22 +121,24 @@ template <class P, class S, class U, class Block, class Include>
 EPI_KERNEL void step_span(const StepArgs& args, const Span& span, const Block& block,
                           const Include& include) {
   constexpr int kWidth = kStepWidth<P, S, U>;
+  if (span.has(kSkipped)) return;
   const StepTensors<P, S, U> tensors(span);
   const RandomStream random(span);
   const auto constants = math::step_constants<float>(args.scalars + span.row_index * math::kStepScalars);
   const bool maximize = span.has(kMaximize);
+  const float multiplier = args.grad_multiplier != nullptr ? *args.grad_multiplier : 1.0f;
   int64_t begin = span.begin;
   if (span.has(kAligned)) {
     const int64_t whole = (span.end - begin) / kWidth;
 #pragma unroll 1
     for (int64_t i = block.thread(); i < whole; i += block.threads()) {
-      update<kWidth>(tensors, constants, args, maximize, random, begin + i * kWidth, include);
+      update<kWidth>(tensors, constants, args, multiplier, maximize, random, begin + i * kWidth, include);
     }
     begin += whole * kWidth;
   }
 #pragma unroll 1
   for (int64_t i = begin + block.thread(); i < span.end; i += block.threads()) {
-    update<1>(tensors, constants, args, maximize, random, i, include);
+    update<1>(tensors, constants, args, multiplier, maximize, random, i, include);
   }
 }
 

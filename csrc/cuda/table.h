@@ -36,6 +36,7 @@ enum Flag : int64_t {
   kStateInt8 = 32,
   kImportanceInt8 = 64,
   kUInt8 = 128,
+  kSkipped = 512,  // found_inf was not 0: the step leaves the row alone; prepare_body.h sets it
   kAligned = 256,  // every tensor the kernel reads or writes starts on 16 bytes (backends/cuda.py)
 };
 
@@ -75,13 +76,26 @@ struct StepKind {
   bool stats;
 };
 
+constexpr int kHyperColumns = 4;  // lr, beta1, beta2, eps
+
+// Before a step: eps and step_size of `scalars`, kRngKey and kFlags of `rows` are written, `step` goes on.
+struct PrepareArgs {
+  int64_t* rows;        // [n, kColumns]; kRngKey holds the parameter's rng_id
+  float* scalars;       // [n, 9]
+  const double* hyper;  // [n, kHyperColumns]
+  int64_t n_rows;
+  uint32_t mixed_seed;
+  const float* grad_scale;  // [1] or nullptr
+  float* grad_multiplier;   // [1], written where there is a grad_scale
+  const float* found_inf;   // [1] or nullptr
+};
+
 struct StepArgs {
   Work work;
   const float* scalars;  // [n, 9]
   StatsOut stats;        // read where StepKind::stats
   bool stochastic_rounding;
-  bool has_grad_multiplier;
-  float grad_multiplier;
+  const float* grad_multiplier;  // [1]; nullptr: the gradient is taken as it is
 };
 
 struct StatsArgs {

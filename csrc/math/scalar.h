@@ -60,6 +60,9 @@ EPI_INLINE float select(bool where, float a, float b) {
 EPI_INLINE uint32_t select(bool where, uint32_t a, uint32_t b) {
   return where ? a : b;
 }
+EPI_INLINE uint32_t max(uint32_t a, uint32_t b) {
+  return a > b ? a : b;
+}
 EPI_INLINE bool any(bool where) {
   return where;
 }

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels.backends.table import refresh_table, step_table
+from epi_kernels.backends.batch import StepBatch
+from epi_kernels.backends.table import RNG_KEY, fill_layers, refresh_table
+from epi_kernels.reference.scalars import reciprocal_scale
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch, SearchProblem
@@ -23,6 +25,7 @@ class CpuBackend:
     """Gives the bits of the reference; float64 moments (zscore) may differ in the last place."""
 
     name = "cpu"
+    counts_on_device = False
 
     def __init__(self, isa: str | None = None) -> None:
         """
@@ -56,18 +59,27 @@ class CpuBackend:
 
     def step(
         self,
-        tensors: Sequence[ParamTensors],
+        batch: StepBatch,
         *,
+        seed: int,
         stochastic_rounding: bool,
-        grad_multiplier: float | None,
-        stats: LayerStats | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        stats: LayerStats | None = None,
     ) -> None:
-        table = step_table(tensors, writes_grad=grad_multiplier is not None)
+        if found_inf is not None and bool(found_inf):
+            return
+        t = batch.counts.next()
+        table = batch.table(writes_grad=grad_scale is not None)
+        if stochastic_rounding and batch.any_low_precision:
+            table.rows[:, RNG_KEY] = batch.rng_keys(seed, t)
+        if stats is not None:
+            fill_layers(table, batch.tensors)
         self._ops.cpu_step(
             torch.from_numpy(table.rows),
-            torch.from_numpy(table.scalars),
+            torch.from_numpy(batch.scalars(t)),
             stochastic_rounding,
-            grad_multiplier,
+            None if grad_scale is None else reciprocal_scale(float(grad_scale)),
             None if stats is None else stats.minimum,
             None if stats is None else stats.maximum,
             None if stats is None else stats.nonfinite,
@@ -76,6 +88,7 @@ class CpuBackend:
             self._isa,
         )
         table.finish()
+        batch.counts.advance()
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
         table = refresh_table(tensors)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import table as table_
-from epi_kernels.backends.table import PointerTable
+from epi_kernels.backends.batch import StepBatch
+from epi_kernels.reference.rounding import mixed_seed
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -118,7 +119,8 @@ class DeviceWork(NamedTuple):
     programs: Tensor  # [n_programs + 1, 2] int64
     runs: Tensor  # [n] int64
     run_slots: Tensor  # [n_runs, 3] int64
-    scalars: Tensor  # [n, SCALAR_COLUMNS] fp32; empty outside the step
+    scalars: Tensor  # [n, SCALAR_COLUMNS] fp32; empty outside the step, as hyper
+    hyper: Tensor  # [n, 4] fp64: lr, beta1, beta2, eps
 
 
 def upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[Tensor]:
@@ -148,6 +150,7 @@ def aligned(rows: np.ndarray, pointers: list[int]) -> np.ndarray:
 
 class CudaBackend:
     name = "cuda"
+    counts_on_device = True
 
     def __init__(self) -> None:
         self._ops: Any = _load_ops()
@@ -166,19 +169,37 @@ class CudaBackend:
 
     def step(
         self,
-        tensors: Sequence[ParamTensors],
+        batch: StepBatch,
         *,
+        seed: int,
         stochastic_rounding: bool,
-        grad_multiplier: float | None,
-        stats: LayerStats | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        stats: LayerStats | None = None,
     ) -> None:
-        if not tensors:
+        if not batch.tensors:
             return
-        pointers = table_.step_table(tensors, writes_grad=grad_multiplier is not None)
-        device = tensors[0].exp_avg.device
-        for kind, rows, scalars in _by_dtypes(pointers):
-            work = self._work(device, rows, scalars, _STEP_POINTERS, by_layer=stats is not None)
-            if work is None:
+        pointers = batch.table(writes_grad=grad_scale is not None)
+        if stats is not None:
+            table_.fill_layers(pointers, batch.tensors)
+        device = batch.tensors[0].param.device
+        none = torch.empty(0, device=device)
+        multiplier = none if grad_scale is None else torch.empty(1, device=device)
+        for kind, chosen in _by_dtypes(pointers.rows):
+            constants = tuple(part[chosen] for part in batch.constants())
+            work = self._work(
+                device, pointers.rows[chosen], constants, _STEP_POINTERS, by_layer=stats is not None
+            )
+            self._ops.cuda_prepare(
+                work.rows,
+                work.scalars,
+                work.hyper,
+                mixed_seed(seed),
+                none if grad_scale is None else grad_scale,
+                multiplier,
+                none if found_inf is None else found_inf,
+            )
+            if not work.layout.n_programs:
                 continue
             partials = _partials(work, wanted=stats is not None)
             moments = stats is not None and stats.with_moments
@@ -189,8 +210,7 @@ class CudaBackend:
                 work.scalars,
                 kind,
                 stochastic_rounding,
-                grad_multiplier is not None,
-                1.0 if grad_multiplier is None else grad_multiplier,
+                multiplier,
                 partials,
                 moments,
             )
@@ -257,8 +277,8 @@ class CudaBackend:
             return
         pointers = table_.refresh_table(tensors)
         device = tensors[0].exp_avg_sq.device
-        work = self._work(device, pointers.rows, None, _REFRESH_POINTERS, by_layer=True)
-        if work is not None:
+        work = self._work(device, pointers.rows, (), _REFRESH_POINTERS, by_layer=True)
+        if work.layout.n_programs:
             launch(work)
         pointers.finish()
 
@@ -266,25 +286,23 @@ class CudaBackend:
         self,
         device: torch.device,
         rows: np.ndarray,
-        scalars: np.ndarray | None,
+        constants: tuple[np.ndarray, ...],  # StepBatch.constants; () outside the step
         pointers: list[int],
         *,
         by_layer: bool,
-    ) -> DeviceWork | None:
-        """None where there is no element."""
+    ) -> DeviceWork:
         layers = rows[:, table_.LAYER] if by_layer else np.zeros(len(rows), dtype=np.int64)
         layout = self._plans.get(np.ascontiguousarray(rows[:, table_.NUMEL]), np.ascontiguousarray(layers))
-        if not layout.n_programs:
-            return None
-        rows = rows[layout.order]
+        # rows without an element come last: no program sees them, but their ``step`` goes on
+        order = np.concatenate([layout.order, np.flatnonzero(rows[:, table_.NUMEL] == 0)])
+        rows = rows[order]
         rows[:, table_.FLAGS] |= np.where(aligned(rows, pointers), ALIGNED, 0)
-        scalars = (
-            np.empty((0, table_.SCALAR_COLUMNS), np.float32) if scalars is None else scalars[layout.order]
-        )
-        words = np.zeros(-(-scalars.size // 2), dtype=np.int64)
-        words.view(np.float32)[: scalars.size] = scalars.reshape(-1)
-        parts = upload(device, [rows, layout.programs, layout.runs, layout.run_slots, words])
-        return DeviceWork(layout, *parts[:4], parts[4].view(torch.float32))
+        runs = np.zeros(len(rows), dtype=np.int64)
+        runs[: len(layout.runs)] = layout.runs
+        words = [_as_words(part[order]) for part in constants] or [np.empty(0, np.int64)] * 2
+        parts = upload(device, [rows, layout.programs, runs, layout.run_slots, *words])
+        scalars, hyper = parts[4].view(torch.float32), parts[5].view(torch.float64)
+        return DeviceWork(layout, *parts[:4], scalars, hyper)
 
     def _merge(self, work: DeviceWork, partials: Tensor, stats: LayerStats) -> None:
         self._ops.cuda_merge_stats(
@@ -298,21 +316,26 @@ class CudaBackend:
         )
 
 
-def _by_dtypes(pointers: PointerTable) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """(kind, rows, scalars) of each combination of dtypes: one launch each, nearly always one in all.
+def _as_words(values: np.ndarray) -> np.ndarray:
+    """The bytes of a row-major array as int64, filled up with zeros."""
+    padded = np.zeros(-(-values.nbytes // 8), dtype=np.int64)
+    padded.view(values.dtype)[: values.size] = values.reshape(-1)
+    return padded
+
+
+def _by_dtypes(rows: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
+    """(kind, its rows) of each combination of dtypes: one launch each, nearly always one in all.
 
     kind: bit 0 and 1 as in FLAGS; the importance is kind >> 2: 0 shared, 1 float32, 2 bfloat16.
     """
-    rows, scalars = pointers.rows, pointers.scalars
-    assert scalars is not None
     flags = rows[:, table_.FLAGS] & _DTYPE_FLAGS
     own = rows[:, table_.IMPORTANCE] != 0
     kinds = flags & (table_.PARAM_BF16 | table_.STATE_BF16)
     kinds = kinds + 4 * np.where(own, 1 + (flags & table_.IMPORTANCE_BF16 != 0), 0)
     distinct = np.unique(kinds).tolist()
     if len(distinct) == 1:
-        return [(distinct[0], rows, scalars)]
-    return [(kind, rows[kinds == kind], scalars[kinds == kind]) for kind in distinct]
+        return [(distinct[0], slice(None))]
+    return [(kind, kinds == kind) for kind in distinct]
 
 
 def _partials(work: DeviceWork, *, wanted: bool) -> Tensor:

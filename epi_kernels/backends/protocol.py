@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.batch import StepBatch
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -25,6 +26,9 @@ class Backend(Protocol):
     """
 
     name: str
+    counts_on_device: (
+        bool  # ``step`` lies on the parameters' device, and no scalar of a step is read on the host
+    )
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take parameters of this device and dtype; None when it can."""
@@ -32,14 +36,20 @@ class Backend(Protocol):
 
     def step(
         self,
-        tensors: Sequence[ParamTensors],
+        batch: StepBatch,
         *,
+        seed: int,
         stochastic_rounding: bool,
-        grad_multiplier: float | None,
-        stats: LayerStats | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        stats: LayerStats | None = None,
     ) -> None:
-        """The masked update (``reference.step.step_``). Merges stats of the parameters with ``layer >= 0``
-        in the same pass when ``stats`` is given, from the importances as stored."""
+        """The masked update (``reference.step.step_``), and one more in every ``step``.
+
+        ``grad_scale``, ``found_inf``: one-element tensors of ``torch.amp.GradScaler``; where ``found_inf`` is not 0
+        nothing changes. Merges stats of the parameters with ``layer >= 0`` in the same pass when ``stats`` is given,
+        from the importances as stored; not together with ``found_inf``.
+        """
         ...
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.batch import StepBatch
 from epi_kernels.reference import mask, stats, step, threshold
+from epi_kernels.reference.rounding import stream_key
+from epi_kernels.reference.scalars import reciprocal_scale, step_scalars
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -15,6 +19,7 @@ from epi_kernels.reference.threshold import KthSearch
 
 class ReferenceBackend:
     name = "reference"
+    counts_on_device = False
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -23,16 +28,26 @@ class ReferenceBackend:
 
     def step(
         self,
-        tensors: Sequence[ParamTensors],
+        batch: StepBatch,
         *,
+        seed: int,
         stochastic_rounding: bool,
-        grad_multiplier: float | None,
-        stats: LayerStats | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        stats: LayerStats | None = None,
     ) -> None:
-        for item in tensors:
-            step.step_(item, stochastic_rounding=stochastic_rounding, grad_multiplier=grad_multiplier)
+        if found_inf is not None and bool(found_inf):
+            return
+        multiplier = None if grad_scale is None else reciprocal_scale(float(grad_scale))
+        scalars_of = functools.cache(step_scalars)
+        for item, grad, t in zip(batch.tensors, batch.grads, batch.counts.next().tolist(), strict=True):
+            assert item.hyper is not None and grad is not None
+            scalars = scalars_of(t, item.hyper, double=item.param.dtype == torch.float64)
+            key = stream_key(seed, t, item.rng_id) if stochastic_rounding else None
+            step.step_(item, grad, scalars, rng_key=key, grad_multiplier=multiplier)
+        batch.counts.advance()
         if stats is not None:
-            self.accumulate([item for item in tensors if item.layer >= 0], stats)
+            self.accumulate([item for item in batch.tensors if item.layer >= 0], stats)
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats_: LayerStats) -> None:
         for item in tensors:

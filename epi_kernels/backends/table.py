@@ -2,8 +2,8 @@
 
 A list of 600 tensors costs an op call 240 us before it starts (two cores, torch 2.13); the same
 addresses in one int64 array cost nothing. The price is that nobody else keeps the tensors alive:
-hold the ``PointerTable`` until the work is done (on a GPU: until it is in the stream), then call
-``finish``.
+hold the ``PointerTable`` and what it was made from until the work is done (on a GPU: until it is in
+the stream), then call ``finish``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from epi_kernels.reference.tensors import ParamTensors
     PERSISTENT_MASK,
     NUMEL,
     LAYER,  # row of the layer tables, -1: no stats
-    RNG_KEY,  # uint32; step only
+    RNG_KEY,  # uint32; step only. Where the device counts, its input: the parameter's rng_id
     INDEX_OFFSET,  # logical position of element 0; step only
     FLAGS,
     EXP_AVG_SCALE,  # of 8-bit states, 0 otherwise; step only
@@ -49,6 +49,8 @@ MAXIMIZE = 16
 STATE_INT8 = 32  # exp_avg and exp_avg_sq are codes (reference/codec.py)
 IMPORTANCE_INT8 = 64  # the parameter's own importance; unset when shared
 U_INT8 = 128  # u, whichever of the two it is
+# 256: the cuda backend's
+SKIPPED = 512  # found_inf was not 0: the step leaves the row alone; set on the device
 
 SCALAR_COLUMNS = len(StepScalars._fields)
 
@@ -58,43 +60,57 @@ _U_OF_STATE = U_BF16 // STATE_BF16  # what turns the state's flag into u's, wher
 @dataclass(slots=True)
 class PointerTable:
     rows: np.ndarray  # [n, COLUMNS] int64
-    scalars: np.ndarray | None  # [n, SCALAR_COLUMNS] fp32; step only
     _alive: list[list[Tensor]]  # what the pointers point to
     _written: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (tensor, dense copy)
+    _strided_rows: list[int] = field(default_factory=list)  # of parameters that are not row-major
+    _strided_params: list[Tensor] = field(default_factory=list)
 
     def finish(self) -> None:
         """Carries dense work copies back into the tensors they stand for. Call it after the op."""
         for tensor, dense in self._written:
             tensor.detach().copy_(dense)
         self._written.clear()
+        self._alive.clear()
 
 
-def step_table(tensors: Sequence[ParamTensors], *, writes_grad: bool) -> PointerTable:
-    """Rows of the step. ``writes_grad``: the unscaled gradient must reach ``grad``."""
-    written: list[tuple[Tensor, Tensor]] = []
-    params = _dense([item.param for item in tensors], written)
-    grads = [item.grad for item in tensors if item.grad is not None]
-    assert len(grads) == len(params), "a parameter without a gradient has no step"
-    grads = _dense(grads, written if writes_grad else None)
+def step_table(tensors: Sequence[ParamTensors]) -> PointerTable:
+    """Rows of the step, but for what changes at every step: GRAD (and PARAM of a parameter that is not
+    row-major), by ``fill_grads``; RNG_KEY; LAYER where stats are wanted."""
+    params = [item.param for item in tensors]
     exp_avgs = [item.exp_avg for item in tensors]
     exp_avg_sqs = [item.exp_avg_sq for item in tensors]
     importances = [item.importance for item in tensors]
 
     rows = np.zeros((len(tensors), COLUMNS), dtype=np.int64)
     _fill(rows, PARAM, Tensor.data_ptr, params)
-    _fill(rows, GRAD, Tensor.data_ptr, grads)
     _fill(rows, EXP_AVG, Tensor.data_ptr, exp_avgs)
     _fill(rows, EXP_AVG_SQ, Tensor.data_ptr, exp_avg_sqs)
     _fill_optional(rows, IMPORTANCE, importances)
     _fill_optional(rows, EXP_AVG_SCALE, [item.exp_avg_scale for item in tensors])
+    _fill_optional(rows, STEP, [item.step for item in tensors])
     _fill(rows, NUMEL, Tensor.numel, params)
-    _fill(rows, RNG_KEY, attrgetter("rng_key"), tensors)
+    _fill(rows, RNG_KEY, attrgetter("rng_id"), tensors)
     rows[:, FLAGS] = _u_flags(exp_avg_sqs, importances) | _flags(params, "param", PARAM_BF16)
-    if any(map(attrgetter("maximize"), tensors)):
-        rows[:, FLAGS] |= [item.maximize * MAXIMIZE for item in tensors]
-    masks = _fill_common(rows, tensors)
-    alive = [params, grads, exp_avgs, exp_avg_sqs, _present(importances), masks]
-    return PointerTable(rows, _scalars(tensors), alive, written)
+    rows[:, FLAGS] |= np.fromiter((item.maximize * MAXIMIZE for item in tensors), np.int64, len(tensors))
+    _fill_common(rows, tensors)
+    strided = [row for row, param in enumerate(params) if not param.is_contiguous()]
+    return PointerTable(rows, [], [], strided, [params[row] for row in strided])
+
+
+def fill_grads(table: PointerTable, grads: list[Tensor], *, writes_grad: bool) -> None:
+    """The addresses of a step's gradients. ``writes_grad``: the unscaled gradient must reach ``grad``."""
+    table._written.clear()
+    if table._strided_params:
+        params = _dense(table._strided_params, table._written)
+        table.rows[table._strided_rows, PARAM] = [param.data_ptr() for param in params]
+        table._alive.append(params)
+    dense = _dense(grads, table._written if writes_grad else None)
+    _fill(table.rows, GRAD, Tensor.data_ptr, dense)
+    table._alive.append(dense)
+
+
+def fill_layers(table: PointerTable, tensors: Sequence[ParamTensors]) -> None:
+    _fill(table.rows, LAYER, attrgetter("layer"), tensors)
 
 
 def refresh_table(tensors: Sequence[ParamTensors]) -> PointerTable:
@@ -106,8 +122,8 @@ def refresh_table(tensors: Sequence[ParamTensors]) -> PointerTable:
     _fill_optional(rows, IMPORTANCE, importances)
     _fill(rows, NUMEL, Tensor.numel, exp_avg_sqs)
     rows[:, FLAGS] = _u_flags(exp_avg_sqs, importances)
-    masks = _fill_common(rows, tensors)
-    return PointerTable(rows, None, [exp_avg_sqs, _present(importances), masks])
+    others = _fill_common(rows, tensors)
+    return PointerTable(rows, [exp_avg_sqs, _present(importances), others])
 
 
 def _fill(rows: np.ndarray, column: int, value: Callable[..., int], items: Iterable) -> None:
@@ -123,16 +139,18 @@ def _fill_optional(rows: np.ndarray, column: int, tensors: list[Tensor | None]) 
 
 
 def _fill_common(rows: np.ndarray, tensors: Sequence[ParamTensors]) -> list[Tensor]:
-    """Columns of every stage: u's scales, the masks, where the elements belong."""
-    _fill_optional(rows, EXP_AVG_SQ_SCALE, [item.exp_avg_sq_scale for item in tensors])
-    _fill_optional(rows, IMPORTANCE_SCALE, [item.importance_scale for item in tensors])
-    isolation = [item.isolation_mask for item in tensors]
-    persistent = [item.persistent_mask for item in tensors]
-    _fill_optional(rows, ISOLATION_MASK, isolation)
-    _fill_optional(rows, PERSISTENT_MASK, persistent)
+    """Columns of every stage: u's scales, the masks, where the elements belong. Returns what they point to."""
+    columns = {
+        EXP_AVG_SQ_SCALE: [item.exp_avg_sq_scale for item in tensors],
+        IMPORTANCE_SCALE: [item.importance_scale for item in tensors],
+        ISOLATION_MASK: [item.isolation_mask for item in tensors],
+        PERSISTENT_MASK: [item.persistent_mask for item in tensors],
+    }
+    for column, pointed in columns.items():
+        _fill_optional(rows, column, pointed)
     _fill(rows, LAYER, attrgetter("layer"), tensors)
     _fill(rows, INDEX_OFFSET, attrgetter("index_offset"), tensors)
-    return _present(isolation) + _present(persistent)
+    return [tensor for pointed in columns.values() for tensor in _present(pointed)]
 
 
 def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
@@ -176,17 +194,3 @@ def _u_flags(exp_avg_sqs: list[Tensor], importances: list[Tensor | None]) -> int
     u = np.zeros(len(own), dtype=np.int64) + shared
     u[own] = _flags(_present(importances), "importance", IMPORTANCE_BF16 | U_BF16, IMPORTANCE_INT8 | U_INT8)
     return state | u
-
-
-def _scalars(tensors: Sequence[ParamTensors]) -> np.ndarray:
-    """Parameters of one group share one StepScalars: convert each once."""
-    all_scalars = [item.scalars for item in tensors]
-    distinct: dict[int, StepScalars] = {}
-    for scalars in all_scalars:
-        assert scalars is not None
-        distinct[id(scalars)] = scalars
-    table = np.array(list(distinct.values()), dtype=np.float32).reshape(-1, SCALAR_COLUMNS)
-    if len(distinct) <= 1:
-        return table.repeat(len(tensors), axis=0) if distinct else table
-    position = {key: row for row, key in enumerate(distinct)}
-    return table[[position[id(scalars)] for scalars in all_scalars]]

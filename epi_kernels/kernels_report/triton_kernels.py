@@ -25,7 +25,9 @@ _TYPES = {
     **dict.fromkeys(("bin_shifts", "histogram", "drift"), "*i64"),
     **dict.fromkeys(("minimum", "maximum", "shift", "scale", "bounds", "thresholds"), "*fp32"),
     **dict.fromkeys(("partials", "moments"), "*fp64"),
-    **dict.fromkeys(("stride", "layers"), "i32"),
+    **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
+    **dict.fromkeys(("stride", "layers", "n"), "i32"),
+    "mixed_seed": "i64",
     "done": "*u8",
     "keep_factor": "fp32",
 }
@@ -114,6 +116,7 @@ def _refresh() -> Iterator[Entry]:
     from epi_kernels.backends.triton.backend import MERGE_BLOCK
     from epi_kernels.backends.triton.bounds import BOUNDS_BLOCK
     from epi_kernels.backends.triton.common import THREADS
+    from epi_kernels.backends.triton.prepare import PREPARE_BLOCK
     from epi_kernels.backends.triton.variants import REFRESH_ROWS
 
     elements = REFRESH_ROWS * 8 // THREADS
@@ -133,6 +136,8 @@ def _refresh() -> Iterator[Entry]:
             counted = (*constants, ("BINS", 2048))
             yield Entry(f"count {kind}{suffix}", "threshold", "count_kernel", counted, expected)
             yield Entry(f"select {kind}{suffix}", "mask", "select_kernel", constants, expected)
+    prepare = (("UNSCALE", True), ("SKIPPABLE", True), ("BLOCK", PREPARE_BLOCK))
+    yield Entry("prepare", "prepare", "prepare_kernel", prepare, scalar)
     tiny = (("HYSTERESIS", True), ("BLOCK", BOUNDS_BLOCK))
     yield Entry("count bounds", "bounds", "count_bounds_kernel", tiny, scalar)
     yield Entry("select bounds", "bounds", "select_bounds_kernel", (*tiny, ("POSITIVE_ONLY", True)), scalar)

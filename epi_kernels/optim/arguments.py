@@ -44,7 +44,7 @@ GLOBAL_OPTIONS = (
 
 @dataclass(frozen=True)
 class IsolationConfig:
-    """The options that hold for the whole optimizer."""
+    """The options that hold for the whole optimizer. torch.uint8 stands for 8-bit codes."""
 
     isolation_ratio: float
     mask_interval: int | None
@@ -187,21 +187,16 @@ def make_config(
         hysteresis,
         "0 with normalization='zscore' (a z-score may be negative, so dividing it favours nothing)",
     )
-    for name, value in (("state_dtype", state_dtype), ("importance_dtype", importance_dtype)):
-        if value == "int8":
-            raise NotImplementedError(
-                f"{name}='int8' is not supported yet: use torch.float32 or torch.bfloat16"
-            )
     return IsolationConfig(
         isolation_ratio=float(isolation_ratio),
         mask_interval=None if mask_interval is None else int(mask_interval),
         mask_warmup=None if mask_warmup is None else int(mask_warmup),
-        importance_dtype=importance_dtype,
+        importance_dtype=torch.uint8 if importance_dtype == "int8" else importance_dtype,
         normalization=normalization,
         scope=scope,
         layer_key=layer_key,
         hysteresis=float(hysteresis),
-        state_dtype=state_dtype,
+        state_dtype=torch.uint8 if state_dtype == "int8" else state_dtype,
         stochastic_rounding=stochastic_rounding is not False,
         seed=int(seed),
         backend=backend,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.optim.moments import read_moment
 from epi_kernels.optim.state import bare_name
 
 
@@ -38,18 +39,12 @@ def _entries(source: Any) -> tuple[list[str] | None, list[Mapping[str, Any]]]:
 def _take(entry: Mapping[str, Any], param: Tensor, name: str) -> Carried | None:
     if not entry:
         return None  # the source never stepped it: its importance is 0
-    importance = entry.get("importance", entry.get("exp_avg_sq"))
-    if importance is None:
+    key = "importance" if "importance" in entry else "exp_avg_sq"
+    if key not in entry:
         raise ValueError(f"the source's state of {name} has neither importance nor exp_avg_sq")
-    if importance.shape != param.shape or not importance.is_floating_point():
-        raise ValueError(
-            f"the source's importance of {name} is {importance.dtype} {list(importance.shape)}, "
-            f"the parameter has shape {list(param.shape)}"
-        )
+    importance = read_moment(entry, key, param.shape, f"the source's state of {name}")
     step = torch.as_tensor(entry.get("step", 0.0))
-    return Carried(
-        importance.detach(), step.detach().reshape(()).to(device="cpu", dtype=torch.float32, copy=True)
-    )
+    return Carried(importance, step.detach().reshape(()).to(device="cpu", dtype=torch.float32, copy=True))
 
 
 def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:

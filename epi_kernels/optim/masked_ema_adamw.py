@@ -14,13 +14,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from epi_kernels.backends import choose
 from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.batches import Entry, check_gradient, check_state, param_tensors, run_step
+from epi_kernels.optim.clock import SkippedSteps
+from epi_kernels.optim.entries import Entry, check_state, param_tensors
+from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, write_moment
+from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import Partition, StatsByDevice, refresh
 from epi_kernels.optim.report import IsolationReport, callers_level
 from epi_kernels.policies.layers import LayerTable, build_layers
-from epi_kernels.policies.schedule import refresh_due
+from epi_kernels.policies.schedule import may_be_due, refresh_due
 from epi_kernels.reference import bits
-from epi_kernels.reference.scalars import round_to_float32
 
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
 
@@ -57,13 +59,14 @@ class MaskedEMAAdamW(Optimizer):
         mask_interval: H, steps between refreshes; None never refreshes by itself (static masks).
         mask_warmup: step of the first refresh; None means ``mask_interval``.
         importance_beta: decay of an own importance; None (or beta2) shares ``exp_avg_sq`` at no cost.
-        importance_dtype: of an own importance: torch.float32 or torch.bfloat16.
+        importance_dtype: of an own importance: torch.float32, torch.bfloat16 or "int8".
         normalization: within a layer: "minmax", "zscore" or "none".
         scope: "global" ranks all layers together, "layer" each by itself.
         layer_key: name -> hashable; parameters of one value form a layer. Needs named parameters.
         hysteresis: h in [0, 1): scores of isolated elements are divided by 1 - h before selection.
-        state_dtype: of exp_avg and exp_avg_sq; None is the parameter's. torch.float32 or torch.bfloat16.
-        stochastic_rounding: of bfloat16 weights and states; None means on.
+        state_dtype: of exp_avg and exp_avg_sq; None is the parameter's. torch.float32, torch.bfloat16 or "int8":
+            8-bit floats under a scale a block of 64; tensors below 4,096 elements keep float32.
+        stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
@@ -73,6 +76,8 @@ class MaskedEMAAdamW(Optimizer):
 
     Source: EPI, arXiv 2604.14010 (Evolving Parameter Isolation).
     """
+
+    _plan: StepPlan | None = None  # kept from step to step; never copied or pickled
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class MaskedEMAAdamW(Optimizer):
             backend=backend,
         )
         self._report: IsolationReport | None = None
+        self._skipped = SkippedSteps()
         self._warned_nothing_selected = False
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
@@ -217,32 +223,51 @@ class MaskedEMAAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        config = self._config
-        stepped = [entry for entry in self._parameters() if entry.param.grad is not None]
         # both set by torch.amp.GradScaler
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for entry in stepped:
-            check_gradient(entry, config.backend, written=grad_scale is not None)
-            check_state(entry, self.state.get(entry.param, {}))
-        if found_inf is not None and bool(found_inf):
-            return loss
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        plan = self._step_plan(params, grads)
+        if found_inf is not None:
+            if plan.counts_on_device and not self._refresh_may_follow():
+                self._skipped.note(found_inf)
+            else:
+                self._settle()
+                if bool(found_inf):
+                    return loss
+                found_inf = None
 
-        step = self._isolation_step + 1
-        due = refresh_due(step, interval=config.mask_interval, warmup=config.mask_warmup)
+        config, step = self._config, self._isolation_step + 1
+        due = found_inf is None and refresh_due(
+            step, interval=config.mask_interval, warmup=config.mask_warmup
+        )
         layers = self._layers() if due and config.isolation_ratio > 0 else None
         stats = None if layers is None else StatsByDevice(len(layers.names), config)
-        run_step(
-            stepped,
-            self.state,
-            config,
-            grad_multiplier=None if grad_scale is None else round_to_float32(1.0 / float(grad_scale)),
-            layers=layers,
-            stats=stats,
-        )
+        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
         self._set_isolation_step(step)
         if layers is not None and stats is not None:
-            self._refresh(layers, stats, covered={entry.param for entry in stepped})
+            self._refresh(layers, stats, covered=plan.covered())
         return loss
+
+    def _step_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> StepPlan:
+        """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
+        if self._plan is None or not self._plan.fits(params, grads, self.state):
+            self._plan = None
+            self._plan = StepPlan(list(self._parameters()), self.state, self._config)
+        return self._plan
+
+    # ---------------------------------------------------------------- T, where a device may skip steps
+
+    def _refresh_may_follow(self) -> bool:
+        """Whether a refresh follows the step at hand, for any number of steps that were skipped unread."""
+        last = self._isolation_step + 1
+        first = last - self._skipped.unread
+        return may_be_due(first, last, interval=self._config.mask_interval, warmup=self._config.mask_warmup)
+
+    def _settle(self) -> None:
+        """Takes what was skipped off T; waits for the device."""
+        if self._skipped.unread:
+            self._set_isolation_step(self._isolation_step - self._skipped.read())
 
     # ---------------------------------------------------------------- the refresh
 
@@ -255,6 +280,7 @@ class MaskedEMAAdamW(Optimizer):
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did."""
+        self._settle()
         layers = self._layers()
         return self._refresh(layers, StatsByDevice(len(layers.names), self._config), covered=set())
 
@@ -380,7 +406,7 @@ class MaskedEMAAdamW(Optimizer):
                 state_.complete_state(state, param, group, self._config)
             if taken is not None:
                 shared = state_.shares_importance(group)
-                state["exp_avg_sq" if shared else "importance"].copy_(taken.importance)
+                write_moment(state, "exp_avg_sq" if shared else "importance", taken.importance)
                 if shared:
                     state["step"].copy_(taken.step)
             fresh.append(state)
@@ -389,20 +415,27 @@ class MaskedEMAAdamW(Optimizer):
                 self.state[param] = state
             else:
                 self.state.pop(param, None)
+        self._skipped.read()
         self._set_isolation_step(0)
 
     # ---------------------------------------------------------------- saving and loading
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes this optimizer owns, by kind; ``other`` are the step counters."""
-        kinds = (*state_.MOMENT_KEYS, *state_.MASK_KEYS)
-        sizes = dict.fromkeys((*kinds, "other"), 0)
+        """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters."""
+        kinds = (*MOMENT_KEYS, *state_.MASK_KEYS)
+        kind_of = {key: key for key in kinds} | {scale: key for key, scale in SCALE_OF.items()}
+        sizes: dict[str, int] = dict.fromkeys((*kinds, "other"), 0)
         for state in self.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    sizes[key if key in kinds else "other"] += value.numel() * value.element_size()
+                    sizes[kind_of.get(key, "other")] += value.numel() * value.element_size()
         sizes["total"] = sum(sizes.values())
         return sizes
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here."""
+        self._settle()
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -420,10 +453,11 @@ class MaskedEMAAdamW(Optimizer):
             state_dict = state_dict if result is None else result
         state, groups = state_.read_state_dict(state_dict, self.param_groups, self._config)
         self.__setstate__({"state": state, "param_groups": groups})
-        self._report = None
+        self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_config", "_report", "_warned_nothing_selected", "_step_supports_amp_scaling")
+        self._settle()
+        own = ("_config", "_report", "_skipped", "_warned_nothing_selected", "_step_supports_amp_scaling")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
 from epi_kernels.reference.bits import pack, packed_bytes
 
 STATE_VERSION = 1
 VERSION_KEY = "isolation_version"
 STEP_KEY = "isolation_step"
 MASK_KEYS = ("isolation_mask", "persistent_mask")
-MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "importance")
 
 
 def shares_importance(group: Mapping[str, Any]) -> bool:
@@ -26,17 +26,8 @@ def shares_importance(group: Mapping[str, Any]) -> bool:
     return group["importance_beta"] is None or group["importance_beta"] == group["betas"][1]
 
 
-def moment_dtype(param: Tensor, config: IsolationConfig) -> torch.dtype:
-    return param.dtype if config.state_dtype is None else config.state_dtype
-
-
 def zero_mask(param: Tensor) -> Tensor:
     return torch.zeros(packed_bytes(param.numel()), dtype=torch.uint8, device=param.device)
-
-
-def _zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
-    # row-major whatever the parameter's strides: packed masks and random numbers count logical positions
-    return torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
 def complete_state(
@@ -45,12 +36,10 @@ def complete_state(
     """Adds, zeroed, whatever a parameter's state lacks."""
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
-    dtype = moment_dtype(param, config)
-    for key in ("exp_avg", "exp_avg_sq"):
+    wanted = MOMENT_KEYS[:2] if shares_importance(group) else MOMENT_KEYS
+    for key in wanted:
         if key not in state:
-            state[key] = _zeros(param, dtype)
-    if "importance" not in state and not shares_importance(group):
-        state["importance"] = _zeros(param, config.importance_dtype)
+            state.update(new_moment(key, param, config))
     if "isolation_mask" not in state and config.isolation_ratio > 0:
         state["isolation_mask"] = zero_mask(param)
 
@@ -78,7 +67,7 @@ def _load_param_state(
     saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
 ) -> dict[str, Any]:
     """One parameter's state: clones in our dtypes, checked against the parameter."""
-    known = {"step", *MOMENT_KEYS, *MASK_KEYS}
+    known = {"step", *MOMENT_KEYS, *SCALE_OF.values(), *MASK_KEYS}
     unknown = [key for key in saved if key not in known]
     if unknown:
         raise ValueError(
@@ -98,12 +87,7 @@ def _load_param_state(
     for key in MOMENT_KEYS:
         if key == "importance" and (key not in saved or shares_importance(group)):
             continue
-        value = saved[key]
-        if not isinstance(value, Tensor) or value.shape != param.shape or not value.is_floating_point():
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
-            raise ValueError(f"state of {name}: {key} must be floats of shape {list(param.shape)}, got {got}")
-        dtype = config.importance_dtype if key == "importance" else moment_dtype(param, config)
-        state[key] = _zeros(param, dtype).copy_(value.detach())
+        state.update(load_moment(saved, key, param, config, f"state of {name}"))
     for key in MASK_KEYS:
         if key in saved:
             state[key] = load_mask(saved[key], param, f"state of {name}, {key}")

@@ -6,29 +6,20 @@ from two words: theta w0 low, exp_avg w0 high, exp_avg_sq w1 low, importance w1 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
+
+Words = TypeVar("Words", int, np.ndarray, Tensor)
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-def mix(x: int) -> int:
-    """lowbias32 of a uint32, on the host."""
-    x &= _WORD
-    x ^= x >> 16
-    x = (x * 0x7FEB352D) & _WORD
-    x ^= x >> 15
-    x = (x * 0x846CA68B) & _WORD
-    return x ^ (x >> 16)
-
-
-def stream_key(seed: int, t: int, rng_id: int) -> int:
-    """The part of the key that a parameter's elements share: ``mix(mix(mix(seed) ^ t) ^ id)``."""
-    return mix(mix(mix(seed) ^ (t & _WORD)) ^ (rng_id & _WORD))
-
-
-def _mix_tensor(x: Tensor) -> Tensor:  # [n] int64 holding uint32
+def mix(x: Words) -> Words:
+    """lowbias32 of uint32 values, held in Python's ints or in int64 arrays or tensors."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _WORD
     x = x ^ (x >> 15)
@@ -36,12 +27,21 @@ def _mix_tensor(x: Tensor) -> Tensor:  # [n] int64 holding uint32
     return x ^ (x >> 16)
 
 
+def mixed_seed(seed: int) -> int:
+    return mix(seed & _WORD)
+
+
+def stream_key(seed: int, t: Words, rng_id: Words) -> Words:
+    """The part of the key that a parameter's elements share: ``mix(mix(mix(seed) ^ t) ^ id)``."""
+    return mix(mix(mixed_seed(seed) ^ (t & _WORD)) ^ (rng_id & _WORD))
+
+
 def random_words(key: int, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Words w0, w1 ([count] int64 holding uint32) of the elements ``start .. start + count - 1``."""
     index = torch.arange(start, start + count, dtype=torch.int64, device=device)
-    element_key = _mix_tensor(key ^ (index >> 32))
-    w0 = _mix_tensor((index & _WORD) ^ element_key)
-    w1 = _mix_tensor((w0 + _GOLDEN) & _WORD)
+    element_key = mix(key ^ (index >> 32))
+    w0 = mix((index & _WORD) ^ element_key)
+    w1 = mix((w0 + _GOLDEN) & _WORD)
     return w0, w1
 
 

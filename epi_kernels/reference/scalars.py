@@ -7,6 +7,27 @@ import math
 from typing import NamedTuple
 
 
+class HyperParameters(NamedTuple):
+    """What a param group says of the step, in float64."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    beta_u: float  # beta2 where the importance is shared
+    eps: float
+    weight_decay: float
+
+    @property
+    def in_range(self) -> bool:
+        lr, beta1, beta2, beta_u, eps, weight_decay = self
+        return (
+            0.0 <= beta1 < 1.0
+            and 0.0 <= beta2 < 1.0
+            and 0.0 <= beta_u < 1.0
+            and all(0.0 <= value < math.inf for value in (lr, eps, weight_decay))
+        )
+
+
 class StepScalars(NamedTuple):
     """What the step needs to know of one parameter's hyper-parameters at its step ``t``.
 
@@ -40,30 +61,24 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def step_scalars(
-    t: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    importance_beta: float | None,
-    double: bool = False,
-) -> StepScalars:
+def step_scalars(t: int, hyper: HyperParameters, *, double: bool = False) -> StepScalars:
     """Scalars of step ``t`` (counted from 1). ``double`` keeps float64, for float64 parameters."""
-    beta1, beta2 = betas
-    beta_u = beta2 if importance_beta is None else importance_beta
-    bias_correction1 = 1.0 - power(beta1, t)
-    bias_correction2_sqrt = math.sqrt(1.0 - power(beta2, t))
+    bias_correction1 = 1.0 - power(hyper.beta1, t)
+    bias_correction2_sqrt = math.sqrt(1.0 - power(hyper.beta2, t))
     scalars = StepScalars(
-        beta1=beta1,
-        one_minus_beta1=1.0 - beta1,
-        beta2=beta2,
-        one_minus_beta2=1.0 - beta2,
-        beta_u=beta_u,
-        one_minus_beta_u=1.0 - beta_u,
-        eps=eps * bias_correction2_sqrt,
-        decay=1.0 - lr * weight_decay,
-        step_size=lr * bias_correction2_sqrt / bias_correction1,
+        beta1=hyper.beta1,
+        one_minus_beta1=1.0 - hyper.beta1,
+        beta2=hyper.beta2,
+        one_minus_beta2=1.0 - hyper.beta2,
+        beta_u=hyper.beta_u,
+        one_minus_beta_u=1.0 - hyper.beta_u,
+        eps=hyper.eps * bias_correction2_sqrt,
+        decay=1.0 - hyper.lr * hyper.weight_decay,
+        step_size=hyper.lr * bias_correction2_sqrt / bias_correction1,
     )
     return scalars if double else StepScalars(*map(round_to_float32, scalars))
+
+
+def reciprocal_scale(grad_scale: float) -> float:
+    """What a gradient under a loss scale is multiplied by."""
+    return round_to_float32(1.0 / grad_scale)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.reference import bits, codec, rounding
+from epi_kernels.reference.scalars import StepScalars
 from epi_kernels.reference.tensors import ParamTensors
 
 
@@ -42,14 +43,19 @@ def _rounded(value: Tensor, dtype: torch.dtype, random_bits: Tensor | None) -> T
     return value.to(dtype)
 
 
-def step_(tensors: ParamTensors, *, stochastic_rounding: bool, grad_multiplier: float | None = None) -> None:
-    """Updates param, exp_avg, exp_avg_sq and importance of one parameter in place.
+def step_(
+    tensors: ParamTensors,
+    grad: Tensor,
+    scalars: StepScalars,
+    *,
+    rng_key: int | None,
+    grad_multiplier: float | None = None,
+) -> None:
+    """Updates param, exp_avg, exp_avg_sq and importance of one parameter in place; ``step`` is not its business.
 
-    ``grad_multiplier`` is the float32 reciprocal of a loss scale; the unscaled gradient is written
-    back to ``grad``, as torch's fused step does.
+    ``rng_key`` (``rounding.stream_key``): None rounds to nearest. ``grad_multiplier`` is the float32 reciprocal
+    of a loss scale; the unscaled gradient is written back to ``grad``, as torch's fused step does.
     """
-    scalars, grad = tensors.scalars, tensors.grad
-    assert scalars is not None and grad is not None
     opmath = torch.float64 if tensors.param.dtype == torch.float64 else torch.float32
 
     n = tensors.param.numel()
@@ -70,8 +76,8 @@ def step_(tensors: ParamTensors, *, stochastic_rounding: bool, grad_multiplier: 
     new = scalars.decay * theta - scalars.step_size * (m / denom)
 
     r_theta = r_exp_avg = r_exp_avg_sq = r_importance = None
-    if stochastic_rounding:
-        w0, w1 = rounding.random_words(tensors.rng_key, tensors.index_offset, n, theta.device)
+    if rng_key is not None:
+        w0, w1 = rounding.random_words(rng_key, tensors.index_offset, n, theta.device)
         r_theta, r_exp_avg = w0 & 0xFFFF, w0 >> 16
         r_exp_avg_sq, r_importance = w1 & 0xFFFF, w1 >> 16
     _store(tensors.exp_avg, tensors.exp_avg_scale, m, r_exp_avg, signed=True)

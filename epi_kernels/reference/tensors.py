@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.reference import codec
-from epi_kernels.reference.scalars import StepScalars
+from epi_kernels.reference.scalars import HyperParameters
 
 
 @dataclass(slots=True)
@@ -29,9 +29,10 @@ class ParamTensors:
     isolation_mask: Tensor | None
     persistent_mask: Tensor | None
     layer: int = 0  # row of this parameter in the layer tables; -1 where a stage does not need one
-    scalars: StepScalars | None = None  # step only
-    maximize: bool = False  # step only
-    rng_key: int = 0  # step only: rounding.stream_key(seed, t, id)
+    step: Tensor | None = None  # fp32 scalar, steps taken; it and the next three: step only
+    hyper: HyperParameters | None = None
+    maximize: bool = False
+    rng_id: int = 0  # what sets this parameter's random numbers apart
     exp_avg_scale: Tensor | None = None
     exp_avg_sq_scale: Tensor | None = None
     importance_scale: Tensor | None = None

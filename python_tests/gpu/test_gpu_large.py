@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from epi_kernels.reference.scalars import step_scalars
+from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -33,9 +33,17 @@ def large_tensors(n: int, device: torch.device) -> ParamTensors:
     mask = torch.empty((n + 7) // 8, dtype=torch.uint8, device=device).random_(0, 256, generator=generator)
     if n % 8:
         mask[-1] &= (1 << n % 8) - 1
-    scalars = step_scalars(2, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, importance_beta=None)
     return ParamTensors(
-        make(), make(), make(), make(True), None, mask, None, scalars=scalars, rng_key=77, index_offset=0
+        make(),
+        make(),
+        make(),
+        make(True),
+        None,
+        mask,
+        None,
+        step=torch.tensor(1.0, device=device),
+        hyper=HyperParameters(lr=1e-2, beta1=0.9, beta2=0.99, beta_u=0.99, eps=1e-8, weight_decay=0.1),
+        rng_id=77,
     )
 
 
@@ -45,6 +53,7 @@ def window(whole: ParamTensors, start: int, stop: int) -> ParamTensors:
         name: getattr(whole, name)[start:stop].to("cpu", copy=True)
         for name in ("param", "grad", "exp_avg", "exp_avg_sq")
     }
+    cut["step"] = torch.tensor(1.0)  # before the step; the large one's may have gone on
     mask = whole.isolation_mask[start // 8 : (stop + 7) // 8].to("cpu", copy=True)
     return dataclasses.replace(whole, **cut, isolation_mask=mask, index_offset=start)
 
@@ -64,22 +73,18 @@ def test_more_than_two_to_the_31(backend, device):
     expected = [window(whole, *b) for b in bounds]
 
     stats = LayerStats.empty(1, device, with_moments=False)
-    backend.step([whole], stochastic_rounding=True, grad_multiplier=None, stats=stats)
-    checks.REFERENCE.step(expected, stochastic_rounding=True, grad_multiplier=None, stats=None)
+    checks.run_step(backend, [whole], stats=stats)
+    checks.run_step(checks.REFERENCE, expected)
     checks.assert_same([window(whole, *b) for b in bounds], expected)
     low, high = whole.exp_avg_sq.aminmax()
     assert float(stats.minimum) == float(low) and float(stats.maximum) == float(high)
 
     terms = ScoreTerms(stats.minimum, stats.maximum - stats.minimum, positive_only=True)
-    domain = torch.zeros(1, dtype=torch.int64, device=device)
-    search = KthSearch.start(
-        torch.tensor([n // 100], device=device),
-        domain,
-        floor=2**31,
-        end=int(checks.selection.key_range("minmax", 1.0)[1]),
-        bin_bits=11,
-        keep_factor=1.0,
+    floor, end = checks.selection.key_range("minmax", 1.0)
+    problem = checks.search_problem(
+        [n // 100], [0], floor=floor, end=end, bin_bits=11, keep_factor=1.0, device=device
     )
+    search = KthSearch.start(problem)
     for number in range(4):
         search.histogram.zero_()
         backend.count([whole], terms, search)

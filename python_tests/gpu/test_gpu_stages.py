@@ -64,15 +64,17 @@ def test_no_stage_waits_for_the_device(backend, device):
     tensors = checks.copies(checks.refresh_params(checks.F32, 0), device)
     stats = LayerStats.empty(3, device, with_moments=True)
     terms = ScoreTerms(torch.zeros(3, device=device), torch.ones(3, device=device), positive_only=True)
-    domain = torch.zeros(3, dtype=torch.int64, device=device)
-    search = KthSearch.start(
-        torch.tensor([50], device=device), domain, floor=2**31, end=2**32, bin_bits=11, keep_factor=1.0
+    problem = checks.search_problem(
+        [50], [0, 0, 0], floor=2**31, end=2**32, bin_bits=11, keep_factor=1.0, device=device
     )
+    search = KthSearch.start(problem)
+    scale, found_inf = torch.full((1,), 2.0, device=device), torch.zeros(1, device=device)
     drift = torch.zeros(3, 3, dtype=torch.int64, device=device)
     thresholds = torch.ones(3, device=device)
 
     def stages():
-        backend.step(tensors, stochastic_rounding=True, grad_multiplier=None, stats=stats)
+        checks.run_step(backend, tensors, stats=stats)
+        checks.run_step(backend, tensors, grad_scale=scale, found_inf=found_inf)
         backend.accumulate(tensors, stats)
         backend.count(tensors, terms, search)
         backend.select(tensors, terms, thresholds, 1.0, drift)
@@ -97,8 +99,8 @@ def test_another_stream_is_honoured(backend, device):
         for t in ours:  # late on this stream: a kernel on another one would not see it
             torch.cuda._sleep(1_000_000)
             t.grad.mul_(2.0)
-        backend.step(ours, stochastic_rounding=False, grad_multiplier=None, stats=None)
+        checks.run_step(backend, ours, stochastic_rounding=False)
     stream.synchronize()
     doubled = [dataclasses.replace(t, grad=t.grad * 2.0) for t in expected]
-    checks.REFERENCE.step(doubled, stochastic_rounding=False, grad_multiplier=None, stats=None)
+    checks.run_step(checks.REFERENCE, doubled, stochastic_rounding=False)
     checks.assert_same(ours, doubled)

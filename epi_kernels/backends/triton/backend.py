@@ -11,8 +11,10 @@ import triton
 from torch import Tensor
 
 from epi_kernels.backends import table as _table
+from epi_kernels.backends.batch import StepBatch
 from epi_kernels.backends.triton import bounds as _bounds
 from epi_kernels.backends.triton import mask as _mask
+from epi_kernels.backends.triton import prepare as _prepare
 from epi_kernels.backends.triton import stats as _stats
 from epi_kernels.backends.triton import step as _step
 from epi_kernels.backends.triton import threshold as _threshold
@@ -31,6 +33,7 @@ from epi_kernels.backends.triton.variants import (
     refresh_variants,
     step_variants,
 )
+from epi_kernels.reference.rounding import mixed_seed
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -53,6 +56,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    counts_on_device = True
 
     def __init__(self, step_chunk: int | None = None, refresh_chunk: int | None = None) -> None:
         self._step_chunk = step_chunk or (LARGEST_BLOCK if INTERPRETED else STEP_CHUNK)
@@ -85,33 +89,45 @@ class TritonBackend:
 
     def step(
         self,
-        tensors: Sequence[ParamTensors],
+        batch: StepBatch,
         *,
+        seed: int,
         stochastic_rounding: bool,
-        grad_multiplier: float | None,
-        stats: LayerStats | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        stats: LayerStats | None = None,
     ) -> None:
-        items = [t for t in tensors if t.grad is not None]  # skipped whole, as in torch
-        if not items:
+        if not batch.tensors:
             return
-        device = items[0].param.device
-        pointers = _table.step_table(items, writes_grad=grad_multiplier is not None)
-        assert pointers.scalars is not None
-        rows = np.zeros((len(items), _step.ROW), dtype=np.int64)
-        rows[:, : _table.COLUMNS] = pointers.rows
+        device = batch.tensors[0].param.device
+        table = batch.table(writes_grad=grad_scale is not None)
         if stats is None:
-            rows[:, _table.LAYER] = -1
-        scalars = rows.view(np.float32)[:, 2 * _step.SCALARS :]
-        scalars[:, : _table.SCALAR_COLUMNS] = pointers.scalars
-        scalars[:, _table.SCALAR_COLUMNS] = 1.0 if grad_multiplier is None else grad_multiplier
+            table.rows[:, _table.LAYER] = -1
+        else:
+            _table.fill_layers(table, batch.tensors)
+        rows = np.zeros((len(table.rows), _prepare.ROW), dtype=np.int64)
+        rows[:, : _table.COLUMNS] = table.rows
+        scalars = rows.view(np.float32)[:, 2 * _prepare.SCALARS : 2 * _prepare.HYPER]
+        scalars[:, : _table.SCALAR_COLUMNS], rows.view(np.float64)[:, _prepare.HYPER :] = batch.constants()
         # -(1 - beta1) * g is (1 - beta1) * -g to the bit, and g * g has no sign
-        scalars[pointers.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
+        scalars[table.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
 
         variants = step_variants(rows, self._step_chunk)
         with self._on(device):
             sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
             work = self._plan(sizes, variants, layers, self._step_chunk, device)
             device_rows = upload(rows, device)
+            _prepare.prepare_kernel[(triton.cdiv(len(rows), _prepare.PREPARE_BLOCK),)](
+                device_rows,
+                len(rows),
+                mixed_seed(seed),
+                grad_scale,
+                found_inf,
+                UNSCALE=grad_scale is not None,
+                SKIPPABLE=found_inf is not None,
+                BLOCK=_prepare.PREPARE_BLOCK,
+                **LAUNCH,
+            )
             outputs = (None,) * 4
             if stats is not None:
                 partials = work.partials if stats.with_moments else None
@@ -126,13 +142,13 @@ class TritonBackend:
                     IMPORTANCE_KIND=variant.importance,
                     FULL=variant.full,
                     STOCHASTIC=stochastic_rounding and variant.any_bf16,
-                    UNSCALE=grad_multiplier is not None,
+                    UNSCALE=grad_scale is not None,
                     STATS=_stats_kind(stats),
                     ROWS=variant.rows,
                     **LAUNCH,
                 )
             self._merge_moments(work, stats)
-            pointers.finish()
+            table.finish()
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
         if not tensors:

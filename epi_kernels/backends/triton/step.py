@@ -21,12 +21,9 @@ from epi_kernels.backends.triton.common import (
     store_block,
     widen,
 )
+from epi_kernels.backends.triton.prepare import ROW, SCALARS
 from epi_kernels.backends.triton.stats import NO_STATS, accumulators, fold, publish
 
-# A tensor's row: the columns of backends/table.py, int64, then the float32 scalars, two to a column:
-# StepScalars in its order and the gradient's multiplier.
-SCALARS = table.COLUMNS
-ROW = SCALARS + (table.SCALAR_COLUMNS + 2) // 2
 # Where the importance lives.
 SHARED, OWN_FLOAT32, OWN_BFLOAT16 = 0, 1, 2
 
@@ -36,6 +33,7 @@ _EXP_AVG, _EXP_AVG_SQ = tl.constexpr(table.EXP_AVG), tl.constexpr(table.EXP_AVG_
 _IMPORTANCE, _MASK = tl.constexpr(table.IMPORTANCE), tl.constexpr(table.ISOLATION_MASK)
 _RNG_KEY, _INDEX_OFFSET = tl.constexpr(table.RNG_KEY), tl.constexpr(table.INDEX_OFFSET)
 _LAYER, _SCALARS, _ROW = tl.constexpr(table.LAYER), tl.constexpr(SCALARS), tl.constexpr(ROW)
+_FLAGS, _SKIPPED = tl.constexpr(table.FLAGS), tl.constexpr(table.SKIPPED)
 _SHARED, _OWN_BFLOAT16 = tl.constexpr(SHARED), tl.constexpr(OWN_BFLOAT16)
 _NO_STATS = tl.constexpr(NO_STATS)
 
@@ -52,7 +50,7 @@ def _stored(x, random_bits, BF16: tl.constexpr, STOCHASTIC: tl.constexpr):
 @triton.jit
 def step_kernel(
     chunks,  # [programs, 4] int64: chunks.py
-    tensors,  # [tensors, ROW] int64
+    tensors,  # [tensors, ROW] int64, prepared (prepare.py)
     minimum,  # [layers] fp32: LayerStats, read and written where STATS
     maximum,
     nonfinite,  # [layers] int64
@@ -69,7 +67,8 @@ def step_kernel(
     chunk = chunks + tl.program_id(0) * 4
     row = tensors + tl.load(chunk) * _ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
-    count = tl.load(chunk + 2).to(tl.int32)
+    skipped = (tl.load(row + _FLAGS) & _SKIPPED) != 0
+    count = tl.where(skipped, 0, tl.load(chunk + 2)).to(tl.int32)
     OWN_BF16: tl.constexpr = IMPORTANCE_KIND == _OWN_BFLOAT16
     param = load_address(row + _PARAM, PARAM_BF16, FULL) + start
     grad = load_address(row + _GRAD, PARAM_BF16, FULL) + start

@@ -1,0 +1,118 @@
+"""A parameter as the optimizer lists it, with its gradient and state: checked, and handed to the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from epi_kernels.backends import choose
+from epi_kernels.optim.moments import INT8, MOMENT_KEYS, SCALE_OF
+from epi_kernels.optim.state import MASK_KEYS, shares_importance
+from epi_kernels.reference.bits import packed_bytes
+from epi_kernels.reference.codec import scale_bytes
+from epi_kernels.reference.tensors import ParamTensors
+
+
+class Entry(NamedTuple):
+    """One parameter as the optimizer lists it."""
+
+    group: dict[str, Any]
+    param: Tensor
+    name: str
+    rng_id: int  # CRC-32 of the name, or the position when unnamed
+
+
+def check_gradient(entry: Entry, requested_backend: str) -> None:
+    """Refuses what no backend steps, before anything changes."""
+    param, name, grad = entry.param, entry.name, entry.param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is sparse, which MaskedEMAAdamW does not support: "
+            "use sparse=False in the embedding, or torch.optim.SparseAdam for it"
+        )
+    if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {name} is {grad.dtype} {list(grad.shape)} on {grad.device}, "
+            f"its parameter {param.dtype} {list(param.shape)} on {param.device}"
+        )
+    choose(requested_backend, param.device, param.dtype)
+
+
+def check_written_gradient(entry: Entry) -> None:
+    """Refuses a gradient that a loss scale cannot be divided out of."""
+    name, grad = entry.name, entry.param.grad
+    assert grad is not None
+    if any(stride == 0 and n > 1 for stride, n in zip(grad.stride(), grad.shape)):
+        raise RuntimeError(
+            f"the gradient of {name} is expanded (several elements share one place in memory), so a loss scale cannot "
+            "be divided out of it in place: use .contiguous() on it"
+        )
+
+
+_MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.float64, INT8)
+
+
+def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
+    """Refuses state that does not fit its parameter: kernels trust sizes and addresses.
+
+    It happens when a parameter is resized or moved after the first step.
+    """
+    param = entry.param
+    for key in MOMENT_KEYS:
+        value = state.get(key)
+        if value is not None and not (
+            value.shape == param.shape
+            and value.device == param.device
+            and value.dtype in _MOMENT_DTYPES
+            and value.is_contiguous()
+        ):
+            _refuse_state(entry, key, value)
+        n_scales = scale_bytes(param.numel()) if value is not None and value.dtype == INT8 else None
+        _check_bytes(entry, state, SCALE_OF[key], n_scales)
+    if state and state["exp_avg"].dtype != state["exp_avg_sq"].dtype:
+        _refuse_state(entry, "exp_avg", state["exp_avg"])
+    for key in MASK_KEYS:
+        _check_bytes(entry, state, key, packed_bytes(param.numel()) if key in state else None)
+
+
+def _check_bytes(entry: Entry, state: Mapping[str, Any], key: str, expected: int | None) -> None:
+    """``state[key]`` is uint8 [expected] on the parameter's device; absent where that is None."""
+    value = state.get(key)
+    if value is None and expected is None:
+        return
+    if value is None or not (
+        value.shape == (expected,) and value.device == entry.param.device and value.dtype == torch.uint8
+    ):
+        _refuse_state(entry, key, value)
+
+
+def _refuse_state(entry: Entry, key: str, value: Tensor | None) -> None:
+    param = entry.param
+    found = "missing" if value is None else f"{value.dtype} {list(value.shape)} on {value.device}"
+    raise RuntimeError(
+        f"the state {key!r} of {entry.name} is {found} and does not fit "
+        f"its parameter, {param.dtype} {list(param.shape)} on {param.device}. If the parameter was resized or moved "
+        "after a step, make a new optimizer (carry_importance starts it from this one where shapes agree)"
+    )
+
+
+def param_tensors(
+    param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], layer: int
+) -> ParamTensors:
+    return ParamTensors(
+        param=param,
+        grad=None,
+        exp_avg=state["exp_avg"],
+        exp_avg_sq=state["exp_avg_sq"],
+        importance=None if shares_importance(group) else state["importance"],
+        isolation_mask=state.get("isolation_mask"),
+        persistent_mask=state.get("persistent_mask"),
+        layer=layer,
+        exp_avg_scale=state.get("exp_avg_scale"),
+        exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
+        importance_scale=state.get("importance_scale"),
+    )

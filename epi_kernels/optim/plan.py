@@ -1,0 +1,223 @@
+"""Stage 1 over every device and backend: the parameters that have gradients, grouped once and stepped often.
+
+Hundreds of small tensors are bound by the host: what a step checks and gathers of each of them. A plan does it
+once, notes what it relied on, and serves until one comparison with the notes fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epi_kernels.backends import Backend, choose
+from epi_kernels.backends.batch import StepBatch, share_storage
+from epi_kernels.optim.arguments import IsolationConfig, check_group_options
+from epi_kernels.optim.entries import (
+    Entry,
+    check_gradient,
+    check_state,
+    check_written_gradient,
+    param_tensors,
+)
+from epi_kernels.optim.refresh import StatsByDevice
+from epi_kernels.optim.state import complete_state, shares_importance
+from epi_kernels.policies.layers import LayerTable
+from epi_kernels.reference.scalars import HyperParameters
+from epi_kernels.reference.tensors import ParamTensors
+
+_DTYPE, _DEVICE, _IS_CPU, _LAYOUT, _SHAPE = map(attrgetter, ("dtype", "device", "is_cpu", "layout", "shape"))
+_HYPER_KEYS = ("lr", "betas", "eps", "weight_decay", "importance_beta")
+
+
+class StepPlan:
+    """The step over the entries that have gradients.
+
+    Raises:
+        RuntimeError: a gradient or a state that no backend steps; nothing has changed then.
+        ValueError: a param group's value is out of range.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], state_of: Mapping[Tensor, dict[str, Any]], config: IsolationConfig
+    ) -> None:
+        self._all_params = [entry.param for entry in entries]
+        stepped = [entry for entry in entries if entry.param.grad is not None]
+        for entry in stepped:
+            check_gradient(entry, config.backend)
+            check_state(entry, state_of.get(entry.param, {}))
+        groups = list({id(entry.group): entry.group for entry in stepped}.values())
+        # before there is state: a value that cannot be computed with must leave none behind
+        hyper_of = {id(group): _hyper_parameters(group) for group in groups}
+
+        self._config = config
+        self._stepped = stepped
+        self._params = [entry.param for entry in stepped]
+        states = [state_of[entry.param] for entry in stepped]
+        rows_of: dict[int, list[ParamTensors]] = {id(group): [] for group in groups}
+        self._group_rows = [(group, rows_of[id(group)]) for group in groups]
+        batches: dict[tuple[str, torch.device], tuple[Backend, list[ParamTensors], list[int]]] = {}
+        counted: dict[torch.device, list[dict[str, Any]]] = {}
+        backends: list[Backend] = []
+        grads: list[Tensor | None] = []
+        for (group, param, _, _), state in zip(stepped, states, strict=True):
+            complete_state(state, param, group, config)
+            backend = choose(config.backend, param.device, param.dtype).backend
+            backends.append(backend)
+            device = param.device if backend.counts_on_device else torch.device("cpu")
+            counted.setdefault(device, []).append(state)
+        for device, states_there in counted.items():
+            share_steps(states_there, device)
+        for (group, param, _, rng_id), state, backend in zip(stepped, states, backends, strict=True):
+            tensors = param_tensors(param, state, group, layer=-1)
+            tensors.step, tensors.rng_id = state["step"], rng_id
+            tensors.hyper, tensors.maximize = hyper_of[id(group)], group["maximize"]
+            rows_of[id(group)].append(tensors)
+            _, batch, positions = batches.setdefault((backend.name, param.device), (backend, [], []))
+            positions.append(len(grads))
+            batch.append(tensors)
+            grads.append(param.grad)
+        self._batches = [
+            _Share(device, backend, StepBatch(batch), positions)
+            for (_, device), (backend, batch, positions) in batches.items()
+        ]
+        # what the plan relies on
+        self._fixed = self._switches()
+        self._missing = [param.grad is None for param in self._all_params]
+        self._state_tensors = list(_values(state_of))
+        self._addresses = _addresses(self._params)
+        on_cpu = all(param.is_cpu for param in self._params)
+        attributes = (_DTYPE, _IS_CPU if on_cpu else _DEVICE, _SHAPE, _LAYOUT)
+        self._like = [(of, list(map(of, self._params))) for of in attributes]
+
+    @property
+    def counts_on_device(self) -> bool:
+        """No part of the step reads a scalar on the host."""
+        return all(share.backend.counts_on_device for share in self._batches)
+
+    def fits(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        state_of: Mapping[Tensor, dict[str, Any]],
+    ) -> bool:
+        """Whether the plan still is what a new one would be, but for the gradients' addresses and what groups say
+        of the step."""
+        if len(params) != len(self._all_params) or not all(map(is_, params, self._all_params)):
+            return False
+        if [grad is None for grad in grads] != self._missing:
+            return False
+        present = [grad for grad in grads if grad is not None]
+        states = list(_values(state_of))
+        return (
+            len(states) == len(self._state_tensors)
+            and all(map(is_, states, self._state_tensors))
+            and self._switches() == self._fixed
+            and np.array_equal(_addresses(self._params), self._addresses)
+            and all(list(map(of, present)) == like for of, like in self._like)
+        )
+
+    def run(
+        self,
+        grads: Sequence[Tensor | None],
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        layers: LayerTable | None,
+        stats: StatsByDevice | None,
+    ) -> None:
+        """Steps every entry; with ``stats``, layer statistics are reduced in the same pass."""
+        self._take_hyper_parameters()
+        present = self._readable([grad for grad in grads if grad is not None], written=grad_scale is not None)
+        if layers is not None:
+            for group, rows in self._group_rows:
+                for tensors in rows:
+                    tensors.layer = layers.row_of.get(tensors.param, -1) if group["isolate"] else -1
+        # kernels write through addresses; autograd must still notice that saved weights have changed
+        torch.autograd.graph.increment_version(self._params)
+        for device, backend, batch, positions in self._batches:
+            batch.grads = present if len(self._batches) == 1 else [present[i] for i in positions]
+            backend.step(
+                batch,
+                seed=self._config.seed,
+                stochastic_rounding=self._config.stochastic_rounding,
+                grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+                found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
+                stats=None if stats is None else stats.on(device),
+            )
+            batch.grads = []  # gradients belong to the model: nothing here keeps them alive
+
+    def covered(self) -> set[Tensor]:
+        """The parameters whose stats a step with stats reduces."""
+        return set(self._params)
+
+    def _readable(self, grads: list[Tensor], *, written: bool) -> list[Tensor]:
+        """Gradients whose memory holds their values. ``written``: a loss scale is divided out of them in place."""
+        if written and not all(map(Tensor.is_contiguous, grads)):
+            for entry in self._stepped:
+                check_written_gradient(entry)
+        # a lazily negated gradient keeps its sign beside its memory, where kernels do not look
+        return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+
+    def _take_hyper_parameters(self) -> None:
+        fresh = [
+            (rows, hyper)
+            for group, rows in self._group_rows
+            if (hyper := _hyper_parameters(group)) != rows[0].hyper
+        ]
+        for rows, hyper in fresh:
+            for tensors in rows:
+                tensors.hyper = hyper
+
+    def _switches(self) -> list[tuple[bool, bool]]:
+        return [(group["maximize"], shares_importance(group)) for group, _ in self._group_rows]
+
+
+class _Share(NamedTuple):
+    """What one backend on one device has of a plan."""
+
+    device: torch.device
+    backend: Backend
+    batch: StepBatch
+    positions: list[int]  # among all gradients
+
+
+def share_steps(states: Sequence[dict[str, Any]], device: torch.device) -> None:
+    """Makes every ``step`` a float32 view of one buffer on ``device``, where they are not yet."""
+    steps = [state["step"] for state in states]
+    if device.type == "cpu":
+        there = share_storage(steps)
+    else:
+        there = all(step.device == device for step in steps)
+    if not there:
+        buffer = torch.tensor([float(step) for step in steps], dtype=torch.float32, device=device)
+        for state, step in zip(states, buffer.unbind(), strict=True):
+            state["step"] = step
+
+
+def _hyper_parameters(group: Mapping[str, Any]) -> HyperParameters:
+    """Checked: a schedule may have set them to anything."""
+    try:
+        beta1, beta2 = group["betas"]
+        beta_u = beta2 if group["importance_beta"] is None else group["importance_beta"]
+        values = (group["lr"], beta1, beta2, beta_u, group["eps"], group["weight_decay"])
+        hyper = HyperParameters(*map(float, values))
+    except (TypeError, ValueError):
+        hyper = None
+    if hyper is None or not hyper.in_range:
+        check_group_options({key: group[key] for key in _HYPER_KEYS})
+        raise ValueError(f"a param group has hyper-parameters that cannot be computed with: {values}")
+    return hyper
+
+
+def _values(state_of: Mapping[Tensor, dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(map(dict.values, state_of.values()))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
