@@ -316,9 +316,11 @@ def _kth_score(
     return search.threshold.cpu()
 
 
-def check_sampled_counts(backend: Backend, device: torch.device, stride: int, shift: int) -> None:
+def check_sampled_counts(
+    backend: Backend, device: torch.device, stride: int, shift: int, dtype: torch.dtype = F32
+) -> None:
     """Every ``stride``-th block, one domain done, one layer without spread."""
-    expected = refresh_params(F32, shift)
+    expected = refresh_params(dtype, shift)
     terms = ScoreTerms(torch.tensor([0.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 0.0]), positive_only=True)
     search = KthSearch.start(
         search_problem([50, 0], [0, 1, 0], floor=2**31, end=2**32, bin_bits=8, keep_factor=0.5)

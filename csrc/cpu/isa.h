@@ -5,7 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/mask.h"
 #include "cpu/stats.h"
-#include "cpu/step.h"
+#include "cpu/step_codes.h"
 #include "cpu/threshold.h"
 #include "math/score.h"
 

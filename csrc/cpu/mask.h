@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/codes.h"
 
 namespace epi::EPI_ISA {
 
@@ -41,9 +41,30 @@ EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds
   return (stays & old) | (now & ~old);
 }
 
-template <class F, class T>
+// The elements from `i` on, `count` of at most sixty-four, in `space` where they cannot be read in place.
+template <class T>
+struct Importances {
+  const T* u;
+  EPI_INLINE Importances(TableRow row) : u(importances<T>(row)) {}
+  EPI_INLINE const T* at(T* space, int64_t i, int count) const {
+    if (count == 64) [[likely]]
+      return u + i;
+    for (int j = 0; j < 64; ++j) space[j] = j < count ? u[i + j] : T{};
+    return space;
+  }
+};
+struct ExpandedImportances : CodedImportance {
+  EPI_INLINE ExpandedImportances(TableRow row) : CodedImportance(row) {}
+  EPI_INLINE const uint16_t* at(uint16_t* space, int64_t i, int count) const {
+    for (int j = count; j < 64; ++j) space[j] = 0;
+    read(space, i, count);
+    return space;
+  }
+};
+
+template <class F, class T, class Read>
 EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
-  const T* u = importances<T>(row);
+  const Read u(row);
   uint8_t* mask = pointer<uint8_t>(row, kIsolationMask);
   const uint8_t* persistent = pointer<const uint8_t>(row, kPersistentMask);
   const SelectBounds<F> b{{Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])},
@@ -53,15 +74,13 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
   for (int64_t i = start; i < stop; i += 64) {
     const int count = stop - i < 64 ? static_cast<int>(stop - i) : 64;
     const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    T rest[64];
-    const T* at = u + i;
+    T space[64];
+    const T* at = u.at(space, i, count);
     uint64_t old, kept;
     if (count == 64) [[likely]] {
       old = mask_word<uint64_t>(mask, i);
       kept = mask_word<uint64_t>(persistent, i);
     } else {
-      for (int j = 0; j < 64; ++j) rest[j] = j < count ? at[j] : T{};
-      at = rest;
       old = mask_bits<uint64_t>(mask, i, count) & in_bounds;
       kept = mask_bits<uint64_t>(persistent, i, count);
     }
@@ -82,10 +101,12 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
 
 template <class F>
 void select_mask(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
-  if ((row[kFlags] & kUBf16) != 0) {
-    select_range<F, uint16_t>(row, start, stop, a);
+  if ((row[kFlags] & kUInt8) != 0) {
+    select_range<F, uint16_t, ExpandedImportances>(row, start, stop, a);
+  } else if ((row[kFlags] & kUBf16) != 0) {
+    select_range<F, uint16_t, Importances<uint16_t>>(row, start, stop, a);
   } else {
-    select_range<F, float>(row, start, stop, a);
+    select_range<F, float, Importances<float>>(row, start, stop, a);
   }
 }
 

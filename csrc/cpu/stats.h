@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/codes.h"
 #include "math/rounding.h"
 
 namespace epi::EPI_ISA {
@@ -108,13 +108,27 @@ EPI_INLINE StatsPartial reduce(const StatsSums<F>& sums) {
   return partial;
 }
 
+// Adds the importances of elements start .. start + n - 1, as stored; of codes, kBlock at most.
+template <class F>
+EPI_INLINE void add_stored(StatsSums<F>& sums, TableRow row, int64_t start, int64_t n, bool moments) {
+  if ((row[kFlags] & kUInt8) != 0) {
+    uint16_t words[kBlock];
+    CodedImportance(row).read(words, start, n);
+    add_range(sums, words, n, moments);
+  } else if ((row[kFlags] & kUBf16) != 0) {
+    add_range(sums, importances<uint16_t>(row) + start, n, moments);
+  } else {
+    add_range(sums, importances<float>(row) + start, n, moments);
+  }
+}
+
 template <class F>
 void stats(TableRow row, int64_t start, int64_t stop, bool moments, StatsPartial* partial) {
   StatsSums<F> sums = empty_sums<F>();
-  if ((row[kFlags] & kUBf16) != 0) {
-    add_range(sums, importances<uint16_t>(row) + start, stop - start, moments);
-  } else {
-    add_range(sums, importances<float>(row) + start, stop - start, moments);
+  const bool codes = (row[kFlags] & kUInt8) != 0;
+  for (int64_t block = start; block < stop; block += codes ? kBlock : stop - start) {
+    const int64_t n = codes && stop - block > kBlock ? kBlock : stop - block;
+    add_stored(sums, row, block, n, moments);
   }
   *partial = reduce(sums);
 }

@@ -157,14 +157,7 @@ void step_range(TableRow row, int64_t start, int64_t stop, const StepArguments& 
       tail.store(p, i, count, a.has_grad_multiplier);
     }
     if (a.stats != nullptr) {  // the block's importances, as stored, are still in the first cache
-      const int64_t n = end - block;
-      if (p.importance_f32 != nullptr) {
-        add_range(sums, p.importance_f32 + block, n, a.moments);
-      } else if (p.importance_bf16 != nullptr) {
-        add_range(sums, p.importance_bf16 + block, n, a.moments);
-      } else {
-        add_range(sums, p.exp_avg_sq + block, n, a.moments);
-      }
+      add_stored(sums, row, block, end - block, a.moments);
     }
   }
   if (a.stats != nullptr) *a.stats = reduce(sums);
@@ -182,7 +175,7 @@ void step_rounding(TableRow row, int64_t start, int64_t stop, const StepArgument
   }
 }
 
-inline void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+inline void step_floats(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
   switch (row[kFlags] & (kParamBf16 | kStateBf16 | kImportanceBf16)) {
     case 0:
       return row[kImportance] != 0 ? step_range<false, false, true, false, false>(row, start, stop, a)

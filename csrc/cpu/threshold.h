@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/codes.h"
 #include "math/score.h"
 
 namespace epi::EPI_ISA {
@@ -122,10 +122,11 @@ EPI_INLINE int64_t count_words(const uint16_t* u, const uint8_t* mask, int64_t s
   return above;
 }
 
-template <class F, class T>
+// kCodes: expanded to the words of T, block by block.
+template <class F, class T, bool kCodes>
 EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const CountArguments& a) {
   using L = Lanes<F>;
-  const T* u = importances<T>(row);
+  const T* u = kCodes ? nullptr : importances<T>(row);
   const uint8_t* mask = a.keep_factor != 1.0f ? pointer<const uint8_t>(row, kIsolationMask) : nullptr;
   const Brackets<F> brackets{{L::f32(a.lo_bound[0]), L::f32(a.hi_bound[0])},
                              {L::f32(a.lo_bound[1]), L::f32(a.hi_bound[1])},
@@ -137,21 +138,30 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
   auto above = L::u32(0);
   // without a sample the one span is the range
   const bool sampled = a.sample_stride > 1;
-  const int64_t span = sampled ? kSampleBlock : stop - start;
+  const int64_t span = sampled ? kSampleBlock : kCodes ? kBlock : stop - start;
   const int64_t pace = span * (sampled ? a.sample_stride : 1);
   for (int64_t i = sampled ? (start + pace - 1) / pace * pace : start; i < stop; i += pace) {
-    if (sampled) {  // the next block lies on a page of its own
+    if (sampled && !kCodes) {  // the next block lies on a page of its own
       const char* next = reinterpret_cast<const char*>(u + i + pace);
       for (size_t j = 0; j < kSampleBlock * sizeof(T); j += 64) __builtin_prefetch(next + j);
     }
     const int64_t end = i + span < stop ? i + span : stop;
+    T space[kCodes ? kBlock : 1];
+    const T* at = u;
+    const uint8_t* bits = mask;
+    int64_t first = i, last = end;  // of `at` and `bits`
+    if constexpr (kCodes) {
+      CodedImportance(row).read(space, i, end - i);
+      at = space, first = 0, last = end - i;
+      bits = mask == nullptr ? nullptr : mask + i / 8;
+    }
     if constexpr (sizeof(T) == 2) {
       if (positive) {
-        a.histogram[a.last_bin] += count_words<F>(u, mask, i, end, words, a);
+        a.histogram[a.last_bin] += count_words<F>(at, bits, first, last, words, a);
         continue;
       }
     }
-    count_span(u, mask, i, end, brackets, a, above);
+    count_span(at, bits, first, last, brackets, a, above);
   }
   uint32_t lanes[kWidth];
   store(lanes, above);
@@ -160,10 +170,12 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
 
 template <class F>
 void count(TableRow row, int64_t start, int64_t stop, const CountArguments& a) {
-  if ((row[kFlags] & kUBf16) != 0) {
-    count_range<F, uint16_t>(row, start, stop, a);
+  if ((row[kFlags] & kUInt8) != 0) {
+    count_range<F, uint16_t, true>(row, start, stop, a);
+  } else if ((row[kFlags] & kUBf16) != 0) {
+    count_range<F, uint16_t, false>(row, start, stop, a);
   } else {
-    count_range<F, float>(row, start, stop, a);
+    count_range<F, float, false>(row, start, stop, a);
   }
 }
 

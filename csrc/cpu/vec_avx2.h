@@ -85,6 +85,9 @@ EPI_INLINE U8 max(U8 x, U8 y) {
 EPI_INLINE U8 operator>>(U8 x, int count) {
   return {_mm256_srl_epi32(x.v, _mm_cvtsi32_si128(count))};
 }
+EPI_INLINE U8 operator<<(U8 x, int count) {
+  return {_mm256_sll_epi32(x.v, _mm_cvtsi32_si128(count))};
+}
 EPI_INLINE M8 operator==(U8 x, U8 y) {
   return {_mm256_cmpeq_epi32(x.v, y.v)};
 }
@@ -301,6 +304,26 @@ EPI_INLINE void store_halves_but(uint16_t* p, uint32_t keep, U8 even, U8 odd, Pa
 EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair old) {
   store(p, select(spread(keep), old.a, x.a));
   store(p + 8, select(spread(keep >> 8), old.b, x.b));
+}
+// Sixteen codes, even and odd ones apart, as the numbers their bits are in binary16.
+template <bool kSigned>
+EPI_INLINE F8 half_values(__m128i codes_in_high_bytes) {
+  const __m128i half = kSigned ? _mm_and_si128(_mm_srai_epi16(codes_in_high_bytes, 2),
+                                               _mm_set1_epi16(static_cast<short>(0x9FC0)))
+                               : _mm_srli_epi16(codes_in_high_bytes, 2);
+  return {_mm256_cvtph_ps(half)};
+}
+template <bool kSigned>
+EPI_INLINE Pair load_split_codes(const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {half_values<kSigned>(_mm_slli_epi16(codes, 8)),
+          half_values<kSigned>(_mm_andnot_si128(_mm_set1_epi16(0xFF), codes))};
+}
+// Sixteen codes, a byte each in the words of the even and the odd ones.
+EPI_INLINE void store_split_codes(uint8_t* p, U8 even, U8 odd) {
+  const __m256i both = (even + (odd << 8)).v;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 }
 // One of the two is no number.
 EPI_INLINE M8 unordered(F8 x, F8 y) {

@@ -45,29 +45,31 @@ EPI_INLINE float signed_factor(uint32_t scale) {
 template <class F>
 EPI_INLINE F half_value(typename Lanes<F>::U code) {
   using L = Lanes<F>;
-  const auto word = code * L::u32(1u << kCodeShift);
-  const F normal = float_of(word + L::u32(kOne)), subnormal = float_of(word + L::u32(0x40000000u)) - L::f32(2.0f);
+  const auto word = code << kCodeShift;
+  const F normal = float_of(word + L::u32(kOne)),
+          subnormal = float_of(word + L::u32(0x40000000u)) - L::f32(2.0f);
   return select(normal < subnormal, normal, subnormal) * L::f32(power_of_two(127 - 15));
 }
 
 // `base` = (exponent - 15) << 23. A positive value never becomes 0: codes start at 16.
 template <class F>
-EPI_INLINE typename Lanes<F>::U encode_positive(F x, typename Lanes<F>::U random_bits, typename Lanes<F>::U base) {
+EPI_INLINE typename Lanes<F>::U encode_positive(F x, typename Lanes<F>::U random_bits,
+                                                typename Lanes<F>::U base) {
   using L = Lanes<F>;
   const auto word = bits_of(x);
-  const auto rounded = max(word + random_bits * L::u32(8u), base + L::u32(16u << kCodeShift));
+  const auto rounded = max(word + (random_bits << 3), base + L::u32(16u << kCodeShift));
   return select(word == L::u32(0), L::u32(0), (rounded - base) >> kCodeShift);
 }
 
-// `factor` = 2^(134 - exponent + 127), biased. Adding 2 lays what is below the smallest normal on the grid of
-// the subnormals.
+// `factor` = signed_shift(exponent) makes 2.0 of the smallest normal. Adding 2 lays what is below it on the
+// grid of the subnormals.
 template <class F>
 EPI_INLINE typename Lanes<F>::U encode_signed(F x, typename Lanes<F>::U random_bits, F factor) {
   using L = Lanes<F>;
   const auto word = bits_of(x);
   const F y = float_of(word & L::u32(kMagnitude)) * factor;
   const auto scaled = max(bits_of(y), bits_of(y + L::f32(2.0f)) - L::u32(kBinade));
-  const auto code = (scaled + random_bits * L::u32(8u) - L::u32(kOne)) >> kCodeShift;
+  const auto code = (scaled + (random_bits << 3) - L::u32(kOne)) >> kCodeShift;
   return code + ((word >> 24) & L::u32(0x80u));
 }
 
