@@ -9,28 +9,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.common import inlined, is_finite, load_address, load_block, widen
+from epi_kernels.backends.triton.codec import load_values, scale_offsets
+from epi_kernels.backends.triton.common import inlined, is_finite, load_address, load_byte_address
 
 NO_STATS, EXTREMA, WITH_MOMENTS = 0, 1, 2
 
 # Columns of a tensor's row in the tables of a refresh, int64; the other stages read them too.
-U, ISOLATION_MASK, PERSISTENT_MASK, U_LAYER = range(4)
-REFRESH_ROW = 4
+U, ISOLATION_MASK, PERSISTENT_MASK, U_LAYER, U_SCALE = range(5)
+REFRESH_ROW = 5
+WIDTH = 8  # elements of a row in the kernels that read u
 
 _WITH_MOMENTS = tl.constexpr(WITH_MOMENTS)
 _U, _U_LAYER, _REFRESH_ROW = tl.constexpr(U), tl.constexpr(U_LAYER), tl.constexpr(REFRESH_ROW)
+_U_SCALE, _WIDTH = tl.constexpr(U_SCALE), tl.constexpr(WIDTH)
 
 
 @inlined
-def accumulators(ROWS: tl.constexpr, STATS: tl.constexpr):
+def accumulators(ROWS: tl.constexpr, WIDTH: tl.constexpr, STATS: tl.constexpr):
     """One of each kind an element of a block; the fp64 ones, dear in registers, only where they are used."""
-    HEIGHT: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
-    WIDTH: tl.constexpr = 8 if STATS == _WITH_MOMENTS else 1
-    lowest = tl.full([ROWS, 8], float("inf"), tl.float32)
-    highest = tl.full([ROWS, 8], float("-inf"), tl.float32)
-    strange = tl.zeros([ROWS, 8], tl.int32)
-    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
-    squares = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    MOMENT_ROWS: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
+    MOMENT_WIDTH: tl.constexpr = WIDTH if STATS == _WITH_MOMENTS else 1
+    lowest = tl.full([ROWS, WIDTH], float("inf"), tl.float32)
+    highest = tl.full([ROWS, WIDTH], float("-inf"), tl.float32)
+    strange = tl.zeros([ROWS, WIDTH], tl.int32)
+    total = tl.zeros([MOMENT_ROWS, MOMENT_WIDTH], tl.float64)
+    squares = tl.zeros([MOMENT_ROWS, MOMENT_WIDTH], tl.float64)
     return lowest, highest, strange, total, squares
 
 
@@ -96,7 +99,7 @@ def stats_kernel(
     maximum,
     nonfinite,  # [layers] int64
     partials,  # [chunks, 2] fp64
-    BF16: tl.constexpr,
+    KIND: tl.constexpr,
     FULL: tl.constexpr,
     STATS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,15 +108,19 @@ def stats_kernel(
     row = tensors + tl.load(chunk) * _REFRESH_ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
     count = tl.load(chunk + 2).to(tl.int32)
-    u_first = load_address(row + _U, BF16, FULL) + start
+    u_first = load_address(row + _U, KIND, FULL) + start
+    u_scale = load_byte_address(row + _U_SCALE) + (start >> 6)
     layer = tl.load(row + _U_LAYER)
 
-    elements = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    lowest, highest, strange, total, squares = accumulators(ROWS, STATS)
-    for begin in range(0, count, ROWS * 8):
-        offsets = begin + elements
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, _WIDTH)[None, :]
+    lowest, highest, strange, total, squares = accumulators(ROWS, _WIDTH, STATS)
+    for begin in range(0, count, ROWS * _WIDTH):
+        offsets = begin + rows * _WIDTH + columns
         in_bounds = offsets < count
-        u = widen(load_block(u_first + offsets, in_bounds, FULL), BF16)
+        scales = u_scale + scale_offsets(begin, rows, _WIDTH)
+        row_in_bounds = begin + rows * _WIDTH < count
+        u = load_values(u_first + offsets, scales, in_bounds, row_in_bounds, KIND, False, FULL)
         lowest, highest, strange, total, squares = fold(
             u, in_bounds, lowest, highest, strange, total, squares, FULL, STATS
         )
