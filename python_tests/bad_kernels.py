@@ -57,7 +57,7 @@ def main() -> None:
         "narrow": scaled("narrow", wide, hint=False),
         "fused": scaled("fused", wide, hint=True, fused=True),
         "too few": scaled("too few", Expectation(8, loads=3, stores=2, full_width=True), hint=True),
-        "too long": scaled("too long", Expectation(0.05, loads=2, limited=True), hint=True),
+        "too long": scaled("too long", Expectation(0.05, loads=2, max_instructions=100), hint=True),
         "good step": step("good step"),
         "spilling step": step("spilling step", maxnreg=32),
     }

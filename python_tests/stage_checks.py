@@ -258,6 +258,22 @@ def check_mixed_step(backend: Backend, device: torch.device) -> None:
     assert_same(ours, expected)
 
 
+def check_magnitudes(backend: Backend, device: torch.device) -> None:
+    """8-bit states of gradients over all exponents: tiny blocks, blocks at the code's end, zero blocks."""
+    exponents = torch.arange(-150, 129, dtype=torch.float64).repeat_interleave(codec.BLOCK)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(len(exponents), generator=generator, dtype=torch.float64) * 2 - 1
+    (item,) = params((len(exponents),), F32, INT8, INT8)
+    states = ("exp_avg", "exp_avg_sq", "importance")
+    fresh = {name: torch.zeros_like(getattr(item, name)) for s in states for name in (s, f"{s}_scale")}
+    expected = [dataclasses.replace(item, grad=(values * 2.0**exponents).float(), **fresh)]
+    ours = copies(expected, device)
+    for _ in range(3):
+        run_step(backend, ours)
+        run_step(REFERENCE, expected)
+        assert_same(ours, expected)
+
+
 def check_refresh(
     backend: Backend,
     device: torch.device,

@@ -65,6 +65,10 @@ def test_a_gradient_that_is_not_finite_spoils_its_block_alone(backend, dtype, ba
     assert [block for block, scale in enumerate(scales) if scale == codec.NONFINITE] == [1]
 
 
+def test_magnitudes_from_subnormal_to_beyond_the_code(backend):
+    checks.check_magnitudes(backend, checks.CPU)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("domains", [1, 3])
 @pytest.mark.parametrize(("normalization", "factor"), checks.NORMALIZATIONS)

@@ -54,7 +54,7 @@ def test_the_variant_of_views(name, n_bytes, dtype):
     (variant,) = step_variants(StepBatch([item]).table(writes_grad=False).rows, 1024)
     assert variant == StepVariant(dtype == BF16, dtype == BF16, 2 if dtype == BF16 else 1, False)
     u = np.array([item.u.data_ptr()])
-    (variant,) = refresh_variants(u, np.array([dtype == BF16]), 1024)
+    (variant,) = refresh_variants(u, np.array([int(dtype == BF16)]), 1024)
     assert variant == RefreshVariant(dtype == BF16, name != "importance")
 
 

@@ -20,7 +20,7 @@ from epi_kernels.reference.tensors import ParamTensors
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, BF16 = torch.float32, torch.bfloat16
 BLOCK = 1024  # of bf16 and of a refresh; the float32 step's is half of it
-CHUNK = BLOCK  # the smallest chunks, so that small tensors span several
+CHUNK = 2 * BLOCK  # the smallest chunks, so that small tensors span several
 
 REFERENCE = ReferenceBackend()
 

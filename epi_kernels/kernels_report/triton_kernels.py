@@ -16,7 +16,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from epi_kernels.kernels_report.rows import Expectation, Row, make_row
+from epi_kernels.kernels_report.rows import (
+    MAX_INSTRUCTIONS,
+    MAX_INSTRUCTIONS_INT8,
+    Expectation,
+    Row,
+    make_row,
+)
 from epi_kernels.kernels_report.sass import read_cubin
 
 # How the backend passes every argument that is not constexpr; tensors start at multiples of 16 bytes.
@@ -52,90 +58,112 @@ class Entry:
 
 
 def catalog() -> list[Entry]:
-    """What is compiled: the step in every combination of dtypes, its other switches on the two pure ones."""
+    """What is compiled: the step in every combination of dtypes, its other switches on the pure ones."""
+    from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT8
     from epi_kernels.backends.triton.stats import EXTREMA, NO_STATS, WITH_MOMENTS
+    from epi_kernels.backends.triton.step import OWN, SHARED
     from epi_kernels.backends.triton.variants import StepVariant
 
+    kinds = (FLOAT32, BFLOAT16, INT8)
     entries = []
-    for importance in range(3):
-        for param_bf16 in (False, True):
-            for state_bf16 in (False, True):
-                entries.append(_step(StepVariant(param_bf16, state_bf16, importance, True)))
-    for bf16 in (False, True):
-        pure = StepVariant(bf16, bf16, 0, True)
+    for importance in (SHARED, *(OWN + kind for kind in kinds)):
+        for param in (FLOAT32, BFLOAT16):  # there are no 8-bit weights
+            entries += [_step(StepVariant(param, state, importance, True)) for state in kinds]
+    for pure in (
+        StepVariant(FLOAT32, FLOAT32, SHARED, True),
+        StepVariant(BFLOAT16, BFLOAT16, SHARED, True),
+        StepVariant(BFLOAT16, INT8, SHARED, True),
+    ):
         entries += [_step(pure, stats=EXTREMA), _step(pure, stats=WITH_MOMENTS), _step(pure, unscale=True)]
         entries.append(_step(pure._replace(full=False)))
-    entries.append(_step(StepVariant(True, True, 0, True), stochastic=False))
+        if pure.any_rounded:
+            entries.append(_step(pure, stochastic=False))
+    # the most registers: every tensor as wide or as many as it can be
+    for most in (StepVariant(FLOAT32, INT8, SHARED, True), StepVariant(FLOAT32, INT8, OWN + FLOAT32, True)):
+        entries += [_step(most, stats=EXTREMA), _step(most, stats=WITH_MOMENTS), _step(most, unscale=True)]
     assert NO_STATS == 0
     return entries + list(_refresh())
 
 
-def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
-    from epi_kernels.backends.triton.common import THREADS
+_KIND_NAMES = ("f32", "bf16", "int8")
 
-    stochastic = stochastic and variant.any_bf16
-    kinds = {False: "f32", True: "bf16"}
-    name = f"step {kinds[variant.param_bf16]}/{kinds[variant.state_bf16]}/{('shared', 'f32', 'bf16')[variant.importance]}"
+
+def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
+    from epi_kernels.backends.triton.common import ITEM_BYTES, THREADS
+
+    stochastic = stochastic and variant.any_rounded
+    param, state, *own = variant.kinds
+    importance = _KIND_NAMES[own[0]] if own else "shared"
+    name = f"step {_KIND_NAMES[param]}/{_KIND_NAMES[state]}/{importance}"
     name += "".join(
         word
         for word, present in (
-            ("", variant.full),
             (" bounded", not variant.full),
-            (" nearest", variant.any_bf16 and not stochastic),
+            (" nearest", variant.any_rounded and not stochastic),
             (" +unscale", unscale),
             (" +minmax", stats == 1),
             (" +zscore", stats == 2),
         )
         if present
     )
-    elements = variant.rows * 8 // THREADS
-    per_vector = {False: 4, True: 8}  # elements of 128 bits
-    param, state = elements // per_vector[variant.param_bf16], elements // per_vector[variant.state_bf16]
-    own = 0 if variant.importance == 0 else elements // per_vector[variant.importance == 2]
+    elements = variant.block // THREADS
+    n_param, n_state, n_own = (
+        elements * sum(ITEM_BYTES[kind] for kind in kinds) // 16 for kinds in ([param], [state], own)
+    )
     expected = Expectation(
         elements=elements,
         full_width=variant.full,
-        loads=2 * param + 2 * state + own,
-        stores=(2 if unscale else 1) * param + 2 * state + own,
-        limited=variant.full and not variant.state_bf16,
+        loads=2 * n_param + 2 * n_state + n_own,
+        stores=(2 if unscale else 1) * n_param + 2 * n_state + n_own,
+        max_instructions=_limit(variant),
     )
     constants = {
-        "PARAM_BF16": variant.param_bf16,
-        "STATE_BF16": variant.state_bf16,
-        "IMPORTANCE_KIND": variant.importance,
+        "PARAM": variant.param,
+        "STATE": variant.state,
+        "IMPORTANCE": variant.importance,
         "FULL": variant.full,
         "STOCHASTIC": stochastic,
         "UNSCALE": unscale,
         "STATS": stats,
         "ROWS": variant.rows,
+        "WIDTH": variant.width,
     }
     return Entry(name, "step", "step_kernel", tuple(constants.items()), expected)
+
+
+def _limit(variant) -> int:
+    from epi_kernels.backends.triton.common import FLOAT32, INT8
+
+    if not variant.full:
+        return 0
+    if INT8 in variant.kinds:
+        return MAX_INSTRUCTIONS_INT8
+    return MAX_INSTRUCTIONS if variant.state == FLOAT32 else 0
 
 
 def _refresh() -> Iterator[Entry]:
     from epi_kernels.backends.triton.backend import MERGE_BLOCK
     from epi_kernels.backends.triton.bounds import BOUNDS_BLOCK
-    from epi_kernels.backends.triton.common import THREADS
+    from epi_kernels.backends.triton.common import ITEM_BYTES, THREADS
     from epi_kernels.backends.triton.prepare import PREPARE_BLOCK
+    from epi_kernels.backends.triton.stats import WIDTH
     from epi_kernels.backends.triton.variants import REFRESH_ROWS
 
-    elements = REFRESH_ROWS * 8 // THREADS
+    elements = REFRESH_ROWS * WIDTH // THREADS
     scalar = Expectation(elements=0)
-    for bf16 in (False, True):
-        kind = "bf16" if bf16 else "f32"
-        expected = Expectation(elements, loads=elements // (8 if bf16 else 4))
-        common = (("BF16", bf16), ("FULL", True), ("ROWS", REFRESH_ROWS))
+    for kind, kind_name in enumerate(_KIND_NAMES):
+        expected = Expectation(elements, loads=elements * ITEM_BYTES[kind] / 16)
+        common = (("KIND", kind), ("FULL", True), ("ROWS", REFRESH_ROWS))
         for stats, name in ((1, "minmax"), (2, "zscore")):
-            yield Entry(
-                f"stats {kind} {name}", "stats", "stats_kernel", (*common, ("STATS", stats)), expected
-            )
+            constants = (*common, ("STATS", stats))
+            yield Entry(f"stats {kind_name} {name}", "stats", "stats_kernel", constants, expected)
         for hysteresis in (False, True):
-            suffix = " hysteresis" if hysteresis else ""
+            suffix = kind_name + " hysteresis" * hysteresis
             constants = (*common, ("HYSTERESIS", hysteresis))
             # blocks without an element in the bracket, nearly all, pass over most of the loop
             counted = (*constants, ("BINS", 2048))
-            yield Entry(f"count {kind}{suffix}", "threshold", "count_kernel", counted, expected)
-            yield Entry(f"select {kind}{suffix}", "mask", "select_kernel", constants, expected)
+            yield Entry(f"count {suffix}", "threshold", "count_kernel", counted, expected)
+            yield Entry(f"select {suffix}", "mask", "select_kernel", constants, expected)
     prepare = (("UNSCALE", True), ("SKIPPABLE", True), ("BLOCK", PREPARE_BLOCK))
     yield Entry("prepare", "prepare", "prepare_kernel", prepare, scalar)
     tiny = (("HYSTERESIS", True), ("BLOCK", BOUNDS_BLOCK))

@@ -32,6 +32,7 @@ from epi_kernels.backends.triton.variants import (
     StepVariant,
     refresh_variants,
     step_variants,
+    u_kinds,
 )
 from epi_kernels.reference.rounding import mixed_seed
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
@@ -45,7 +46,7 @@ INTERPRETED = not isinstance(_step.step_kernel, triton.JITFunction)
 STEP_CHUNK = 1 << 14
 REFRESH_CHUNK = 1 << 16
 MERGE_BLOCK = 256
-LARGEST_BLOCK = 8 * THREADS
+LARGEST_BLOCK = 16 * THREADS
 LARGEST_CHUNK = 1 << 16  # beyond it the packed counts of the mask stage would overflow
 
 
@@ -137,14 +138,15 @@ class TritonBackend:
                     work.chunks[first:],
                     device_rows,
                     *outputs,
-                    PARAM_BF16=variant.param_bf16,
-                    STATE_BF16=variant.state_bf16,
-                    IMPORTANCE_KIND=variant.importance,
+                    PARAM=variant.param,
+                    STATE=variant.state,
+                    IMPORTANCE=variant.importance,
                     FULL=variant.full,
-                    STOCHASTIC=stochastic_rounding and variant.any_bf16,
+                    STOCHASTIC=stochastic_rounding and variant.any_rounded,
                     UNSCALE=grad_scale is not None,
                     STATS=_stats_kind(stats),
                     ROWS=variant.rows,
+                    WIDTH=variant.width,
                     **LAUNCH,
                 )
             self._merge_moments(work, stats)
@@ -163,7 +165,7 @@ class TritonBackend:
                     stats.maximum,
                     stats.nonfinite,
                     work.partials if stats.with_moments else None,
-                    BF16=variant.bf16,
+                    KIND=variant.kind,
                     FULL=variant.full,
                     STATS=_stats_kind(stats),
                     ROWS=REFRESH_ROWS,
@@ -212,7 +214,7 @@ class TritonBackend:
                     search.histogram,
                     sample_stride,
                     search.keep_factor,
-                    BF16=variant.bf16,
+                    KIND=variant.kind,
                     FULL=variant.full,
                     HYSTERESIS=hysteresis,
                     BINS=search.histogram.shape[1] - 1,
@@ -252,7 +254,7 @@ class TritonBackend:
                     rows,
                     limits,
                     drift,
-                    BF16=variant.bf16,
+                    KIND=variant.kind,
                     FULL=variant.full,
                     HYSTERESIS=keep_factor != 1.0,
                     ROWS=REFRESH_ROWS,
@@ -270,8 +272,10 @@ class TritonBackend:
         rows[:, _stats.ISOLATION_MASK] = pointers[:, _table.ISOLATION_MASK]
         rows[:, _stats.PERSISTENT_MASK] = pointers[:, _table.PERSISTENT_MASK]
         rows[:, _stats.U_LAYER] = pointers[:, _table.LAYER]
-        bf16 = pointers[:, _table.FLAGS] & _table.U_BF16 != 0
-        variants = refresh_variants(rows[:, _stats.U], bf16, self._refresh_chunk)
+        own_scale, shared_scale = pointers[:, _table.IMPORTANCE_SCALE], pointers[:, _table.EXP_AVG_SQ_SCALE]
+        rows[:, _stats.U_SCALE] = np.where(own != 0, own_scale, shared_scale)
+        kinds = u_kinds(pointers[:, _table.FLAGS])
+        variants = refresh_variants(rows[:, _stats.U], kinds, self._refresh_chunk)
         sizes = [sampled_elements(n, stride) for n in pointers[:, _table.NUMEL].tolist()]
         layers = pointers[:, _table.LAYER].tolist()
         work = self._plan(sizes, variants, layers, self._refresh_chunk, device)

@@ -5,7 +5,7 @@ read and written without bounds, 128 bits at a time. Otherwise: any address, any
 
 Every kernel sees a block of elements as [ROWS, 8]: a row is the eight elements of one mask byte. A
 thread then owns whole or half rows, finds its mask bits in one byte, and needs no exchange with
-other threads to tell its elements apart.
+other threads to tell its elements apart. Steps with 8-bit states have rows of 16, one 128-bit access.
 
 bfloat16 values travel as their 16 bits: what is kept is kept to the bit, and what is rounded is
 rounded by the integer arithmetic that the definition states.
@@ -23,6 +23,12 @@ NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 ALIGNMENT = 16  # bytes of the widest access
 
+# How a tensor's elements are stored; INT8: codes, whose scales lie elsewhere (codec.py).
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+ITEM_BYTES = (4, 2, 1)
+
+_BFLOAT16, _INT8 = tl.constexpr(BFLOAT16), tl.constexpr(INT8)
+
 # enable_fp_fusion: a product and a sum contracted into one rounding would change the bits.
 LAUNCH = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
@@ -37,13 +43,15 @@ def inlined(function):
 
 
 @inlined
-def load_address(slot, BF16: tl.constexpr, FULL: tl.constexpr):
+def load_address(slot, KIND: tl.constexpr, FULL: tl.constexpr):
     """The tensor whose address lies in the table at ``slot``.
 
     The hint sits on the pointer: on the integer before the cast Triton drops it, and every access
     becomes 16 or 32 bits wide. It is given only where the host has proven it.
     """
-    if BF16:
+    if KIND == _INT8:
+        pointer = tl.load(slot).to(tl.pointer_type(tl.uint8))
+    elif KIND == _BFLOAT16:
         pointer = tl.load(slot).to(tl.pointer_type(tl.uint16))
     else:
         pointer = tl.load(slot).to(tl.pointer_type(tl.float32))
@@ -53,7 +61,8 @@ def load_address(slot, BF16: tl.constexpr, FULL: tl.constexpr):
 
 
 @inlined
-def load_mask_address(slot):
+def load_byte_address(slot):
+    """Of a packed mask or of scales; they are read byte by byte."""
     return tl.load(slot).to(tl.pointer_type(tl.uint8))
 
 
@@ -74,24 +83,33 @@ def store_block(pointers, values, in_bounds, FULL: tl.constexpr):
 
 
 @inlined
-def load_bits(bytes_, rows, limit):
-    """Packed mask bytes [ROWS, 1] as int32; 0 from row ``limit`` on."""
-    return tl.load(bytes_, mask=rows < limit, other=0).to(tl.int32)
+def load_bits(bytes_, index, limit):
+    """Packed mask bytes [ROWS, 1] as int32; 0 where a byte's ``index`` in the chunk reaches ``limit``."""
+    return tl.load(bytes_, mask=index < limit, other=0).to(tl.int32)
 
 
 @inlined
-def rows_present(address, count, FULL: tl.constexpr):
-    """How many rows of a chunk of ``count`` elements have mask bytes: none where there is no mask."""
-    rows = count // 8
+def load_row_bits(bytes_, first, limit, WIDTH: tl.constexpr):
+    """[ROWS, 1] int32: the mask bits of rows of WIDTH elements, whose first bytes are ``first`` of the chunk's."""
+    bits = load_bits(bytes_ + first, first, limit)
+    if WIDTH == 16:
+        bits |= load_bits(bytes_ + first + 1, first + 1, limit) << 8
+    return bits
+
+
+@inlined
+def bytes_present(address, count, FULL: tl.constexpr):
+    """How many mask bytes a chunk of ``count`` elements has: none where there is no mask."""
+    n_bytes = count // 8
     if not FULL:
-        rows = (count + 7) // 8
-    return tl.where(tl.load(address) != 0, rows, 0)
+        n_bytes = (count + 7) // 8
+    return tl.where(tl.load(address) != 0, n_bytes, 0)
 
 
 @inlined
-def widen(raw, BF16: tl.constexpr):
-    """Stored value -> float32, exactly."""
-    if BF16:
+def widen(raw, KIND: tl.constexpr):
+    """Stored value, no code, -> float32, exactly."""
+    if KIND == _BFLOAT16:
         return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return raw

@@ -5,26 +5,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from epi_kernels.backends.triton.codec import load_values, scale_offsets
 from epi_kernels.backends.triton.common import (
+    bytes_present,
     inlined,
     load_address,
     load_bits,
-    load_block,
-    load_mask_address,
-    rows_present,
-    widen,
+    load_byte_address,
 )
 from epi_kernels.backends.triton.stats import (
     ISOLATION_MASK,
     PERSISTENT_MASK,
     REFRESH_ROW,
     U_LAYER,
+    U_SCALE,
+    WIDTH,
     U,
 )
 
 _U, _ISOLATION_MASK = tl.constexpr(U), tl.constexpr(ISOLATION_MASK)
 _PERSISTENT_MASK, _U_LAYER = tl.constexpr(PERSISTENT_MASK), tl.constexpr(U_LAYER)
-_REFRESH_ROW = tl.constexpr(REFRESH_ROW)
+_REFRESH_ROW, _U_SCALE, _WIDTH = tl.constexpr(REFRESH_ROW), tl.constexpr(U_SCALE), tl.constexpr(WIDTH)
 
 
 @inlined
@@ -41,7 +42,7 @@ def select_kernel(
     tensors,  # [tensors, REFRESH_ROW] int64
     bounds,  # [layers, 4] fp32
     drift,  # [layers, 3] int64, added to: isolated, entered, released
-    BF16: tl.constexpr,
+    KIND: tl.constexpr,
     FULL: tl.constexpr,
     HYSTERESIS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,11 +51,12 @@ def select_kernel(
     row = tensors + tl.load(chunk) * _REFRESH_ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
     count = tl.load(chunk + 2).to(tl.int32)
-    u_first = load_address(row + _U, BF16, FULL) + start
-    mask_bytes = load_mask_address(row + _ISOLATION_MASK) + (start >> 3)
-    mask_rows = rows_present(row + _ISOLATION_MASK, count, FULL)
-    persistent_bytes = load_mask_address(row + _PERSISTENT_MASK) + (start >> 3)
-    persistent_rows = rows_present(row + _PERSISTENT_MASK, count, FULL)
+    u_first = load_address(row + _U, KIND, FULL) + start
+    u_scale = load_byte_address(row + _U_SCALE) + (start >> 6)
+    mask_bytes = load_byte_address(row + _ISOLATION_MASK) + (start >> 3)
+    mask_rows = bytes_present(row + _ISOLATION_MASK, count, FULL)
+    persistent_bytes = load_byte_address(row + _PERSISTENT_MASK) + (start >> 3)
+    persistent_rows = bytes_present(row + _PERSISTENT_MASK, count, FULL)
     layer = tl.load(row + _U_LAYER)
     low, low_isolated = tl.load(bounds + layer * 4), tl.load(bounds + layer * 4 + 2)
 
@@ -65,7 +67,8 @@ def select_kernel(
         offsets = begin + rows * 8 + columns
         in_bounds = offsets < count
         byte = begin // 8 + rows
-        u = widen(load_block(u_first + offsets, in_bounds, FULL), BF16)
+        scales = u_scale + scale_offsets(begin, rows, _WIDTH)
+        u = load_values(u_first + offsets, scales, in_bounds, begin + rows * 8 < count, KIND, False, FULL)
         old = load_bits(mask_bytes + byte, byte, mask_rows)
         least = low
         if HYSTERESIS:

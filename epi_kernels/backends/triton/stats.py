@@ -9,28 +9,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.common import inlined, is_finite, load_address, load_block, widen
+from epi_kernels.backends.triton.codec import load_values, scale_offsets
+from epi_kernels.backends.triton.common import inlined, is_finite, load_address, load_byte_address
 
 NO_STATS, EXTREMA, WITH_MOMENTS = 0, 1, 2
 
 # Columns of a tensor's row in the tables of a refresh, int64; the other stages read them too.
-U, ISOLATION_MASK, PERSISTENT_MASK, U_LAYER = range(4)
-REFRESH_ROW = 4
+U, ISOLATION_MASK, PERSISTENT_MASK, U_LAYER, U_SCALE = range(5)
+REFRESH_ROW = 5
+WIDTH = 8  # elements of a row in the kernels that read u
 
 _WITH_MOMENTS = tl.constexpr(WITH_MOMENTS)
 _U, _U_LAYER, _REFRESH_ROW = tl.constexpr(U), tl.constexpr(U_LAYER), tl.constexpr(REFRESH_ROW)
+_U_SCALE, _WIDTH = tl.constexpr(U_SCALE), tl.constexpr(WIDTH)
 
 
 @inlined
 def accumulators(ROWS: tl.constexpr, STATS: tl.constexpr):
-    """One of each kind an element of a block; the fp64 ones, dear in registers, only where they are used."""
-    HEIGHT: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
-    WIDTH: tl.constexpr = 8 if STATS == _WITH_MOMENTS else 1
-    lowest = tl.full([ROWS, 8], float("inf"), tl.float32)
-    highest = tl.full([ROWS, 8], float("-inf"), tl.float32)
-    strange = tl.zeros([ROWS, 8], tl.int32)
-    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
-    squares = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    """One of each kind a row of a block; the fp64 ones, dear in registers, only where they are used."""
+    MOMENT_ROWS: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
+    lowest = tl.full([ROWS], float("inf"), tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    strange = tl.zeros([ROWS], tl.int32)
+    total = tl.zeros([MOMENT_ROWS], tl.float64)
+    squares = tl.zeros([MOMENT_ROWS], tl.float64)
     return lowest, highest, strange, total, squares
 
 
@@ -46,19 +48,19 @@ def fold(
     FULL: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """Takes a block of importances into the accumulators, element by element."""
+    """Takes a block of importances into the accumulators, row by row."""
     counted = is_finite(u)
     odd = (~counted).to(tl.int32)
     if not FULL:
         counted = counted & in_bounds
         odd = tl.where(in_bounds, odd, 0)
-    lowest = tl.minimum(lowest, tl.where(counted, u, float("inf")))
-    highest = tl.maximum(highest, tl.where(counted, u, float("-inf")))
-    strange += odd
+    lowest = tl.minimum(lowest, tl.min(tl.where(counted, u, float("inf")), 1))
+    highest = tl.maximum(highest, tl.max(tl.where(counted, u, float("-inf")), 1))
+    strange += tl.sum(odd, 1)
     if STATS == _WITH_MOMENTS:
         wide = tl.where(counted, u, 0.0).to(tl.float64)
-        total += wide
-        squares += wide * wide
+        total += tl.sum(wide, 1)
+        squares += tl.sum(wide * wide, 1)
     return lowest, highest, strange, total, squares
 
 
@@ -77,15 +79,15 @@ def publish(
     STATS: tl.constexpr,
 ):
     """Merges a program's accumulators into its layer's row, its moments into the chunk's own slot."""
-    tl.atomic_min(minimum, tl.min(tl.min(lowest, 1), 0), sem="relaxed")
-    tl.atomic_max(maximum, tl.max(tl.max(highest, 1), 0), sem="relaxed")
-    odd = tl.sum(tl.sum(strange, 1), 0)
+    tl.atomic_min(minimum, tl.min(lowest, 0), sem="relaxed")
+    tl.atomic_max(maximum, tl.max(highest, 0), sem="relaxed")
+    odd = tl.sum(strange, 0)
     if odd > 0:
         tl.atomic_add(nonfinite, odd.to(tl.int64), sem="relaxed")
     if STATS == _WITH_MOMENTS:
         own = partials + tl.load(slot) * 2
-        tl.store(own, tl.sum(tl.sum(total, 1), 0))
-        tl.store(own + 1, tl.sum(tl.sum(squares, 1), 0))
+        tl.store(own, tl.sum(total, 0))
+        tl.store(own + 1, tl.sum(squares, 0))
 
 
 @triton.jit
@@ -96,7 +98,7 @@ def stats_kernel(
     maximum,
     nonfinite,  # [layers] int64
     partials,  # [chunks, 2] fp64
-    BF16: tl.constexpr,
+    KIND: tl.constexpr,
     FULL: tl.constexpr,
     STATS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,15 +107,19 @@ def stats_kernel(
     row = tensors + tl.load(chunk) * _REFRESH_ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
     count = tl.load(chunk + 2).to(tl.int32)
-    u_first = load_address(row + _U, BF16, FULL) + start
+    u_first = load_address(row + _U, KIND, FULL) + start
+    u_scale = load_byte_address(row + _U_SCALE) + (start >> 6)
     layer = tl.load(row + _U_LAYER)
 
-    elements = tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, _WIDTH)[None, :]
     lowest, highest, strange, total, squares = accumulators(ROWS, STATS)
-    for begin in range(0, count, ROWS * 8):
-        offsets = begin + elements
+    for begin in range(0, count, ROWS * _WIDTH):
+        offsets = begin + rows * _WIDTH + columns
         in_bounds = offsets < count
-        u = widen(load_block(u_first + offsets, in_bounds, FULL), BF16)
+        scales = u_scale + scale_offsets(begin, rows, _WIDTH)
+        row_in_bounds = begin + rows * _WIDTH < count
+        u = load_values(u_first + offsets, scales, in_bounds, row_in_bounds, KIND, False, FULL)
         lowest, highest, strange, total, squares = fold(
             u, in_bounds, lowest, highest, strange, total, squares, FULL, STATS
         )

@@ -9,23 +9,26 @@ import triton
 import triton.language as tl
 
 from epi_kernels.backends import table
+from epi_kernels.backends.triton.codec import BLOCK, decode, encode, load_values, scale_offsets
 from epi_kernels.backends.triton.common import (
+    BFLOAT16,
+    INT8,
+    bytes_present,
     inlined,
     load_address,
-    load_bits,
     load_block,
-    load_mask_address,
+    load_byte_address,
+    load_row_bits,
     mix,
     round_bfloat16,
-    rows_present,
     store_block,
     widen,
 )
 from epi_kernels.backends.triton.prepare import ROW, SCALARS
 from epi_kernels.backends.triton.stats import NO_STATS, accumulators, fold, publish
 
-# Where the importance lives.
-SHARED, OWN_FLOAT32, OWN_BFLOAT16 = 0, 1, 2
+# Where the importance lives: in exp_avg_sq, or in a tensor of its own of the kind IMPORTANCE - OWN.
+SHARED, OWN = 0, 1
 
 # What a kernel takes from outside must be constexpr.
 _PARAM, _GRAD = tl.constexpr(table.PARAM), tl.constexpr(table.GRAD)
@@ -34,17 +37,47 @@ _IMPORTANCE, _MASK = tl.constexpr(table.IMPORTANCE), tl.constexpr(table.ISOLATIO
 _RNG_KEY, _INDEX_OFFSET = tl.constexpr(table.RNG_KEY), tl.constexpr(table.INDEX_OFFSET)
 _LAYER, _SCALARS, _ROW = tl.constexpr(table.LAYER), tl.constexpr(SCALARS), tl.constexpr(ROW)
 _FLAGS, _SKIPPED = tl.constexpr(table.FLAGS), tl.constexpr(table.SKIPPED)
-_SHARED, _OWN_BFLOAT16 = tl.constexpr(SHARED), tl.constexpr(OWN_BFLOAT16)
-_NO_STATS = tl.constexpr(NO_STATS)
+_EXP_AVG_SCALE, _EXP_AVG_SQ_SCALE = tl.constexpr(table.EXP_AVG_SCALE), tl.constexpr(table.EXP_AVG_SQ_SCALE)
+_IMPORTANCE_SCALE = tl.constexpr(table.IMPORTANCE_SCALE)
+_SHARED, _OWN = tl.constexpr(SHARED), tl.constexpr(OWN)
+_BFLOAT16, _INT8 = tl.constexpr(BFLOAT16), tl.constexpr(INT8)
+_NO_STATS, _BLOCK = tl.constexpr(NO_STATS), tl.constexpr(BLOCK)
 
 
 @inlined
-def _stored(x, random_bits, BF16: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """float32 -> what is stored."""
-    if BF16:
+def _stored(x, random_bits, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """float32 -> what is stored, no codes."""
+    if KIND == _BFLOAT16:
         return round_bfloat16(x, random_bits, STOCHASTIC)
     else:
         return x
+
+
+@inlined
+def _store_values(
+    pointers,
+    scales,  # [ROWS, 1]; read and written for codes alone
+    x,
+    random_bits,
+    in_bounds,
+    scale_in_bounds,
+    KIND: tl.constexpr,
+    SIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Stores float32 [ROWS, WIDTH]; returns it as stored."""
+    if KIND == _INT8:
+        codes, scale = encode(x, random_bits, in_bounds, SIGNED, STOCHASTIC, FULL, ROWS, WIDTH)
+        store_block(pointers, codes, in_bounds, FULL)
+        tl.store(scales, scale.to(tl.uint8), mask=scale_in_bounds)
+        return decode(codes, scale, SIGNED)
+    else:
+        raw = _stored(x, random_bits, KIND, STOCHASTIC)
+        store_block(pointers, raw, in_bounds, FULL)
+        return widen(raw, KIND)
 
 
 @triton.jit
@@ -55,36 +88,40 @@ def step_kernel(
     maximum,
     nonfinite,  # [layers] int64
     partials,  # [chunks, 2] fp64: sum of u, sum of u*u, where STATS is WITH_MOMENTS
-    PARAM_BF16: tl.constexpr,
-    STATE_BF16: tl.constexpr,
-    IMPORTANCE_KIND: tl.constexpr,
+    PARAM: tl.constexpr,  # kinds of common.py
+    STATE: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
     FULL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     UNSCALE: tl.constexpr,
     STATS: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,  # elements of a row
 ):
     chunk = chunks + tl.program_id(0) * 4
     row = tensors + tl.load(chunk) * _ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
     skipped = (tl.load(row + _FLAGS) & _SKIPPED) != 0
     count = tl.where(skipped, 0, tl.load(chunk + 2)).to(tl.int32)
-    OWN_BF16: tl.constexpr = IMPORTANCE_KIND == _OWN_BFLOAT16
-    param = load_address(row + _PARAM, PARAM_BF16, FULL) + start
-    grad = load_address(row + _GRAD, PARAM_BF16, FULL) + start
-    exp_avg = load_address(row + _EXP_AVG, STATE_BF16, FULL) + start
-    exp_avg_sq = load_address(row + _EXP_AVG_SQ, STATE_BF16, FULL) + start
-    if IMPORTANCE_KIND != _SHARED:
-        importance = load_address(row + _IMPORTANCE, OWN_BF16, FULL) + start
-    mask_bytes = load_mask_address(row + _MASK) + (start >> 3)
-    mask_rows = rows_present(row + _MASK, count, FULL)
+    U: tl.constexpr = IMPORTANCE - _OWN
+    param = load_address(row + _PARAM, PARAM, FULL) + start
+    grad = load_address(row + _GRAD, PARAM, FULL) + start
+    exp_avg = load_address(row + _EXP_AVG, STATE, FULL) + start
+    exp_avg_sq = load_address(row + _EXP_AVG_SQ, STATE, FULL) + start
+    exp_avg_scale = load_byte_address(row + _EXP_AVG_SCALE) + (start >> 6)
+    exp_avg_sq_scale = load_byte_address(row + _EXP_AVG_SQ_SCALE) + (start >> 6)
+    if IMPORTANCE != _SHARED:
+        importance = load_address(row + _IMPORTANCE, U, FULL) + start
+        importance_scale = load_byte_address(row + _IMPORTANCE_SCALE) + (start >> 6)
+    mask_bytes = load_byte_address(row + _MASK) + (start >> 3)
+    n_mask_bytes = bytes_present(row + _MASK, count, FULL)
 
     # loaded once: hyper-parameters never specialise a kernel
     scalars = (row + _SCALARS).to(tl.pointer_type(tl.float32), bitcast=True)
     beta1, one_minus_beta1 = tl.load(scalars), tl.load(scalars + 1)
     beta2, one_minus_beta2 = tl.load(scalars + 2), tl.load(scalars + 3)
     eps, decay, step_size = tl.load(scalars + 6), tl.load(scalars + 7), tl.load(scalars + 8)
-    if IMPORTANCE_KIND != _SHARED:
+    if IMPORTANCE != _SHARED:
         beta_u, one_minus_beta_u = tl.load(scalars + 4), tl.load(scalars + 5)
     if UNSCALE:
         multiplier = tl.load(scalars + 9)
@@ -97,25 +134,27 @@ def step_kernel(
     first_index = position.to(tl.uint32)
 
     rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, 8)[None, :]
+    columns = tl.arange(0, WIDTH)[None, :]
     lowest, highest, strange, total, squares = accumulators(ROWS, STATS)
-    for begin in range(0, count, ROWS * 8):
-        offsets = begin + rows * 8 + columns
+    for begin in range(0, count, ROWS * WIDTH):
+        offsets = begin + rows * WIDTH + columns
         in_bounds = offsets < count
+        row_in_bounds = begin + rows * WIDTH < count
+        block = scale_offsets(begin, rows, WIDTH)
         theta_raw = load_block(param + offsets, in_bounds, FULL)
-        g = widen(load_block(grad + offsets, in_bounds, FULL), PARAM_BF16)
-        m = widen(load_block(exp_avg + offsets, in_bounds, FULL), STATE_BF16)
-        v = widen(load_block(exp_avg_sq + offsets, in_bounds, FULL), STATE_BF16)
-        byte = begin // 8 + rows
-        isolated = ((load_bits(mask_bytes + byte, byte, mask_rows) >> columns) & 1) != 0
+        g = widen(load_block(grad + offsets, in_bounds, FULL), PARAM)
+        m = load_values(exp_avg + offsets, exp_avg_scale + block, in_bounds, row_in_bounds, STATE, True, FULL)
+        v = load_values(
+            exp_avg_sq + offsets, exp_avg_sq_scale + block, in_bounds, row_in_bounds, STATE, False, FULL
+        )
 
         if UNSCALE:
             g = g * multiplier
-            store_block(grad + offsets, _stored(g, 0, PARAM_BF16, False), in_bounds, FULL)
+            store_block(grad + offsets, _stored(g, 0, PARAM, False), in_bounds, FULL)
         g_squared = g * g
         m = beta1 * m + one_minus_beta1 * g
         v = beta2 * v + one_minus_beta2 * g_squared
-        new = decay * widen(theta_raw, PARAM_BF16) - step_size * tl.div_rn(m, tl.sqrt_rn(v) + eps)
+        new = decay * widen(theta_raw, PARAM) - step_size * tl.div_rn(m, tl.sqrt_rn(v) + eps)
 
         w0 = 0
         w1 = 0
@@ -123,19 +162,29 @@ def step_kernel(
             low = first_index + offsets.to(tl.uint32)
             w0 = mix(low ^ tl.where(low < first_index, next_key, key))
             w1 = mix(w0 + 0x9E3779B9)
-        store_block(exp_avg + offsets, _stored(m, w0 >> 16, STATE_BF16, STOCHASTIC), in_bounds, FULL)
-        v_raw = _stored(v, w1 & 0xFFFF, STATE_BF16, STOCHASTIC)
-        store_block(exp_avg_sq + offsets, v_raw, in_bounds, FULL)
-        new_raw = _stored(new, w0 & 0xFFFF, PARAM_BF16, STOCHASTIC)
+        # one row of a block of 64 stores its scale
+        stores_scale = row_in_bounds & (rows % (_BLOCK // WIDTH) == 0)
+        _store_values(
+            exp_avg + offsets, exp_avg_scale + block, m, w0 >> 16, in_bounds, stores_scale,
+            STATE, True, STOCHASTIC, FULL, ROWS, WIDTH,
+        )  # fmt: skip
+        u_stored = _store_values(
+            exp_avg_sq + offsets, exp_avg_sq_scale + block, v, w1 & 0xFFFF, in_bounds, stores_scale,
+            STATE, False, STOCHASTIC, FULL, ROWS, WIDTH,
+        )  # fmt: skip
+        new_raw = _stored(new, w0 & 0xFFFF, PARAM, STOCHASTIC)
+        bits = load_row_bits(mask_bytes, begin // 8 + rows * (WIDTH // 8), n_mask_bytes, WIDTH)
+        isolated = ((bits >> columns) & 1) != 0
         store_block(param + offsets, tl.where(isolated, theta_raw, new_raw), in_bounds, FULL)
-        if IMPORTANCE_KIND != _SHARED:
-            u = widen(load_block(importance + offsets, in_bounds, FULL), OWN_BF16)
+        if IMPORTANCE != _SHARED:
+            u = load_values(
+                importance + offsets, importance_scale + block, in_bounds, row_in_bounds, U, False, FULL
+            )
             u = beta_u * u + one_minus_beta_u * g_squared
-            u_raw = _stored(u, w1 >> 16, OWN_BF16, STOCHASTIC)
-            store_block(importance + offsets, u_raw, in_bounds, FULL)
-            u_stored = widen(u_raw, OWN_BF16)
-        else:
-            u_stored = widen(v_raw, STATE_BF16)
+            u_stored = _store_values(
+                importance + offsets, importance_scale + block, u, w1 >> 16, in_bounds, stores_scale,
+                U, False, STOCHASTIC, FULL, ROWS, WIDTH,
+            )  # fmt: skip
         if STATS != _NO_STATS:
             lowest, highest, strange, total, squares = fold(
                 u_stored, in_bounds, lowest, highest, strange, total, squares, FULL, STATS

@@ -10,21 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from epi_kernels.backends.triton.codec import load_values
 from epi_kernels.backends.triton.common import (
+    bytes_present,
     inlined,
     load_address,
     load_bits,
-    load_block,
-    load_mask_address,
-    rows_present,
+    load_byte_address,
     score,
     score_key,
-    widen,
 )
-from epi_kernels.backends.triton.stats import ISOLATION_MASK, REFRESH_ROW, U_LAYER, U
+from epi_kernels.backends.triton.stats import ISOLATION_MASK, REFRESH_ROW, U_LAYER, U_SCALE, U
 
 _U, _ISOLATION_MASK = tl.constexpr(U), tl.constexpr(ISOLATION_MASK)
-_U_LAYER, _REFRESH_ROW = tl.constexpr(U_LAYER), tl.constexpr(REFRESH_ROW)
+_U_LAYER, _U_SCALE = tl.constexpr(U_LAYER), tl.constexpr(U_SCALE)
+_REFRESH_ROW = tl.constexpr(REFRESH_ROW)
 
 
 @inlined
@@ -69,7 +69,7 @@ def count_kernel(
     histogram,  # [domains, BINS + 1] int64, added to
     stride,  # every stride-th run of 64 elements is counted
     keep_factor,
-    BF16: tl.constexpr,
+    KIND: tl.constexpr,
     FULL: tl.constexpr,
     HYSTERESIS: tl.constexpr,
     BINS: tl.constexpr,
@@ -82,9 +82,10 @@ def count_kernel(
     if tl.load(done + search) == 0:
         start = tl.multiple_of(tl.load(chunk + 1), 64)
         count = tl.load(chunk + 2).to(tl.int32)
-        u_first = load_address(row + _U, BF16, FULL)
-        mask_bytes = load_mask_address(row + _ISOLATION_MASK)
-        mask_rows = rows_present(row + _ISOLATION_MASK, count, FULL)
+        u_first = load_address(row + _U, KIND, FULL)
+        u_scale = load_byte_address(row + _U_SCALE)
+        mask_bytes = load_byte_address(row + _ISOLATION_MASK)
+        mask_rows = bytes_present(row + _ISOLATION_MASK, count, FULL)
         low, high = tl.load(bounds + layer * 4), tl.load(bounds + layer * 4 + 1)
         low_isolated, high_isolated = tl.load(bounds + layer * 4 + 2), tl.load(bounds + layer * 4 + 3)
         shift_, scale_ = tl.load(shift + layer), tl.load(scale + layer)
@@ -102,7 +103,9 @@ def count_kernel(
         for begin in range(0, count, ROWS * 8):
             first = (start + begin) * stride
             in_bounds = begin + rows * 8 + columns < count
-            u = widen(load_block(u_first + first + elements, in_bounds, FULL), BF16)
+            scales = u_scale + (first >> 6) + (rows >> 3) * stride
+            row_in_bounds = begin + rows * 8 < count
+            u = load_values(u_first + first + elements, scales, in_bounds, row_in_bounds, KIND, False, FULL)
             least = low
             end = high
             if HYSTERESIS:

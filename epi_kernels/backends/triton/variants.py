@@ -9,59 +9,80 @@ import numpy as np
 from epi_kernels.backends import table as _table
 from epi_kernels.backends.triton import step as _step
 from epi_kernels.backends.triton.chunks import aligned_tensors
-from epi_kernels.backends.triton.common import THREADS
+from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT8, ITEM_BYTES, THREADS
+from epi_kernels.backends.triton.stats import WIDTH
 
 # Rows of 8 elements a block: 8 elements a thread. With 16 the counting kernel spills.
 REFRESH_ROWS = THREADS
 
 
 class StepVariant(NamedTuple):
-    """What the step kernel is specialised on, tensor by tensor."""
+    """What the step kernel is specialised on, tensor by tensor. Kinds: common.FLOAT32 and so on."""
 
-    param_bf16: bool
-    state_bf16: bool
-    importance: int  # step.SHARED, OWN_FLOAT32, OWN_BFLOAT16
+    param: int
+    state: int
+    importance: int  # step.SHARED, or step.OWN and its kind
     full: bool
 
     @property
-    def any_bf16(self) -> bool:
-        return self.param_bf16 or self.state_bf16 or self.importance == _step.OWN_BFLOAT16
+    def kinds(self) -> list[int]:
+        own = [] if self.importance == _step.SHARED else [self.importance - _step.OWN]
+        return [self.param, self.state, *own]
+
+    @property
+    def any_rounded(self) -> bool:
+        return any(kind != FLOAT32 for kind in self.kinds)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row. Of 8-bit states, 16 make the 128 bits that a thread reads at once."""
+        return 16 if INT8 in self.kinds else 8
 
     @property
     def rows(self) -> int:
         """Rows of a block: one access of 128 bits to the narrowest type is a thread's share."""
-        return THREADS if self.any_bf16 else THREADS // 2
+        return THREADS if self.any_rounded else THREADS // 2
 
     @property
     def block(self) -> int:
-        return self.rows * 8
+        return self.rows * self.width
 
 
 class RefreshVariant(NamedTuple):
     """What the kernels that read u are specialised on."""
 
-    bf16: bool
+    kind: int
     full: bool
 
     @property
     def block(self) -> int:
-        return REFRESH_ROWS * 8
+        return REFRESH_ROWS * WIDTH
+
+
+def _kinds(flags: np.ndarray, bf16: int, int8: int) -> np.ndarray:
+    return np.where(flags & int8 != 0, INT8, np.where(flags & bf16 != 0, BFLOAT16, FLOAT32))
 
 
 def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
     """The variant of every row of ``table.step_table``, for chunks of ``chunk`` elements."""
     flags = rows[:, _table.FLAGS]
-    param_bf16, state_bf16 = flags & _table.PARAM_BF16 != 0, flags & _table.STATE_BF16 != 0
-    own, own_bf16 = rows[:, _table.IMPORTANCE] != 0, flags & _table.IMPORTANCE_BF16 != 0
-    importance = np.where(own, np.where(own_bf16, _step.OWN_BFLOAT16, _step.OWN_FLOAT32), _step.SHARED)
-    is_bf16 = np.stack([param_bf16, param_bf16, state_bf16, state_bf16, own_bf16], axis=1)
+    param = _kinds(flags, _table.PARAM_BF16, 0)
+    state = _kinds(flags, _table.STATE_BF16, _table.STATE_INT8)
+    own = _kinds(flags, _table.IMPORTANCE_BF16, _table.IMPORTANCE_INT8)
+    importance = np.where(rows[:, _table.IMPORTANCE] != 0, _step.OWN + own, _step.SHARED)
+    item_bytes = np.array(ITEM_BYTES)[np.stack([param, param, state, state, own], axis=1)]
     columns = [_table.PARAM, _table.GRAD, _table.EXP_AVG, _table.EXP_AVG_SQ, _table.IMPORTANCE]
-    aligned = aligned_tensors(rows[:, columns], np.where(is_bf16, 2, 4), chunk)
-    columns = (param_bf16.tolist(), state_bf16.tolist(), importance.tolist(), aligned.tolist())
+    aligned = aligned_tensors(rows[:, columns], item_bytes, chunk)
+    columns = (param.tolist(), state.tolist(), importance.tolist(), aligned.tolist())
     return list(map(StepVariant, *columns))
 
 
-def refresh_variants(u: np.ndarray, bf16: np.ndarray, chunk: int) -> list[RefreshVariant]:
-    """The variant of every importance: its address and whether it is bfloat16, [n] each."""
-    aligned = aligned_tensors(u[:, None], np.where(bf16, 2, 4)[:, None], chunk)
-    return list(map(RefreshVariant, bf16.tolist(), aligned.tolist()))
+def u_kinds(flags: np.ndarray) -> np.ndarray:
+    """[n]: how each importance is stored."""
+    return _kinds(flags, _table.U_BF16, _table.U_INT8)
+
+
+def refresh_variants(u: np.ndarray, kinds: np.ndarray, chunk: int) -> list[RefreshVariant]:
+    """The variant of every importance: its address and how it is stored, [n] each."""
+    aligned = aligned_tensors(u[:, None], np.array(ITEM_BYTES)[kinds][:, None], chunk)
+    return list(map(RefreshVariant, kinds.tolist(), aligned.tolist()))
