@@ -139,6 +139,6 @@ def test_bindings_refuse_wrong_tensors(emulated):
             ops.cuda_stats(*bad, False)
     scalars = torch.zeros(9)
     with pytest.raises(RuntimeError, match="kind"):
-        ops.cuda_step(rows, programs, runs, scalars, 12, False, False, 1.0, partials[:0], False)
+        ops.cuda_step(rows, programs, runs, scalars, 24, False, False, 1.0, partials[:0], False)
     with pytest.raises(RuntimeError, match="scalars"):
         ops.cuda_step(rows, programs, runs, scalars[:8], 0, False, False, 1.0, partials[:0], False)

@@ -116,10 +116,10 @@ StatsOut stats_of(const Tensor& rows, const Tensor& runs, const Tensor& partials
 
 // Tensors by value: every torch since 2.10 boxes them so.
 
-// kind: bit 0 param, bit 1 state is bfloat16; kind >> 2: the importance. No partials: no stats.
+// kind: param + 2 * state + 6 * importance, the numbers of table.h's enums. No partials: no stats.
 void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kind, bool stochastic_rounding,
           bool has_grad_multiplier, double grad_multiplier, Tensor partials, bool moments) {
-  check(kind >= 0 && kind < 12, "kind", "is not one of the twelve");
+  check(kind >= 0 && kind < kStepKinds, "kind", "is not one of the 24");
   const Launch launch(rows);
   StepArgs args{};
   args.work = work_of(rows, programs, launch.device());
@@ -131,8 +131,10 @@ void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kin
   args.stochastic_rounding = stochastic_rounding;
   args.has_grad_multiplier = has_grad_multiplier;
   args.grad_multiplier = static_cast<float>(grad_multiplier);
-  const StepKind step_kind{(kind & 1) != 0, (kind & 2) != 0, static_cast<Importance>(kind >> 2), stats};
-  launch.finish(launch_step(args, step_kind, launch.stream()), "cuda_step");
+  const StepKind step_kind{static_cast<Stored>(kind % 2), static_cast<Stored>(kind / 2 % 3),
+                           static_cast<Importance>(kind / 6), stats};
+  const auto start = step_kind.has_codes() ? launch_step_codes : launch_step;
+  launch.finish(start(args, step_kind, launch.stream()), "cuda_step");
 }
 
 void stats(Tensor rows, Tensor programs, Tensor runs, Tensor partials, bool moments) {

@@ -81,8 +81,7 @@ _KIND_NAMES = ("f32", "bf16", "int8")
 
 
 def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
-    from epi_kernels.backends.triton.common import INT8, ITEM_BYTES, THREADS
-    from epi_kernels.backends.triton.step import SHARED
+    from epi_kernels.backends.triton.common import FLOAT32, ITEM_BYTES, THREADS
 
     stochastic = stochastic and variant.any_rounded
     param, state, *own = variant.kinds
@@ -108,7 +107,7 @@ def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = 
         full_width=variant.full,
         loads=2 * n_param + 2 * n_state + n_own,
         stores=(2 if unscale else 1) * n_param + 2 * n_state + n_own,
-        max_instructions=MAX_INSTRUCTIONS if variant.full else 0,
+        max_instructions=MAX_INSTRUCTIONS if variant.full and variant.state == FLOAT32 else 0,
     )
     constants = {
         "PARAM": variant.param,

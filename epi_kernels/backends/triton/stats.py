@@ -25,15 +25,14 @@ _U_SCALE, _WIDTH = tl.constexpr(U_SCALE), tl.constexpr(WIDTH)
 
 
 @inlined
-def accumulators(ROWS: tl.constexpr, WIDTH: tl.constexpr, STATS: tl.constexpr):
-    """One of each kind an element of a block; the fp64 ones, dear in registers, only where they are used."""
+def accumulators(ROWS: tl.constexpr, STATS: tl.constexpr):
+    """One of each kind a row of a block; the fp64 ones, dear in registers, only where they are used."""
     MOMENT_ROWS: tl.constexpr = ROWS if STATS == _WITH_MOMENTS else 1
-    MOMENT_WIDTH: tl.constexpr = WIDTH if STATS == _WITH_MOMENTS else 1
-    lowest = tl.full([ROWS, WIDTH], float("inf"), tl.float32)
-    highest = tl.full([ROWS, WIDTH], float("-inf"), tl.float32)
-    strange = tl.zeros([ROWS, WIDTH], tl.int32)
-    total = tl.zeros([MOMENT_ROWS, MOMENT_WIDTH], tl.float64)
-    squares = tl.zeros([MOMENT_ROWS, MOMENT_WIDTH], tl.float64)
+    lowest = tl.full([ROWS], float("inf"), tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    strange = tl.zeros([ROWS], tl.int32)
+    total = tl.zeros([MOMENT_ROWS], tl.float64)
+    squares = tl.zeros([MOMENT_ROWS], tl.float64)
     return lowest, highest, strange, total, squares
 
 
@@ -49,19 +48,19 @@ def fold(
     FULL: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """Takes a block of importances into the accumulators, element by element."""
+    """Takes a block of importances into the accumulators, row by row."""
     counted = is_finite(u)
     odd = (~counted).to(tl.int32)
     if not FULL:
         counted = counted & in_bounds
         odd = tl.where(in_bounds, odd, 0)
-    lowest = tl.minimum(lowest, tl.where(counted, u, float("inf")))
-    highest = tl.maximum(highest, tl.where(counted, u, float("-inf")))
-    strange += odd
+    lowest = tl.minimum(lowest, tl.min(tl.where(counted, u, float("inf")), 1))
+    highest = tl.maximum(highest, tl.max(tl.where(counted, u, float("-inf")), 1))
+    strange += tl.sum(odd, 1)
     if STATS == _WITH_MOMENTS:
         wide = tl.where(counted, u, 0.0).to(tl.float64)
-        total += wide
-        squares += wide * wide
+        total += tl.sum(wide, 1)
+        squares += tl.sum(wide * wide, 1)
     return lowest, highest, strange, total, squares
 
 
@@ -80,15 +79,15 @@ def publish(
     STATS: tl.constexpr,
 ):
     """Merges a program's accumulators into its layer's row, its moments into the chunk's own slot."""
-    tl.atomic_min(minimum, tl.min(tl.min(lowest, 1), 0), sem="relaxed")
-    tl.atomic_max(maximum, tl.max(tl.max(highest, 1), 0), sem="relaxed")
-    odd = tl.sum(tl.sum(strange, 1), 0)
+    tl.atomic_min(minimum, tl.min(lowest, 0), sem="relaxed")
+    tl.atomic_max(maximum, tl.max(highest, 0), sem="relaxed")
+    odd = tl.sum(strange, 0)
     if odd > 0:
         tl.atomic_add(nonfinite, odd.to(tl.int64), sem="relaxed")
     if STATS == _WITH_MOMENTS:
         own = partials + tl.load(slot) * 2
-        tl.store(own, tl.sum(tl.sum(total, 1), 0))
-        tl.store(own + 1, tl.sum(tl.sum(squares, 1), 0))
+        tl.store(own, tl.sum(total, 0))
+        tl.store(own + 1, tl.sum(squares, 0))
 
 
 @triton.jit
@@ -114,7 +113,7 @@ def stats_kernel(
 
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, _WIDTH)[None, :]
-    lowest, highest, strange, total, squares = accumulators(ROWS, _WIDTH, STATS)
+    lowest, highest, strange, total, squares = accumulators(ROWS, STATS)
     for begin in range(0, count, ROWS * _WIDTH):
         offsets = begin + rows * _WIDTH + columns
         in_bounds = offsets < count

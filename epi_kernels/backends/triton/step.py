@@ -136,7 +136,7 @@ def step_kernel(
 
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
-    lowest, highest, strange, total, squares = accumulators(ROWS, WIDTH, STATS)
+    lowest, highest, strange, total, squares = accumulators(ROWS, STATS)
     for begin in range(0, count, ROWS * WIDTH):
         offsets = begin + rows * WIDTH + columns
         in_bounds = offsets < count
@@ -149,7 +149,6 @@ def step_kernel(
             exp_avg_sq + offsets, exp_avg_sq_scale + block, in_bounds, row_in_bounds, STATE, False, FULL
         )
         bits = load_row_bits(mask_bytes, begin // 8 + rows * (WIDTH // 8), n_mask_bytes, WIDTH)
-        isolated = ((bits >> columns) & 1) != 0
 
         if UNSCALE:
             g = g * multiplier
@@ -176,6 +175,7 @@ def step_kernel(
             STATE, False, STOCHASTIC, FULL, ROWS, WIDTH,
         )  # fmt: skip
         new_raw = _stored(new, w0 & 0xFFFF, PARAM, STOCHASTIC)
+        isolated = ((bits >> columns) & 1) != 0
         store_block(param + offsets, tl.where(isolated, theta_raw, new_raw), in_bounds, FULL)
         if IMPORTANCE != _SHARED:
             u = load_values(
