@@ -1,30 +1,46 @@
 // Plays the CUDA kernels on the CPU: the bodies of csrc/cuda as they are, one system thread a CUDA
 // thread, a barrier for __syncthreads, shared memory full of garbage when a block starts.
 
+#include <algorithm>
 #include <barrier>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #include "cuda/launch.h"
 #include "cuda/mask_body.h"
 #include "cuda/prepare_body.h"
-#include "cuda/step_body.h"
+#include "cuda/step_types.h"
 
 namespace epi::cuda {
 namespace {
 
 int threads_of_a_block = 8;
 
+// Where the threads of one group meet.
+struct GroupPlace {
+  std::barrier<> barrier{kGroup};
+  uint32_t values[kGroup];
+};
+
 struct HostBlock {
   int thread_, threads_;
   int64_t index_;
   std::barrier<>* barrier;
+  GroupPlace* group;
 
   int thread() const { return thread_; }
   int threads() const { return threads_; }
   int64_t index() const { return index_; }
   void sync() const { barrier->arrive_and_wait(); }
+  uint32_t group_max(uint32_t value) const {
+    group->values[thread_ % kGroup] = value;
+    group->barrier.arrive_and_wait();
+    const uint32_t largest = *std::max_element(group->values, group->values + kGroup);
+    group->barrier.arrive_and_wait();  // all have read: the place may be used again
+    return largest;
+  }
   void add(uint32_t* shared, uint32_t value) const { __atomic_fetch_add(shared, value, __ATOMIC_RELAXED); }
   void add(int64_t* global, int64_t value) const { __atomic_fetch_add(global, value, __ATOMIC_RELAXED); }
 };
@@ -35,12 +51,13 @@ void run(int64_t blocks, const Body& body) {
   const int threads = threads_of_a_block;
   std::barrier<> barrier(threads);
   std::vector<Shared> shared(kThreads);
+  const auto groups = std::make_unique<GroupPlace[]>((threads + kGroup - 1) / kGroup);
   auto thread_main = [&](int thread) {
     for (int64_t index = 0; index < blocks; ++index) {
       barrier.arrive_and_wait();
       if (thread == 0) memset(static_cast<void*>(shared.data()), 0xAB, shared.size() * sizeof(Shared));
       barrier.arrive_and_wait();
-      body(HostBlock{thread, threads, index, &barrier}, shared.data());
+      body(HostBlock{thread, threads, index, &barrier, &groups[thread / kGroup]}, shared.data());
     }
   };
   std::vector<std::thread> pool;
@@ -49,27 +66,18 @@ void run(int64_t blocks, const Body& body) {
   for (auto& thread : pool) thread.join();
 }
 
-template <class P, class S, class U>
-void step(const StepArgs& args, bool stats) {
-  run<StatsPartial>(args.work.n_programs, [&](const HostBlock& block, StatsPartial* shared) {
-    if (stats) {
-      step_stats_program<P, S, U>(args, block, shared);
-    } else {
-      step_program<P, S, U>(args, block);
-    }
+template <bool kWithCodes>
+int launch_step_of(const StepArgs& args, const StepKind& kind) {
+  with_step_types<kWithCodes>(kind, [&]<class P, class S, class U>(StepTypes<P, S, U>) {
+    run<StatsPartial>(args.work.n_programs, [&](const HostBlock& block, StatsPartial* shared) {
+      if (kind.stats) {
+        step_stats_program<P, S, U>(args, block, shared);
+      } else {
+        step_program<P, S, U>(args, block);
+      }
+    });
   });
-}
-
-template <class P, class S>
-void step(const StepArgs& args, const StepKind& kind) {
-  switch (kind.importance) {
-    case Importance::kShared:
-      return step<P, S, SharedImportance>(args, kind.stats);
-    case Importance::kFloat32:
-      return step<P, S, float>(args, kind.stats);
-    case Importance::kBfloat16:
-      return step<P, S, uint16_t>(args, kind.stats);
-  }
+  return 0;
 }
 
 }  // namespace
@@ -80,12 +88,11 @@ int launch_prepare(const PrepareArgs& args, void*) {
 }
 
 int launch_step(const StepArgs& args, const StepKind& kind, void*) {
-  if (kind.param_bf16) {
-    kind.state_bf16 ? step<uint16_t, uint16_t>(args, kind) : step<uint16_t, float>(args, kind);
-  } else {
-    kind.state_bf16 ? step<float, uint16_t>(args, kind) : step<float, float>(args, kind);
-  }
-  return 0;
+  return launch_step_of<false>(args, kind);
+}
+
+int launch_step_codes(const StepArgs& args, const StepKind& kind, void*) {
+  return launch_step_of<true>(args, kind);
 }
 
 int launch_stats(const StatsArgs& args, void*) {

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 support = build_support()
 ARCHS = ("80", "90", "100", "120")
 WHOLE_ARCH = "90"  # the launches' host code is compiled too; for the others device code alone
-KERNELS = ("step", "prepare", "stats", "threshold", "mask")
+KERNELS = ("step", "step_codes", "prepare", "stats", "threshold", "mask")
 NVCC = support.find_nvcc()
 
 pytestmark = [

@@ -139,7 +139,7 @@ def test_bindings_refuse_wrong_tensors(emulated):
             ops.cuda_stats(*bad, False)
     scalars, none = torch.zeros(9), torch.zeros(0)
     with pytest.raises(RuntimeError, match="kind"):
-        ops.cuda_step(rows, programs, runs, scalars, 12, False, none, partials[:0], False)
+        ops.cuda_step(rows, programs, runs, scalars, 24, False, none, partials[:0], False)
     with pytest.raises(RuntimeError, match="scalars"):
         ops.cuda_step(rows, programs, runs, scalars[:8], 0, False, none, partials[:0], False)
     hyper = torch.zeros(1, 4, dtype=torch.float64)

@@ -143,10 +143,10 @@ void prepare(Tensor rows, Tensor scalars, Tensor hyper, int64_t mixed_seed, Tens
   launch.finish(launch_prepare(args, launch.stream()), "cuda_prepare");
 }
 
-// kind: bit 0 param, bit 1 state is bfloat16; kind >> 2: the importance. No partials: no stats.
+// kind: param + 2 * state + 6 * importance, the numbers of table.h's enums. No partials: no stats.
 void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kind, bool stochastic_rounding,
           Tensor grad_multiplier, Tensor partials, bool moments) {
-  check(kind >= 0 && kind < 12, "kind", "is not one of the twelve");
+  check(kind >= 0 && kind < kStepKinds, "kind", "is not one of the 24");
   const Launch launch(rows);
   StepArgs args{};
   args.work = work_of(rows, programs, launch.device());
@@ -157,8 +157,10 @@ void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kin
   if (stats) args.stats = stats_of(rows, runs, partials, moments, launch.device());
   args.stochastic_rounding = stochastic_rounding;
   args.grad_multiplier = optional<const float>(grad_multiplier, "grad_multiplier", launch.device());
-  const StepKind step_kind{(kind & 1) != 0, (kind & 2) != 0, static_cast<Importance>(kind >> 2), stats};
-  launch.finish(launch_step(args, step_kind, launch.stream()), "cuda_step");
+  const StepKind step_kind{static_cast<Stored>(kind % 2), static_cast<Stored>(kind / 2 % 3),
+                           static_cast<Importance>(kind / 6), stats};
+  const auto start = step_kind.has_codes() ? launch_step_codes : launch_step;
+  launch.finish(start(args, step_kind, launch.stream()), "cuda_step");
 }
 
 void stats(Tensor rows, Tensor programs, Tensor runs, Tensor partials, bool moments) {

@@ -7,7 +7,8 @@
 namespace epi::cuda {
 
 int launch_prepare(const PrepareArgs& args, void* stream);
-int launch_step(const StepArgs& args, const StepKind& kind, void* stream);
+int launch_step(const StepArgs& args, const StepKind& kind, void* stream);        // without codes
+int launch_step_codes(const StepArgs& args, const StepKind& kind, void* stream);  // with
 int launch_stats(const StatsArgs& args, void* stream);
 int launch_merge(const MergeArgs& args, void* stream);
 int launch_count(const CountArgs& args, void* stream);

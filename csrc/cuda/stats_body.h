@@ -71,23 +71,32 @@ struct StatsCollector {
   }
 };
 
+EPI_KERNEL Column u_column(const Span& span) {
+  return span.row[kImportance] != 0 ? kImportance : kExpAvgSq;
+}
+EPI_KERNEL const uint8_t* u_scales(const Span& span) {
+  return span.pointer<const uint8_t>(span.row[kImportance] != 0 ? kImportanceScale : kExpAvgSqScale);
+}
+
 // [begin, end) of one row's u, as stored.
 template <class T, class Block>
 EPI_KERNEL void stats_span(const Span& span, const Block& block, StatsCollector<Block>& collector) {
   constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
-  const T* u = span.pointer<const T>(span.row[kImportance] != 0 ? kImportance : kExpAvgSq);
+  const T* u = span.pointer<const T>(u_column(span));
+  const uint8_t* scales = u_scales(span);
   int64_t begin = span.begin;
   if (span.has(kAligned)) {
     const int64_t whole = (span.end - begin) / kWidth;
     for (int64_t i = block.thread(); i < whole; i += block.threads()) {
-      const Pack<T, kWidth> packed = load<T, kWidth>(u + begin + i * kWidth);
+      const int64_t start = begin + i * kWidth;
+      const auto x = values<false>(load<T, kWidth, true>(u + start), load_scale<T>(scales, start));
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) collector.include(widen(packed.v[j]));
+      for (int j = 0; j < kWidth; ++j) collector.include(x.v[j]);
     }
     begin += whole * kWidth;
   }
   for (int64_t i = begin + block.thread(); i < span.end; i += block.threads()) {
-    collector.include(widen(u[i]));
+    collector.include(values<false>(load<T, 1, false>(u + i), load_scale<T>(scales, i)).v[0]);
   }
 }
 
@@ -97,7 +106,9 @@ EPI_KERNEL void stats_program(const StatsArgs& args, const Block& block, StatsPa
   StatsCollector<Block> collector{block, args.stats, block.index(), shared};
   for_each_span(args.work, block.index(), [&](const Span& span) {
     collector.enter(span);
-    if (span.has(kUBf16)) {
+    if (span.has(kUInt8)) {
+      stats_span<uint8_t>(span, block, collector);
+    } else if (span.has(kUBf16)) {
       stats_span<uint16_t>(span, block, collector);
     } else {
       stats_span<float>(span, block, collector);

@@ -36,7 +36,7 @@ struct RandomStream {
   }
 };
 
-// P, S: param and grad, exp_avg and exp_avg_sq, as stored (float, or uint16_t for bfloat16).
+// P, S: param and grad, exp_avg and exp_avg_sq, as stored (float, uint16_t for bfloat16, uint8_t for codes).
 template <class P, class S, class U>
 struct StepTensors {
   using Own = std::conditional_t<kOwn<U>, U, S>;
@@ -45,6 +45,9 @@ struct StepTensors {
   S* exp_avg;
   S* exp_avg_sq;
   Own* importance;
+  uint8_t* exp_avg_scale;  // of codes, as the two below
+  uint8_t* exp_avg_sq_scale;
+  uint8_t* importance_scale;
   const uint8_t* isolation_mask;  // nullptr: nothing is isolated
 
   EPI_KERNEL StepTensors(const Span& span)
@@ -53,92 +56,158 @@ struct StepTensors {
         exp_avg(span.pointer<S>(kExpAvg)),
         exp_avg_sq(span.pointer<S>(kExpAvgSq)),
         importance(span.pointer<Own>(kImportance)),
+        exp_avg_scale(span.pointer<uint8_t>(kExpAvgScale)),
+        exp_avg_sq_scale(span.pointer<uint8_t>(kExpAvgSqScale)),
+        importance_scale(span.pointer<uint8_t>(kImportanceScale)),
         isolation_mask(span.pointer<const uint8_t>(kIsolationMask)) {}
 };
 
-// Elements start .. start + N - 1. N > 1: one 16-byte access or two for each tensor, and the N mask
-// bits lie in one byte. `include(u)` takes the importances as stored.
-template <int N, class P, class S, class U, class Include>
-EPI_KERNEL void update(const StepTensors<P, S, U>& t, const math::StepConstants<float>& c,
-                       const StepArgs& args, float multiplier, bool maximize, const RandomStream& random,
-                       int64_t start, const Include& include) {
-  using Own = typename StepTensors<P, S, U>::Own;
-  Pack<P, N> theta = load<P, N>(t.param + start);
-  Pack<P, N> grad = load<P, N>(t.grad + start);
-  Pack<S, N> exp_avg = load<S, N>(t.exp_avg + start);
-  Pack<S, N> exp_avg_sq = load<S, N>(t.exp_avg_sq + start);
-  Pack<Own, N> importance;
-  if constexpr (kOwn<U>) importance = load<Own, N>(t.importance + start);
-  uint32_t isolated = 0;
-  if (t.isolation_mask != nullptr) isolated = t.isolation_mask[start >> 3] >> (start & 7);
+// "Random bits" that round to nearest: both halves 0x8000.
+constexpr math::RandomWord<uint32_t> kNearest{0x80000000u};
 
+// Stores x, which becomes what a reader will see. `random(j)`: 16 bits.
+template <bool kSigned, bool kWide, class T, int N, class Block, class Random>
+EPI_KERNEL void store_state(const Block& block, T* p, uint8_t* scales, int64_t start, int count,
+                            Pack<float, N>& x, uint32_t to_nearest, const Random& random) {
+  Pack<T, N> r;
+  if constexpr (kCodes<T>) {
+    uint32_t top = 0;
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    float g = widen(grad.v[j]);
-    if (args.grad_multiplier != nullptr) {
-      g = g * multiplier;
-      grad.v[j] = narrow<P>(g, false, 0);
+    for (int j = 0; j < N; ++j) {
+      const uint32_t magnitude = math::magnitude_word<kSigned>(x.v[j]);
+      if ((kWide || j < count) && magnitude > top) top = magnitude;
     }
-    if (maximize) g = -g;
-    const float g_squared = g * g;
-    const math::Updated<float> updated =
-        math::adamw(c, widen(theta.v[j]), g, g_squared, widen(exp_avg.v[j]), widen(exp_avg_sq.v[j]));
-
-    math::RandomWord<uint32_t> w0{}, w1{};
-    constexpr bool kRounds = sizeof(P) == 2 || sizeof(S) == 2 || sizeof(Own) == 2;
-    if (kRounds && args.stochastic_rounding) {
-      w0 = random.word0(start + j);
-      w1 = math::random_word1<float>(w0.word(), math::kGolden);
+    const math::CodeScale<kSigned> scale(block.group_max(top));
+#pragma unroll
+    for (int j = 0; j < N; ++j) r.v[j] = static_cast<T>(math::encode<kSigned>(x.v[j], random(j), scale));
+    x = values<kSigned>(r, scale.stored());
+    if (count > 0 && block.thread() % kGroup == 0) {
+      scales[start / math::kCodeBlock] = static_cast<uint8_t>(scale.stored());
     }
-    const bool sr = args.stochastic_rounding;
-    exp_avg.v[j] = narrow<S>(updated.exp_avg, sr, w0.high());
-    exp_avg_sq.v[j] = narrow<S>(updated.exp_avg_sq, sr, w1.word() & 0xFFFFu);
-    if constexpr (kOwn<U>) {
-      const float u = math::importance_ema(c, widen(importance.v[j]), g_squared);
-      importance.v[j] = narrow<Own>(u, sr, w1.high());
-      include(widen(importance.v[j]));
-    } else {
-      include(widen(exp_avg_sq.v[j]));
-    }
-    const P moved = narrow<P>(updated.theta, sr, w0.word() & 0xFFFFu);
-    theta.v[j] = (isolated >> j & 1u) != 0 ? theta.v[j] : moved;  // an isolated element keeps its bits
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) r.v[j] = narrow<T>(x.v[j], random(j), to_nearest);
+    x = values<kSigned>(r, 0);
   }
-
-  store<P, N>(t.param + start, theta);
-  if (args.grad_multiplier != nullptr) store<P, N>(t.grad + start, grad);
-  store<S, N>(t.exp_avg + start, exp_avg);
-  store<S, N>(t.exp_avg_sq + start, exp_avg_sq);
-  if constexpr (kOwn<U>) store<Own, N>(t.importance + start, importance);
+  store<T, N, kWide>(p + start, r, count);
 }
 
-// Four elements a thread where every tensor is float32, so that a warp's accesses are contiguous;
-// eight where one is bfloat16, so that its access is 16 bytes wide.
+// The mask bits of N elements, of which `count` exist; those of N < 16 lie in one byte.
+template <int N>
+EPI_KERNEL uint32_t load_isolated(const uint8_t* mask, int64_t start, int count) {
+  if (mask == nullptr || count <= 0) return 0;
+  uint32_t bits = mask[start >> 3] >> (start & 7);
+  if (N == 16 && count > 8) bits |= static_cast<uint32_t>(mask[(start >> 3) + 1]) << 8;
+  return bits;
+}
+
+// Elements start .. start + N - 1. kWide: all of them exist, each tensor takes accesses of 16 bytes.
+// Else the first `count` do, maybe none. `include(u)` takes the importances as stored. Where a tensor
+// is stored as codes N is 16, and whole warps come here, group by group over blocks of 64.
+template <int N, bool kWide, class P, class S, class U, class Block, class Include>
+EPI_KERNEL void update(const Block& block, const StepTensors<P, S, U>& t, const math::StepConstants<float>& c,
+                       const StepArgs& args, float multiplier, const RandomStream& random, int64_t start,
+                       int count, const Include& include) {
+  using Own = typename StepTensors<P, S, U>::Own;
+  Pack<P, N> theta = load<P, N, kWide>(t.param + start, count);
+  Pack<P, N> grad = load<P, N, kWide>(t.grad + start, count);
+  const auto exp_avg = load<S, N, kWide>(t.exp_avg + start, count);
+  const auto exp_avg_sq = load<S, N, kWide>(t.exp_avg_sq + start, count);
+  Pack<float, N> m = values<true>(exp_avg, load_scale<S>(t.exp_avg_scale, start, count));
+  Pack<float, N> v = values<false>(exp_avg_sq, load_scale<S>(t.exp_avg_sq_scale, start, count));
+  Pack<float, N> u;
+  if constexpr (kOwn<U>) {
+    const auto importance = load<Own, N, kWide>(t.importance + start, count);
+    u = values<false>(importance, load_scale<Own>(t.importance_scale, start, count));
+  }
+  const uint32_t isolated = load_isolated<N>(t.isolation_mask, start, count);
+
+  if (args.grad_multiplier != nullptr) {
+    Pack<P, N> unscaled;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      unscaled.v[j] = narrow<P>(widen(grad.v[j]) * multiplier, 0x8000u, 1u);
+    }
+    store<P, N, kWide>(t.grad + start, unscaled, count);
+  }
+  const uint32_t to_nearest = args.stochastic_rounding ? 0u : 1u;
+  math::RandomWord<uint32_t> w0[N], w1[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float g = widen(grad.v[j]) * multiplier;  // 1 where there is none
+    const float g_squared = g * g;
+    const math::Updated<float> updated = math::adamw(c, widen(theta.v[j]), g, g_squared, m.v[j], v.v[j]);
+    m.v[j] = updated.exp_avg;
+    v.v[j] = updated.exp_avg_sq;
+    if constexpr (kOwn<U>) u.v[j] = math::importance_ema(c, u.v[j], g_squared);
+
+    // selected, not branched around: branches between the elements cost registers
+    w0[j] = w1[j] = kNearest;
+    constexpr bool kRounds = sizeof(P) < 4 || sizeof(S) < 4 || sizeof(Own) < 4;
+    if constexpr (kRounds) {
+      const auto word = random.word0(start + j);
+      w0[j].mixed = to_nearest != 0 ? kNearest.mixed : word.mixed;
+      const auto next = math::random_word1<float>(word.word(), math::kGolden);
+      w1[j].mixed = to_nearest != 0 ? kNearest.mixed : next.mixed;
+    }
+    const P moved = narrow<P>(updated.theta, w0[j].word() & 0xFFFFu, to_nearest);
+    theta.v[j] = (isolated >> j & 1u) != 0 ? theta.v[j] : moved;  // an isolated element keeps its bits
+  }
+  store<P, N, kWide>(t.param + start, theta, count);
+  store_state<true, kWide>(block, t.exp_avg, t.exp_avg_scale, start, count, m, to_nearest,
+                           [&](int j) { return w0[j].high(); });
+  store_state<false, kWide>(block, t.exp_avg_sq, t.exp_avg_sq_scale, start, count, v, to_nearest,
+                            [&](int j) { return w1[j].word() & 0xFFFFu; });
+  if constexpr (kOwn<U>) {
+    store_state<false, kWide>(block, t.importance, t.importance_scale, start, count, u, to_nearest,
+                              [&](int j) { return w1[j].high(); });
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (kWide || j < count) include(kOwn<U> ? u.v[j] : v.v[j]);
+  }
+}
+
+// Elements a thread takes at once: of the narrowest type an access of 16 bytes is one or two of them.
+// Four where every tensor is float32, so that a warp's accesses are contiguous.
 template <class P, class S, class U>
-constexpr int kStepWidth =
-    sizeof(P) == 2 || sizeof(S) == 2 || sizeof(typename StepTensors<P, S, U>::Own) == 2 ? 8 : 4;
+constexpr int kStepWidth = 4 * sizeof(float) / [] {
+  constexpr auto kOwnSize = sizeof(typename StepTensors<P, S, U>::Own);
+  constexpr auto kSize = sizeof(P) < sizeof(S) ? sizeof(P) : sizeof(S);
+  return kSize < kOwnSize ? kSize : kOwnSize;
+}();
 
 template <class P, class S, class U, class Block, class Include>
 EPI_KERNEL void step_span(const StepArgs& args, const Span& span, const Block& block,
                           const Include& include) {
   constexpr int kWidth = kStepWidth<P, S, U>;
-  if (span.has(kSkipped)) return;
+  if (span.has(kSkipped)) return;         // all threads of the block alike
+  constexpr bool kBlocks = kWidth == 16;  // of codes: units go to whole warps, and are 16 long everywhere
+  constexpr int kStride = kBlocks ? kWarp : 1;  // units are handed out so many at a time
+  constexpr int kRestWidth = kBlocks ? kWidth : 1;
   const StepTensors<P, S, U> tensors(span);
   const RandomStream random(span);
-  const auto constants = math::step_constants<float>(args.scalars + span.row_index * math::kStepScalars);
-  const bool maximize = span.has(kMaximize);
+  auto constants = math::step_constants<float>(args.scalars + span.row_index * math::kStepScalars);
+  // (1 - beta1) * -g is -(1 - beta1) * g to the bit, and g * g has no sign
+  if (span.has(kMaximize)) constants.one_minus_beta1 = -constants.one_minus_beta1;
   const float multiplier = args.grad_multiplier != nullptr ? *args.grad_multiplier : 1.0f;
   int64_t begin = span.begin;
   if (span.has(kAligned)) {
-    const int64_t whole = (span.end - begin) / kWidth;
+    const int64_t whole = (span.end - begin) / (kWidth * kStride) * kStride;
 #pragma unroll 1
     for (int64_t i = block.thread(); i < whole; i += block.threads()) {
-      update<kWidth>(tensors, constants, args, multiplier, maximize, random, begin + i * kWidth, include);
+      update<kWidth, true>(block, tensors, constants, args, multiplier, random, begin + i * kWidth, kWidth,
+                           include);
     }
     begin += whole * kWidth;
   }
+  constexpr int kTile = kRestWidth * kStride;
+  const int64_t rest = (span.end - begin + kTile - 1) / kTile * kStride;
 #pragma unroll 1
-  for (int64_t i = begin + block.thread(); i < span.end; i += block.threads()) {
-    update<1>(tensors, constants, args, multiplier, maximize, random, i, include);
+  for (int64_t i = block.thread(); i < rest; i += block.threads()) {
+    const int64_t start = begin + i * kRestWidth, left = span.end - start;
+    const int count = left >= kRestWidth ? kRestWidth : static_cast<int>(left > 0 ? left : 0);
+    update<kRestWidth, false>(block, tensors, constants, args, multiplier, random, start, count, include);
   }
 }
 

@@ -45,7 +45,8 @@ enum Flag : int64_t {
 constexpr int64_t kChunk = 4096;
 constexpr int kSampleBlock = 64;  // SAMPLE_BLOCK of reference/threshold.py
 constexpr int kThreads = 256;     // a block; a power of two, for the reductions
-constexpr int kMaxBins = 2048;    // of a histogram, the column of keys above it left out
+constexpr int kWarp = 32;
+constexpr int kMaxBins = 2048;  // of a histogram, the column of keys above it left out
 
 // The work: program p handles the elements from programs[p] to programs[p + 1], in row order.
 struct Work {
@@ -68,12 +69,16 @@ struct StatsOut {
   bool moments;
 };
 
-// Which of the twelve dtype combinations a step launch is for.
-enum class Importance : int { kShared, kFloat32, kBfloat16 };
+// Which of the 24 dtype combinations a step launch is for.
+enum class Stored : int { kFloat32, kBfloat16, kInt8 };
+enum class Importance : int { kShared, kFloat32, kBfloat16, kInt8 };
+constexpr int kStepKinds = 24;
 struct StepKind {
-  bool param_bf16, state_bf16;
+  Stored param, state;  // weights are never kInt8
   Importance importance;
   bool stats;
+
+  bool has_codes() const { return state == Stored::kInt8 || importance == Importance::kInt8; }
 };
 
 constexpr int kHyperColumns = 4;  // lr, beta1, beta2, eps

@@ -3,35 +3,30 @@
 
 #pragma once
 
-#include "cuda/memory.h"
-#include "cuda/spans.h"
+#include "cuda/stats_body.h"
 #include "math/score.h"
 
 namespace epi::cuda {
 
 constexpr int kUnit = 8;  // elements a thread reads at once: one mask byte
 
-// u of a unit; NaN, which no bound lets pass, beyond `count`.
+// u of the unit at `start`; NaN, which no bound lets pass, beyond the span's end.
 template <class T>
-EPI_KERNEL Pack<float, kUnit> load_unit(const T* u, int64_t count, bool aligned) {
-  Pack<float, kUnit> r;
-  if (aligned && count >= kUnit) {
-    const Pack<T, kUnit> packed = load<T, kUnit>(u);
+EPI_KERNEL Pack<float, kUnit> load_unit(const Span& span, int64_t start) {
+  const T* u = span.pointer<const T>(u_column(span)) + start;
+  const int64_t count = span.end - start;
+  const uint32_t scale = load_scale<T>(u_scales(span), start);
+  if (span.has(kAligned) && count >= kUnit) return values<false>(load<T, kUnit, true>(u), scale);
+  const int exist = count < kUnit ? static_cast<int>(count) : kUnit;
+  Pack<float, kUnit> r = values<false>(load<T, kUnit, false>(u, exist), scale);
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) r.v[j] = widen(packed.v[j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kUnit; ++j) r.v[j] = j < count ? widen(u[j]) : math::float_of(0x7FC00000u);
-  }
+  for (int j = 0; j < kUnit; ++j) r.v[j] = j < exist ? r.v[j] : math::float_of(0x7FC00000u);
   return r;
 }
 
 EPI_KERNEL Pack<float, kUnit> load_u(const Span& span, int64_t start) {
-  const Column column = span.row[kImportance] != 0 ? kImportance : kExpAvgSq;
-  const int64_t count = span.end - start;
-  const bool aligned = span.has(kAligned);
-  return span.has(kUBf16) ? load_unit(span.pointer<const uint16_t>(column) + start, count, aligned)
-                          : load_unit(span.pointer<const float>(column) + start, count, aligned);
+  if (span.has(kUInt8)) return load_unit<uint8_t>(span, start);
+  return span.has(kUBf16) ? load_unit<uint16_t>(span, start) : load_unit<float>(span, start);
 }
 
 // One thread a bound: `which` 0, 1: of lo; 2, 3: of hi; odd: for isolated elements.

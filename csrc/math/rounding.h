@@ -79,6 +79,16 @@ EPI_INLINE typename Lanes<F>::U stochastic_word_of_any(F x, typename Lanes<F>::U
   return select(is_finite(x), stochastic_word(x, random_bits), nearest_word_of_any(x));
 }
 
+// Either of the two, by a switch known at run time: up by 16 random bits, or, with `to_nearest` = 1 and
+// the bits 0x8000, to nearest even. An infinity stays one whatever is added.
+template <class F>
+EPI_INLINE typename Lanes<F>::U switched_word(F x, typename Lanes<F>::U random_bits,
+                                              typename Lanes<F>::U to_nearest) {
+  const auto word = bits_of(x);
+  const auto even = (word >> 16) ^ Lanes<F>::u32(0xFFFFFFFFu);
+  return select(x != x, Lanes<F>::u32(kBfloat16Nan << 16), word + random_bits - (even & to_nearest));
+}
+
 // -> the bfloat16 in the low half of a word.
 template <class F>
 EPI_INLINE typename Lanes<F>::U round_nearest_bf16(F x) {

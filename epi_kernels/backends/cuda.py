@@ -39,7 +39,6 @@ MAX_PROGRAMS = 8192
 MAX_CHUNKS_OF_PROGRAM = 1 << 18
 
 _VECTOR_BYTES = 16
-_DTYPE_FLAGS = table_.PARAM_BF16 | table_.STATE_BF16 | table_.IMPORTANCE_BF16
 _STEP_POINTERS = [table_.PARAM, table_.GRAD, table_.EXP_AVG, table_.EXP_AVG_SQ, table_.IMPORTANCE]
 _REFRESH_POINTERS = [table_.EXP_AVG_SQ, table_.IMPORTANCE]
 
@@ -326,12 +325,17 @@ def _as_words(values: np.ndarray) -> np.ndarray:
 def _by_dtypes(rows: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     """(kind, its rows) of each combination of dtypes: one launch each, nearly always one in all.
 
-    kind: bit 0 and 1 as in FLAGS; the importance is kind >> 2: 0 shared, 1 float32, 2 bfloat16.
+    kind: param + 2 * state + 6 * importance, each 0 float32, 1 bfloat16, 2 8-bit; the importance one more,
+    0 where it is shared.
     """
-    flags = rows[:, table_.FLAGS] & _DTYPE_FLAGS
-    own = rows[:, table_.IMPORTANCE] != 0
-    kinds = flags & (table_.PARAM_BF16 | table_.STATE_BF16)
-    kinds = kinds + 4 * np.where(own, 1 + (flags & table_.IMPORTANCE_BF16 != 0), 0)
+
+    def stored(bf16: int, int8: int = 0) -> np.ndarray:
+        return (flags & bf16 != 0) + 2 * (flags & int8 != 0)
+
+    flags, own = rows[:, table_.FLAGS], rows[:, table_.IMPORTANCE] != 0
+    kinds = stored(table_.PARAM_BF16) + 2 * stored(table_.STATE_BF16, table_.STATE_INT8)
+    importance = 1 + stored(table_.IMPORTANCE_BF16, table_.IMPORTANCE_INT8)
+    kinds = kinds + 6 * np.where(own, importance, 0)
     distinct = np.unique(kinds).tolist()
     if len(distinct) == 1:
         return [(distinct[0], slice(None))]

@@ -25,7 +25,11 @@ _PTXAS_FUNCTION = re.compile(
 )
 
 _STEP = re.compile(r"step(?:_stats)?_kernel<(.*)>")
-_BYTES = {"float": 4, "unsigned short": 2}  # the third type is neither where the importance is shared
+_BYTES = {
+    "float": 4,
+    "unsigned short": 2,
+    "unsigned char": 1,
+}  # the third type is neither where the importance is shared
 
 
 def sources() -> list[Path]:

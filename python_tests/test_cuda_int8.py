@@ -1,0 +1,70 @@
+"""8-bit states in the CUDA kernels' bodies, played by the CPU: the reference's bits, no GPU needed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from epi_kernels.backends import cuda
+from epi_kernels.reference import codec
+from python_tests import cuda_emulation
+from python_tests import stage_checks as checks
+from python_tests.stage_checks import BF16, CPU, INT8
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulation.missing() is not None, reason=f"emulation: {cuda_emulation.missing()}"
+)
+TAILS = (1, 15, 16, 17, 63, 64, 65, 511, 513, 4099)
+
+
+@pytest.fixture(params=[cuda.MAX_PROGRAMS, 2], ids=["a-chunk-a-program", "two-programs"])
+def emulated(request, monkeypatch) -> cuda_emulation.EmulatedCudaBackend:
+    """The backend; with two programs, each walks over many tensors and layers."""
+    monkeypatch.setattr(cuda, "MAX_PROGRAMS", request.param)
+    return cuda_emulation.EmulatedCudaBackend(threads=8 if request.param == 2 else 4)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8, ids=checks.names)
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_step_and_its_stats_in_every_dtype(dtypes, shift, stochastic, emulated):
+    checks.check_step(emulated, CPU, dtypes, shift, stochastic)
+
+
+def test_mixed_dtypes_and_tails_in_one_call(emulated):
+    expected = [t for dtypes in (*checks.DTYPES, *checks.DTYPES_INT8) for t in checks.params(TAILS, *dtypes)]
+    ours = checks.copies(expected, CPU)
+    for side, tensors in ((emulated, ours), (checks.REFERENCE, expected)):
+        checks.run_step(side, tensors)
+    checks.assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e20])
+def test_a_gradient_that_is_not_finite_spoils_its_block_alone(bad, emulated):
+    expected = checks.params((300,), BF16, INT8, INT8)
+    expected[0].grad[70] = bad
+    ours = checks.copies(expected, CPU)
+    for _ in range(2):
+        checks.run_step(checks.REFERENCE, expected)
+        checks.run_step(emulated, ours)
+        checks.assert_same(ours, expected)
+    scales = ours[0].exp_avg_sq_scale.tolist()
+    assert [block for block, scale in enumerate(scales) if scale == codec.NONFINITE] == [1]
+
+
+def test_magnitudes_from_subnormal_to_beyond_the_code(emulated):
+    checks.check_magnitudes(emulated, CPU)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(("normalization", "factor"), checks.NORMALIZATIONS)
+@pytest.mark.parametrize("domains", [1, 3])
+def test_refresh_stages(domains, factor, normalization, shift, emulated):
+    checks.check_refresh(emulated, CPU, INT8, shift, normalization, factor, domains)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 64])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sampled_counts(stride, shift, emulated):
+    checks.check_sampled_counts(emulated, CPU, stride, shift, dtype=INT8)
