@@ -179,7 +179,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(files, tmp_path, refused):
         if not usable:
             assert "not able to run" in refused(*arguments(files, out, *dry, "--backend", name))
     with pytest.raises(SystemExit):
-        refused(*arguments(files, out, *dry, "--state-dtype", "int8"))
+        refused(*arguments(files, out, *dry, "--state-dtype", "fp8"))
     assert not out.exists()
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")

@@ -8,7 +8,7 @@ import torch
 from python_tests.harness import make, small_model, train
 
 KINDS = ("exp_avg", "exp_avg_sq", "importance", "isolation_mask", "persistent_mask", "other", "total")
-N = 80_000  # a multiple of 8: no padding bits
+N = 80_000  # a multiple of 64: no padding bits, whole blocks
 
 # (weights, arguments) -> bytes per parameter
 TABLE = [
@@ -22,6 +22,10 @@ TABLE = [
     (torch.bfloat16, {"importance_beta": 0.9}, 8.125),
     (torch.bfloat16, {"importance_beta": 0.9, "importance_dtype": torch.bfloat16}, 6.125),
     (torch.float32, {"importance_beta": 0.999}, 8.125),  # beta2: shared
+    (torch.float32, {"state_dtype": "int8"}, 2.15625),  # two codes, two scales a block of 64, the mask
+    (torch.bfloat16, {"state_dtype": "int8"}, 2.15625),
+    (torch.bfloat16, {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"}, 3.171875),
+    (torch.bfloat16, {"importance_beta": 0.9, "importance_dtype": "int8"}, 5.140625),
 ]
 
 
@@ -64,3 +68,13 @@ def test_never_more_than_an_eighth_of_a_byte_above_adamw():
         train(optimizer, {"w": p}, 1)
         theirs = sum(x.numel() * x.element_size() for x in adamw.state[p].values())
         assert optimizer.state_bytes()["total"] - theirs == N // 8
+
+
+def test_small_tensors_keep_float32_states():
+    small, large = torch.nn.Parameter(torch.ones(4095)), torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = make({"small": small, "large": large}, state_dtype="int8")
+    train(optimizer, {"small": small, "large": large}, 1)
+    assert optimizer.state[small]["exp_avg"].dtype == torch.float32
+    assert "exp_avg_scale" not in optimizer.state[small]
+    assert optimizer.state[large]["exp_avg"].dtype == torch.uint8
+    assert optimizer.state_bytes()["exp_avg"] == 4 * 4095 + 4096 + 64

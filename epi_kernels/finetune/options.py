@@ -12,7 +12,7 @@ from .errors import UserError
 from .packing import ATTENTION
 
 DTYPES = ("fp32", "bf16")
-STATE_DTYPES = ("fp32", "bf16")
+STATE_DTYPES = ("fp32", "bf16", "int8")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 # These change how a run is watched and kept, never the weights it ends with.
 FREE_ON_RESUME = (

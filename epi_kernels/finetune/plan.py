@@ -9,11 +9,19 @@ import torch
 
 from epi_kernels import published
 from epi_kernels.policies.schedule import refresh_steps
+from epi_kernels.reference import codec
 from epi_kernels.text import columns, human_bytes
 
 from .options import Options
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def _moment_bytes(dtype: str, count: int) -> int:
+    """Of one moment of ``count`` elements; tensors too small for 8-bit states keep float32."""
+    if dtype != "int8":
+        return ELEMENT_BYTES[dtype] * count
+    return 4 * count if count < codec.MIN_ELEMENTS else count + codec.scale_bytes(count)
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,12 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
     every = sum(count for count, _ in sizes)
     trained = [count for count, trains in sizes if trains]
     width = dtype.itemsize
-    moment = ELEMENT_BYTES[options.state_dtype] if options.state_dtype else width
-    own = 0 if options.importance_beta in (None, options.beta2) else ELEMENT_BYTES[options.importance_dtype]
+    state_dtype = options.state_dtype or ("fp32" if width == 4 else "bf16")
+    own = options.importance_beta not in (None, options.beta2)
     ours = sum(
-        count * (2 * moment + own) + (-(-count // 8) if options.isolation_ratio > 0 else 0)
+        2 * _moment_bytes(state_dtype, count)
+        + (_moment_bytes(options.importance_dtype, count) if own else 0)
+        + (-(-count // 8) if options.isolation_ratio > 0 else 0)
         for count in trained
     )
     total = sum(trained)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels.optim.moments import read_moment
+
 from . import checkpoint
 from .errors import UserError
 from .importance import FORMAT, load_metadata
@@ -120,9 +122,11 @@ def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
                 means[name] = torch.zeros(shapes.get(name, ()))
                 continue
             kept = "importance" if "importance" in state else "exp_avg_sq"
-            if not isinstance(state.get(kept), torch.Tensor) or not state[kept].is_floating_point():
-                raise UserError(f"--protect {path}: the run's {kept} of {name} is not kept as floating point")
+            try:
+                values = read_moment(state, kept, state[kept].shape, f"the run's state of {name}")
+            except (KeyError, AttributeError, ValueError) as error:
+                raise UserError(f"--protect {path}: {error}") from None
             beta = group["importance_beta"] if kept == "importance" else group["betas"][1]
-            means[name] = state[kept].float() / (1 - beta ** float(state["step"]))
+            means[name] = values.float() / (1 - beta ** float(state["step"]))
     _compare(path, {name: mean.shape for name, mean in means.items()}, shapes)
     return means, run.get("weights"), f"the run's optimizer after step {run['step']}"
