@@ -42,7 +42,8 @@ def test_every_kernel_passes_the_check(arch):
     assert len(steps) >= 12
     for row in steps:
         assert row["arch"] == f"sm_{arch}" and row["registers"] > 0
-        assert set(row["loads"]) == {"128", "8"} and set(row["stores"]) == {"128"}
+        scales = {"8"} if "int8" in row["kernel"] else set()  # a byte a block
+        assert set(row["loads"]) == {"128", "8"} and set(row["stores"]) == {"128"} | scales
         assert row["loads"]["128"] >= 4 and row["stores"]["128"] >= 3
         assert row["instructions_per_element"] > 20
     bounded = next(row for row in rows if "bounded" in row["kernel"])

@@ -54,7 +54,7 @@ EPI_INLINE Pair load_moment(const Moment& m, StepF factor, int i) {
 }
 
 // Stores floats at once; what becomes codes waits for the block's scale.
-template <bool kStochastic>
+template <bool kSigned, bool kStochastic>
 EPI_INLINE void take_moment(const Moment& m, NewMoment& fresh, int i, Pair x, RandomBits r) {
   switch (m.kind) {
     case Kind::kFloat32:
@@ -62,9 +62,13 @@ EPI_INLINE void take_moment(const Moment& m, NewMoment& fresh, int i, Pair x, Ra
     case Kind::kBfloat16:
       return store_pair<true, kStochastic, true>(reinterpret_cast<uint16_t*>(m.data) + i, x, r);
     default: {
-      const StepU magnitude = Lanes<StepF>::u32(kMagnitude);
       fresh.values[i / kPair] = x;
-      fresh.top = max(fresh.top, max(bits_of(x.a) & magnitude, bits_of(x.b) & magnitude));
+      StepU a = bits_of(x.a), b = bits_of(x.b);
+      if constexpr (kSigned) {  // the others are positive, or no number, which is the largest either way
+        const StepU magnitude = Lanes<StepF>::u32(kMagnitude);
+        a = a & magnitude, b = b & magnitude;
+      }
+      fresh.top = max(fresh.top, max(a, b));
     }
   }
 }
@@ -157,16 +161,20 @@ EPI_INLINE void step_block(const StepContext& x, const Block<P>& block, uint64_t
       index = index + x.pace;
     }
     words[0][j] = w0, words[1][j] = w1;
-    take_moment<kStochastic>(block.exp_avg, m, i, {a.exp_avg, b.exp_avg}, high_halves(w0));
-    take_moment<kStochastic>(block.exp_avg_sq, v, i, {a.exp_avg_sq, b.exp_avg_sq}, low_halves(w1));
+    take_moment<true, kStochastic>(block.exp_avg, m, i, {a.exp_avg, b.exp_avg}, high_halves(w0));
+    take_moment<false, kStochastic>(block.exp_avg_sq, v, i, {a.exp_avg_sq, b.exp_avg_sq}, low_halves(w1));
     if constexpr (kOwn) {
       const Pair old_u = load_moment<false>(block.importance, u_factor, i);
       const Pair fresh{importance_ema(x.c, old_u.a, g2.a), importance_ema(x.c, old_u.b, g2.b)};
-      take_moment<kStochastic>(block.importance, u, i, fresh, high_halves(w1));
+      take_moment<false, kStochastic>(block.importance, u, i, fresh, high_halves(w1));
     }
     const uint32_t keep = static_cast<PairBits>(isolated >> i);
     const Pair moved{a.theta, b.theta};
-    store_pair_but<true, kStochastic, true>(block.param + i, keep, moved, theta, low_halves(w0));
+    if (sizeof(P) == 2 && any(unordered(moved.a, moved.b))) [[unlikely]] {
+      store_pair_but<true, kStochastic, true>(block.param + i, keep, moved, theta, low_halves(w0));
+    } else {
+      store_pair_but<true, kStochastic, false>(block.param + i, keep, moved, theta, low_halves(w0));
+    }
   }
   using Bits = RandomBits;
   const Bits nearest{L::u32(kNearest), L::u32(kNearest)};

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads) select_bounds_kernel(const SelectArg
   if (index < 2 * args.n_layers) select_bound(args, index);
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) select_kernel(const SelectArgs args) {
   __shared__ SelectShared shared;
   select_program(args, DeviceBlock{}, &shared);
 }

@@ -12,28 +12,30 @@ namespace {
 // Blocks a multiprocessor is to hold at least: as many as ptxas fits without spilling on sm_75 to
 // sm_120 (nvcc 13.0); left to itself it spills some of these kernels. What is in flight then, 48 KiB
 // and more a multiprocessor, is above latency times bandwidth of an H200 on paper; not measured.
-template <class P, class S, class U>
-constexpr int kStepBlocks = kOwn<U> || sizeof(P) != sizeof(S) ? 2 : 3;
-constexpr int kStepStatsBlocks = 2;
-
 // With codes a thread holds 16 elements of every tensor until it knows their block's maximum: 154 to 222
-// registers. Blocks of half the size then leave less of a multiprocessor idle.
+// registers. Where tensors of several widths meet it holds up to 130. Blocks of half the size then leave
+// less of a multiprocessor idle.
 template <class P, class S, class U>
 constexpr bool kStepCodes = kStepWidth<P, S, U> == 16;
 template <class P, class S, class U>
-constexpr int kStepThreads = kStepCodes<P, S, U> ? kThreads / 2 : kThreads;
-constexpr int kStepCodesBlocks = 2;
+constexpr bool kStepPlain = !kOwn<U> && sizeof(P) == sizeof(S) && sizeof(P) > 1;
+template <class P, class S, class U>
+constexpr int kStepThreads = kStepPlain<P, S, U> ? kThreads : kThreads / 2;
+template <class P, class S, class U>
+constexpr int kStepBlocks = kStepPlain<P, S, U>   ? (sizeof(P) == 4 ? 3 : 2)
+                            : kStepCodes<P, S, U> ? 2
+                                                  : 3;
+template <class P, class S, class U>
+constexpr int kStepStatsBlocks = kStepPlain<P, S, U> || kStepCodes<P, S, U> ? 2 : 3;
 
 template <class P, class S, class U>
-__global__ void __launch_bounds__(kStepThreads<P, S, U>,
-                                  kStepCodes<P, S, U> ? kStepCodesBlocks : kStepBlocks<P, S, U>)
+__global__ void __launch_bounds__(kStepThreads<P, S, U>, kStepBlocks<P, S, U>)
     step_kernel(const StepArgs args) {
   step_program<P, S, U>(args, DeviceBlock{});
 }
 
 template <class P, class S, class U>
-__global__ void __launch_bounds__(kStepThreads<P, S, U>,
-                                  kStepCodes<P, S, U> ? kStepCodesBlocks : kStepStatsBlocks)
+__global__ void __launch_bounds__(kStepThreads<P, S, U>, kStepStatsBlocks<P, S, U>)
     step_stats_kernel(const StepArgs args) {
   __shared__ StatsPartial shared[kStepThreads<P, S, U>];
   step_stats_program<P, S, U>(args, DeviceBlock{}, shared);
