@@ -118,6 +118,11 @@ void cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding, std::optio
     for (const int column : {epi::kParam, epi::kGrad, epi::kExpAvg, epi::kExpAvgSq}) {
       complete = complete && rows[i][column] != 0;
     }
+    const int64_t flags = rows[i][epi::kFlags];
+    if ((flags & epi::kStateInt8) != 0) {
+      complete = complete && rows[i][epi::kExpAvgScale] != 0 && rows[i][epi::kExpAvgSqScale] != 0;
+    }
+    if ((flags & epi::kImportanceInt8) != 0) complete = complete && rows[i][epi::kImportanceScale] != 0;
     STD_TORCH_CHECK(complete || rows[i][epi::kNumel] == 0, "row ", i,
                     " of the table lacks a tensor that the step needs");
   }

@@ -16,7 +16,7 @@ const Kernels* kernels(int64_t isa) {
                  : nullptr;
     case 1:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                     __builtin_cpu_supports("popcnt")
+                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt")
                  ? &kAvx2Kernels
                  : nullptr;
   }

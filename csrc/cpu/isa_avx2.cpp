@@ -8,15 +8,15 @@
 #include <cstring>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,popcnt")
+#pragma GCC target("avx2,fma,f16c,popcnt")
 #endif
 #include <immintrin.h>
 
 #define EPI_ISA avx2
-#include "cpu/vec_avx2.h"
+#include "cpu/codes_avx2.h"
 #include "cpu/isa.h"
 
 #if defined(__clang__)

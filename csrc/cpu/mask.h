@@ -4,12 +4,14 @@
 #pragma once
 
 #include "cpu/rows.h"
+#include "math/codec.h"
 
 namespace epi::EPI_ISA {
 
 // Bounds on u as numbers and as bfloat16 words; they are positive. [1]: isolated elements.
 template <class F>
 struct SelectBounds {
+  float number[2];
   F bound[2];
   int word[2];
   bool by_old_bit;
@@ -41,12 +43,22 @@ EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds
   return (stays & old) | (now & ~old);
 }
 
+// Bits of a block of codes.
+template <class F>
+EPI_INLINE uint64_t selected(const uint8_t* codes, Block<false> block, uint64_t old,
+                             const SelectBounds<F>& b) {
+  const uint64_t now = values_from(codes, block, b.number[0]);
+  if (!b.by_old_bit || old == 0) return now;
+  return (values_from(codes, block, b.number[1]) & old) | (now & ~old);
+}
+
 template <class F, class T>
 EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
   const T* u = importances<T>(row);
   uint8_t* mask = pointer<uint8_t>(row, kIsolationMask);
   const uint8_t* persistent = pointer<const uint8_t>(row, kPersistentMask);
-  const SelectBounds<F> b{{Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])},
+  const SelectBounds<F> b{{a.bound[0], a.bound[1]},
+                          {Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])},
                           {bf16_bound(a.bound[0]), bf16_bound(a.bound[1])},
                           a.by_old_bit};
   int64_t isolated = 0, entered = 0, released = 0;
@@ -65,7 +77,13 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
       old = mask_bits<uint64_t>(mask, i, count) & in_bounds;
       kept = mask_bits<uint64_t>(persistent, i, count);
     }
-    const uint64_t now = (selected(at, old, b) | kept) & in_bounds;
+    uint64_t now;
+    if constexpr (sizeof(T) == 1) {
+      now = selected(at, Block<false>::of_scale(importance_scales(row)[i / kCodeBlock]), old, b);
+    } else {
+      now = selected(at, old, b);
+    }
+    now = (now | kept) & in_bounds;
     if (count == 64) [[likely]] {
       memcpy(mask + i / 8, &now, 8);
     } else {
@@ -82,7 +100,9 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
 
 template <class F>
 void select_mask(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
-  if ((row[kFlags] & kUBf16) != 0) {
+  if ((row[kFlags] & kUInt8) != 0) {
+    select_range<F, uint8_t>(row, start, stop, a);
+  } else if ((row[kFlags] & kUBf16) != 0) {
     select_range<F, uint16_t>(row, start, stop, a);
   } else {
     select_range<F, float>(row, start, stop, a);

@@ -1,4 +1,4 @@
-// Stage 1, step: the masked update over a range of one parameter.
+// Stage 1, step: the masked update over a range of one parameter whose states are floats.
 
 #pragma once
 
@@ -182,7 +182,7 @@ void step_rounding(TableRow row, int64_t start, int64_t stop, const StepArgument
   }
 }
 
-inline void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+inline void step_floats(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
   switch (row[kFlags] & (kParamBf16 | kStateBf16 | kImportanceBf16)) {
     case 0:
       return row[kImportance] != 0 ? step_range<false, false, true, false, false>(row, start, stop, a)

@@ -181,6 +181,7 @@ struct Lanes<F16> {
   }
 EPI_TWICE(operator+)
 EPI_TWICE(operator-)
+EPI_TWICE(operator*)
 EPI_TWICE(operator/)
 EPI_TWICE(operator&)
 EPI_TWICE(operator|)
