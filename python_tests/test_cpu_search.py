@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from epi_kernels.backends import cpu
 from epi_kernels.policies import selection
-from epi_kernels.reference import bits
+from epi_kernels.reference import bits, codec
 from epi_kernels.reference.stats import ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KEY_END
 from python_tests.stage_checks import search_problem
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.uint8
 NOTED_KEYS = 1 << 17  # kNotedKeys of csrc/cpu/search.cpp
 
 
@@ -27,16 +27,20 @@ def backend() -> cpu.CpuBackend:
     return cpu.CpuBackend()
 
 
-def item(u: torch.Tensor, layer: int, isolated: torch.Tensor | None = None) -> ParamTensors:
+def item(
+    u: torch.Tensor, layer: int, isolated: torch.Tensor | None = None, dtype: torch.dtype = FP32
+) -> ParamTensors:
+    """``u``: fp32, stored in ``dtype``."""
     mask = None if isolated is None else bits.pack(isolated)
-    return ParamTensors(u, None, u, u, None, mask, None, layer=layer)
+    stored, scale = codec.encode(u, None, signed=False) if dtype == INT8 else (u.to(dtype), None)
+    return ParamTensors(u, None, u, stored, None, mask, None, layer=layer, exp_avg_sq_scale=scale)
 
 
 def scores_of(items: list[ParamTensors], terms: ScoreTerms, keep_factor: float) -> list[np.ndarray]:
     """Finite scores of every item, by numpy alone."""
     found = []
     for one in items:
-        u = one.exp_avg_sq.float().numpy()
+        u = one.read_u(0, one.u.numel()).numpy()
         shift, scale = terms.shift[one.layer].numpy(), terms.scale[one.layer].numpy()
         with np.errstate(all="ignore"):
             score = np.zeros_like(u) if scale == 0 else (u - shift) / scale
@@ -100,7 +104,7 @@ def check(
 def minmax(items: list[ParamTensors], zeros: list[int]) -> ScoreTerms:
     shift, scale = torch.zeros(len(zeros)), torch.zeros(len(zeros))
     for layer, n in enumerate(zeros):
-        parts = [one.exp_avg_sq.float() for one in items if one.layer == layer]
+        parts = [one.read_u(0, one.u.numel()) for one in items if one.layer == layer]
         u = torch.cat([*parts, torch.zeros(n)])
         u = u[u.isfinite()]
         if u.numel():
@@ -134,13 +138,13 @@ KINDS = ["uniform", "decades", "rows", "few-values", "two-levels", "equal", "non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, INT8], ids=["f32", "bf16", "int8"])
 @pytest.mark.parametrize("ratio", [1e-5, 0.01, 0.3, 0.999])
 def test_large_searches(backend, kind, dtype, ratio):
     """Past both samples, past the room for noted keys, and past wrong brackets."""
     generator = torch.Generator().manual_seed(3)
     items = [
-        item(importances(n, generator, kind).mul(scale).to(dtype), layer)
+        item(importances(n, generator, kind).mul(scale), layer, dtype=dtype)
         for layer, (n, scale) in enumerate([(NOTED_KEYS * 3 + 5, 1.0), (70_001, 1e-5), (33, 1e3)])
     ]
     for zeros, by_layer in (([0, 12_345, 7], False), ([0, 0, 0], True)):
@@ -166,15 +170,15 @@ def test_any_search(backend, data):
         patch.setattr(cpu, "SAMPLE_FROM_ELEMENTS", data.draw(st.sampled_from([1, 1 << 10, 1 << 60])))
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
         layers = data.draw(st.integers(1, 4))
-        dtype = data.draw(st.sampled_from([FP32, BF16]))
+        dtype = data.draw(st.sampled_from([FP32, BF16, INT8]))
         keep_factor = data.draw(st.sampled_from([1.0, selection.keep_factor(0.3)]))
         items = []
         for _ in range(data.draw(st.integers(0, 5))):
             n = data.draw(st.sampled_from([1, 63, 64, 65, 1000, 40_000]))
             u = importances(n, generator, data.draw(st.sampled_from(KINDS)))
-            u = u.mul(10.0 ** data.draw(st.integers(-30, 20))).to(dtype)
+            u = u.mul(10.0 ** data.draw(st.integers(-30, 20)))
             isolated = torch.rand(n, generator=generator) < 0.2 if data.draw(st.booleans()) else None
-            items.append(item(u, data.draw(st.integers(0, layers - 1)), isolated))
+            items.append(item(u, data.draw(st.integers(0, layers - 1)), isolated, dtype))
         zeros = [data.draw(st.sampled_from([0, 3, 5000])) for _ in range(layers)]
         terms = minmax(items, zeros)
         if keep_factor == 1.0 and data.draw(st.booleans()):  # zscore
