@@ -10,6 +10,9 @@ namespace epi::EPI_ISA {
 EPI_INLINE U8 max_signed(U8 x, U8 y) {
   return {_mm256_max_epi32(x.v, y.v)};
 }
+EPI_INLINE U8 max_unsigned(U8 x, U8 y) {
+  return {_mm256_max_epu32(x.v, y.v)};
+}
 EPI_INLINE U8 where_positive(U8 x, U8 sign) {
   return {_mm256_sign_epi32(x.v, sign.v)};
 }
@@ -17,9 +20,9 @@ EPI_INLINE F8 add_exact_product(F8 x, F8 y, F8 z) {
   return {_mm256_fmadd_ps(x.v, y.v, z.v)};
 }
 EPI_INLINE uint32_t largest(U8 x) {
-  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1))));
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1))));
 }
 
 // half_of_code(), by the processor's own conversion: eight codes, moved to where a binary16 has them.

@@ -10,6 +10,12 @@ namespace epi::EPI_ISA {
 EPI_INLINE U16 max_signed(U16 x, U16 y) {
   return {_mm512_max_epi32(x.v, y.v)};
 }
+EPI_INLINE U16 max_unsigned(U16 x, U16 y) {
+  return {_mm512_max_epu32(x.v, y.v)};
+}
+EPI_INLINE U16 load_words(const void* p) {
+  return {_mm512_loadu_si512(p)};
+}
 EPI_INLINE U16 where_positive(U16 x, U16 sign) {
   return {_mm512_maskz_mov_epi32(_mm512_test_epi32_mask(sign.v, sign.v), x.v)};
 }
@@ -17,7 +23,7 @@ EPI_INLINE F16 add_exact_product(F16 x, F16 y, F16 z) {
   return {_mm512_fmadd_ps(x.v, y.v, z.v)};
 }
 EPI_INLINE uint32_t largest(U16 x) {
-  return static_cast<uint32_t>(_mm512_reduce_max_epi32(x.v));
+  return static_cast<uint32_t>(_mm512_reduce_max_epu32(x.v));
 }
 
 // Thirty-two codes as halves, the even and the odd elements apart: half_of_code(), by the processor's

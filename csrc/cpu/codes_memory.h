@@ -22,19 +22,27 @@ struct CodedPointers {
   uint8_t* importance_u8;
   uint8_t* importance_scale;
 
-  EPI_INLINE void advance(int64_t blocks = 1) {
-    const int64_t n = blocks * kCodeBlock;
-    param += n, grad += n, exp_avg += n, exp_avg_sq += n;
-    exp_avg_scale += blocks, exp_avg_sq_scale += blocks;
-    if (importance_f32 != nullptr) importance_f32 += n;
-    if (importance_bf16 != nullptr) importance_bf16 += n;
-    if (importance_u8 != nullptr) importance_u8 += n, importance_scale += blocks;
+  // The block that starts at element i.
+  template <bool kOwn>
+  EPI_INLINE CodedPointers at(int64_t i) const {
+    CodedPointers p = *this;
+    p.param += i, p.grad += i, p.exp_avg += i, p.exp_avg_sq += i;
+    p.exp_avg_scale += i / kCodeBlock, p.exp_avg_sq_scale += i / kCodeBlock;
+    if constexpr (kOwn) {
+      if (importance_f32 != nullptr) p.importance_f32 += i;
+      if (importance_bf16 != nullptr) p.importance_bf16 += i;
+      if (importance_u8 != nullptr) p.importance_u8 += i, p.importance_scale += i / kCodeBlock;
+    }
+    return p;
   }
+  template <bool kOwn>
   EPI_INLINE void prefetch() const {
     ahead(param), ahead(grad), ahead(exp_avg), ahead(exp_avg_sq);
-    if (importance_f32 != nullptr) ahead(importance_f32);
-    if (importance_bf16 != nullptr) ahead(importance_bf16);
-    if (importance_u8 != nullptr) ahead(importance_u8);
+    if constexpr (kOwn) {
+      if (importance_f32 != nullptr) ahead(importance_f32);
+      if (importance_bf16 != nullptr) ahead(importance_bf16);
+      if (importance_u8 != nullptr) ahead(importance_u8);
+    }
   }
   template <class T>
   static EPI_INLINE void ahead(const T* p) {
@@ -44,21 +52,19 @@ struct CodedPointers {
 };
 
 template <class P, class S>
-EPI_INLINE CodedPointers<P, S> coded_pointers(TableRow row, int64_t start) {
+EPI_INLINE CodedPointers<P, S> coded_pointers(TableRow row) {
   const int64_t flags = row[kFlags];
   const bool u8 = (flags & kImportanceInt8) != 0, bf16 = (flags & kImportanceBf16) != 0;
-  CodedPointers<P, S> p{pointer<P>(row, kParam),
-                        pointer<P>(row, kGrad),
-                        pointer<S>(row, kExpAvg),
-                        pointer<S>(row, kExpAvgSq),
-                        pointer<uint8_t>(row, kExpAvgScale),
-                        pointer<uint8_t>(row, kExpAvgSqScale),
-                        u8 || bf16 ? nullptr : pointer<float>(row, kImportance),
-                        bf16 ? pointer<uint16_t>(row, kImportance) : nullptr,
-                        u8 ? pointer<uint8_t>(row, kImportance) : nullptr,
-                        pointer<uint8_t>(row, kImportanceScale)};
-  p.advance(start / kCodeBlock);
-  return p;
+  return {pointer<P>(row, kParam),
+          pointer<P>(row, kGrad),
+          pointer<S>(row, kExpAvg),
+          pointer<S>(row, kExpAvgSq),
+          pointer<uint8_t>(row, kExpAvgScale),
+          pointer<uint8_t>(row, kExpAvgSqScale),
+          u8 || bf16 ? nullptr : pointer<float>(row, kImportance),
+          bf16 ? pointer<uint16_t>(row, kImportance) : nullptr,
+          u8 ? pointer<uint8_t>(row, kImportance) : nullptr,
+          pointer<uint8_t>(row, kImportanceScale)};
 }
 
 // The last, incomplete block: copied here, followed by zeros, updated as a whole, copied back. Zeros
@@ -116,9 +122,9 @@ EPI_INLINE CodedFactors coded_factors(const CodedPointers<P, S>& p) {
   return f;
 }
 
-// A pair of a state, codes or not.
+// A pair of a state's values, codes or not.
 template <bool kSigned, class T>
-EPI_INLINE Pair load_state(const T* p, StepF factor) {
+EPI_INLINE Pair load_decoded(const T* p, StepF factor) {
   if constexpr (sizeof(T) == 1) {
     const Pair half = load_codes<kSigned>(p);
     return {half.a * factor, half.b * factor};
@@ -127,63 +133,116 @@ EPI_INLINE Pair load_state(const T* p, StepF factor) {
   }
 }
 
-// A block's values, until the largest is known.
-template <bool kSigned>
-struct NewValues {
-  alignas(64) float values[kCodeBlock];
-  StepU top;  // lane by lane, without the sign
+EPI_INLINE void store_in_order(float* p, Pair x) {
+  store(p, x.a);
+  store(p + kStepWidth, x.b);
+}
 
-  EPI_INLINE void put(int j, Pair x) {
-    store(values + j, x.a);
-    store(values + j + kStepWidth, x.b);
-    const StepU magnitude = Lanes<StepF>::u32(kMagnitude);
-    top = max_signed(top, max_signed(bits_of(x.a) & magnitude, bits_of(x.b) & magnitude));
+// The low word of a block's first index, with the key, after the mixer's first step. A block starts at a
+// multiple of 64, so an element's index differs from the first in the lowest six bits alone, which that step
+// lets through: what is left is one exclusive or an element.
+EPI_INLINE StepU block_key(TableRow row, int64_t i) {
+  const uint64_t first = static_cast<uint64_t>(row[kIndexOffset] + i);
+  const uint32_t key = mix<float>(static_cast<uint32_t>(row[kRngKey]) ^ static_cast<uint32_t>(first >> 32));
+  const uint32_t low = static_cast<uint32_t>(first) ^ key;
+  return Lanes<StepF>::u32(low ^ (low >> 16));
+}
+// Positions in a block: of the even elements of each pair, and of the odd ones.
+struct Positions {
+  alignas(64) uint32_t of[kCodeBlock];
+  constexpr Positions() : of() {
+    for (uint32_t i = 0; i < kCodeBlock; ++i) {
+      const uint32_t lane = i % kStepWidth, odd = i / kStepWidth % 2;
+      of[i] = i / kPair * kPair + 2 * lane + odd;
+    }
   }
-  EPI_INLINE Pair at(int j) const { return load_in_order(values + j); }
 };
-// Its random words.
-struct BlockWords {
-  alignas(64) float words[kCodeBlock];
+constexpr Positions kPositions;
 
-  EPI_INLINE void put(int j, const RandomPair& w) {
-    store(words + j, float_of(w.a.mixed));
-    store(words + j + kStepWidth, float_of(w.b.mixed));
+EPI_INLINE RandomPair random_words0(StepU folded, int j) {
+  return {{mix_folded<StepF>(folded ^ load_words(kPositions.of + j))},
+          {mix_folded<StepF>(folded ^ load_words(kPositions.of + j + kStepWidth))}};
+}
+EPI_INLINE RandomPair random_words1(const RandomPair& w0) {
+  const StepU golden = Lanes<StepF>::u32(kGolden);
+  return {random_word1<StepF>(w0.a.word(), golden), random_word1<StepF>(w0.b.word(), golden)};
+}
+
+// What is computed of a block before its codes are written: pairs, split.
+struct NewValues {
+  alignas(64) float exp_avg[kCodeBlock];
+  alignas(64) float exp_avg_sq[kCodeBlock];
+  alignas(64) float importance[kCodeBlock];
+  alignas(64) float denom[kCodeBlock];
+  alignas(64) float random[kCodeBlock];  // the first words of random bits
+
+  EPI_INLINE void put_words(int j, const RandomPair& w) {
+    store_in_order(random + j, {float_of(w.a.mixed), float_of(w.b.mixed)});
   }
-  EPI_INLINE RandomPair at(int j) const {
-    const Pair x = load_in_order(words + j);
+  EPI_INLINE RandomPair words(int j) const {
+    const Pair x = load_in_order(random + j);
     return {{bits_of(x.a)}, {bits_of(x.b)}};
   }
 };
-struct CodedBlock {
-  NewValues<true> exp_avg;
-  NewValues<false> exp_avg_sq, importance;
-  BlockWords w0, w1;
 
-  EPI_INLINE void clear() { exp_avg.top = exp_avg_sq.top = importance.top = Lanes<StepF>::u32(0); }
+// Its largest values as words, lane by lane.
+struct Tops {
+  StepU exp_avg, exp_avg_sq, importance;
 };
+EPI_INLINE Tops no_tops() {
+  const StepU zero = Lanes<StepF>::u32(0);
+  return {zero, zero, zero};
+}
+template <bool kSigned>
+EPI_INLINE StepU top_of(StepU top, Pair x) {
+  if constexpr (kSigned) {
+    const StepU magnitude = Lanes<StepF>::u32(kMagnitude);
+    return max_unsigned(top, max_unsigned(bits_of(x.a) & magnitude, bits_of(x.b) & magnitude));
+  } else {  // only a NaN has a sign, and is the largest with it
+    return max_unsigned(top, max_unsigned(bits_of(x.a), bits_of(x.b)));
+  }
+}
 
-// Writes a block's codes and its scale. `random`: the RandomBits of the pair at a position.
-template <bool kStochastic, bool kSigned, class Random>
-EPI_INLINE void encode(uint8_t* codes, uint8_t* scale, const NewValues<kSigned>& x, const Random& random) {
-  const auto block = Block<kSigned>::of_values(largest(x.top));
+struct CodedBlocks {
+  Block<true> exp_avg;
+  Block<false> exp_avg_sq, importance;
+};
+EPI_INLINE CodedBlocks blocks_of(const Tops& tops) {
+  return {Block<true>::of_values(largest(tops.exp_avg) & kMagnitude),
+          Block<false>::of_values(largest(tops.exp_avg_sq) & kMagnitude),
+          Block<false>::of_values(largest(tops.importance) & kMagnitude)};
+}
+
+struct Grids {
+  Grid<StepF> exp_avg, exp_avg_sq, importance;
+};
+template <bool kOwn, bool kCodedMoments>
+EPI_INLINE Grids grids_of(const CodedBlocks& blocks) {
+  Grids g{};
+  if constexpr (kCodedMoments) g.exp_avg = grid<StepF>(blocks.exp_avg);
+  if constexpr (kCodedMoments) g.exp_avg_sq = grid<StepF>(blocks.exp_avg_sq);
+  if constexpr (kOwn) g.importance = grid<StepF>(blocks.importance);
+  return g;
+}
+
+// Writes the codes of a pair, for a block that is finite.
+template <bool kStochastic, bool kSigned>
+EPI_INLINE void encode(uint8_t* codes, Pair x, const Grid<StepF>& g, RandomBits random) {
+  const StepU nearest = Lanes<StepF>::u32(kNearest);
+  const RandomBits r = kStochastic ? random : RandomBits{nearest, nearest};
+  if constexpr (kSigned) {
+    store_codes_signed(codes, code_word_signed(x.a, g) + r.a, code_word_signed(x.b, g) + r.b, x);
+  } else {
+    store_codes(codes, code_word_unsigned(x.a, g) + r.a, code_word_unsigned(x.b, g) + r.b);
+  }
+}
+
+// Writes a block's scale and, where it is not finite, what its codes are then.
+template <bool kSigned>
+EPI_INLINE void write_scale(uint8_t* codes, uint8_t* scale, const Block<kSigned>& block) {
   *scale = static_cast<uint8_t>(block.scale());
-  if (!block.finite) [[unlikely]] {
+  if (!block.finite) [[unlikely]]
     memset(codes, kNonfiniteCode<kSigned>, kCodeBlock);
-    return;
-  }
-  const Grid<StepF> lines = grid<StepF>(block);
-#pragma GCC unroll 1
-  for (int j = 0; j < kCodeBlock; j += kPair) {
-    const Pair y = x.at(j);
-    RandomBits r{Lanes<StepF>::u32(kNearest), Lanes<StepF>::u32(kNearest)};
-    if constexpr (kStochastic) r = random(j);
-    if constexpr (kSigned) {
-      store_codes_signed(codes + j, code_word_signed(y.a, lines) + r.a, code_word_signed(y.b, lines) + r.b,
-                         y);
-    } else {
-      store_codes(codes + j, code_word_unsigned(y.a, lines) + r.a, code_word_unsigned(y.b, lines) + r.b);
-    }
-  }
 }
 
 }  // namespace epi::EPI_ISA

@@ -20,6 +20,9 @@ EPI_INLINE U16 max_signed(U16 x, U16 y) {
   };
   EPI_EACH(U16, (y.v[q] & less(q)) | (x.v[q] & ~less(q)));
 }
+EPI_INLINE U16 max_unsigned(U16 x, U16 y) {
+  return select(x < y, y, x);
+}
 EPI_INLINE U16 where_positive(U16 x, U16 sign) {
   EPI_EACH(U16, x.v[q] & (U32Part)(sign.v[q] != 0));
 }
