@@ -22,26 +22,14 @@ struct CodedPointers {
   uint8_t* importance_u8;
   uint8_t* importance_scale;
 
-  // The block that starts at element i.
+  // What comes after the block that starts at element i.
   template <bool kOwn>
-  EPI_INLINE CodedPointers at(int64_t i) const {
-    CodedPointers p = *this;
-    p.param += i, p.grad += i, p.exp_avg += i, p.exp_avg_sq += i;
-    p.exp_avg_scale += i / kCodeBlock, p.exp_avg_sq_scale += i / kCodeBlock;
+  EPI_INLINE void prefetch(int64_t i) const {
+    ahead(param + i), ahead(grad + i), ahead(exp_avg + i), ahead(exp_avg_sq + i);
     if constexpr (kOwn) {
-      if (importance_f32 != nullptr) p.importance_f32 += i;
-      if (importance_bf16 != nullptr) p.importance_bf16 += i;
-      if (importance_u8 != nullptr) p.importance_u8 += i, p.importance_scale += i / kCodeBlock;
-    }
-    return p;
-  }
-  template <bool kOwn>
-  EPI_INLINE void prefetch() const {
-    ahead(param), ahead(grad), ahead(exp_avg), ahead(exp_avg_sq);
-    if constexpr (kOwn) {
-      if (importance_f32 != nullptr) ahead(importance_f32);
-      if (importance_bf16 != nullptr) ahead(importance_bf16);
-      if (importance_u8 != nullptr) ahead(importance_u8);
+      if (importance_f32 != nullptr) ahead(importance_f32 + i);
+      if (importance_bf16 != nullptr) ahead(importance_bf16 + i);
+      if (importance_u8 != nullptr) ahead(importance_u8 + i);
     }
   }
   template <class T>
@@ -77,27 +65,38 @@ struct CodedTail {
   uint16_t importance_bf16[kCodeBlock] = {};
   uint8_t importance_u8[kCodeBlock] = {};
 
-  __attribute__((noinline)) CodedPointers<P, S> load(const CodedPointers<P, S>& p, int count) {
-    copy(param, p.param, count);
-    copy(grad, p.grad, count);
-    copy(exp_avg, p.exp_avg, count);
-    copy(exp_avg_sq, p.exp_avg_sq, count);
-    CodedPointers<P, S> here = p;
-    here.param = param, here.grad = grad, here.exp_avg = exp_avg, here.exp_avg_sq = exp_avg_sq;
-    if (p.importance_f32 != nullptr) copy(here.importance_f32 = importance_f32, p.importance_f32, count);
-    if (p.importance_bf16 != nullptr) copy(here.importance_bf16 = importance_bf16, p.importance_bf16, count);
-    if (p.importance_u8 != nullptr) copy(here.importance_u8 = importance_u8, p.importance_u8, count);
+  __attribute__((noinline)) CodedPointers<P, S> load(const CodedPointers<P, S>& p, int64_t i, int count) {
+    const int64_t block = i / kCodeBlock;
+    copy(param, p.param + i, count);
+    copy(grad, p.grad + i, count);
+    copy(exp_avg, p.exp_avg + i, count);
+    copy(exp_avg_sq, p.exp_avg_sq + i, count);
+    CodedPointers<P, S> here{param,
+                             grad,
+                             exp_avg,
+                             exp_avg_sq,
+                             p.exp_avg_scale + block,
+                             p.exp_avg_sq_scale + block,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             p.importance_scale + block};
+    if (p.importance_f32 != nullptr) copy(here.importance_f32 = importance_f32, p.importance_f32 + i, count);
+    if (p.importance_bf16 != nullptr)
+      copy(here.importance_bf16 = importance_bf16, p.importance_bf16 + i, count);
+    if (p.importance_u8 != nullptr) copy(here.importance_u8 = importance_u8, p.importance_u8 + i, count);
     return here;
   }
 
-  __attribute__((noinline)) void store(const CodedPointers<P, S>& p, int count, bool with_grad) const {
-    copy(p.param, param, count);
-    if (with_grad) copy(p.grad, grad, count);
-    copy(p.exp_avg, exp_avg, count);
-    copy(p.exp_avg_sq, exp_avg_sq, count);
-    if (p.importance_f32 != nullptr) copy(p.importance_f32, importance_f32, count);
-    if (p.importance_bf16 != nullptr) copy(p.importance_bf16, importance_bf16, count);
-    if (p.importance_u8 != nullptr) copy(p.importance_u8, importance_u8, count);
+  __attribute__((noinline)) void store(const CodedPointers<P, S>& p, int64_t i, int count,
+                                       bool with_grad) const {
+    copy(p.param + i, param, count);
+    if (with_grad) copy(p.grad + i, grad, count);
+    copy(p.exp_avg + i, exp_avg, count);
+    copy(p.exp_avg_sq + i, exp_avg_sq, count);
+    if (p.importance_f32 != nullptr) copy(p.importance_f32 + i, importance_f32, count);
+    if (p.importance_bf16 != nullptr) copy(p.importance_bf16 + i, importance_bf16, count);
+    if (p.importance_u8 != nullptr) copy(p.importance_u8 + i, importance_u8, count);
   }
 };
 
@@ -110,14 +109,14 @@ EPI_INLINE StepF factor_of(const uint8_t* scale) {
   return Lanes<StepF>::f32(Block<kSigned>::of_scale(*scale).factor());
 }
 template <bool kOwn, class P, class S>
-EPI_INLINE CodedFactors coded_factors(const CodedPointers<P, S>& p) {
+EPI_INLINE CodedFactors coded_factors(const CodedPointers<P, S>& p, int64_t block) {
   CodedFactors f{};
   if constexpr (sizeof(S) == 1) {
-    f.exp_avg = factor_of<true>(p.exp_avg_scale);
-    f.exp_avg_sq = factor_of<false>(p.exp_avg_sq_scale);
+    f.exp_avg = factor_of<true>(p.exp_avg_scale + block);
+    f.exp_avg_sq = factor_of<false>(p.exp_avg_sq_scale + block);
   }
   if constexpr (kOwn) {
-    if (p.importance_u8 != nullptr) f.importance = factor_of<false>(p.importance_scale);
+    if (p.importance_u8 != nullptr) f.importance = factor_of<false>(p.importance_scale + block);
   }
   return f;
 }
@@ -168,13 +167,19 @@ EPI_INLINE RandomPair random_words1(const RandomPair& w0) {
   return {random_word1<StepF>(w0.a.word(), golden), random_word1<StepF>(w0.b.word(), golden)};
 }
 
-// What is computed of a block before its codes are written: pairs, split.
+struct CodedBlocks {
+  Block<true> exp_avg;
+  Block<false> exp_avg_sq, importance;
+};
+
+// What is computed of some blocks before their codes are written: pairs, split.
 struct NewValues {
-  alignas(64) float exp_avg[kCodeBlock];
-  alignas(64) float exp_avg_sq[kCodeBlock];
-  alignas(64) float importance[kCodeBlock];
-  alignas(64) float denom[kCodeBlock];
-  alignas(64) float random[kCodeBlock];  // the first words of random bits
+  alignas(64) float exp_avg[kBlock];
+  alignas(64) float exp_avg_sq[kBlock];
+  alignas(64) float importance[kBlock];
+  alignas(64) float denom[kBlock];
+  alignas(64) float random[kBlock];  // the first words of random bits
+  CodedBlocks blocks[kBlock / kCodeBlock];
 
   EPI_INLINE void put_words(int j, const RandomPair& w) {
     store_in_order(random + j, {float_of(w.a.mixed), float_of(w.b.mixed)});
@@ -185,7 +190,7 @@ struct NewValues {
   }
 };
 
-// Its largest values as words, lane by lane.
+// The largest values of a block as words, lane by lane.
 struct Tops {
   StepU exp_avg, exp_avg_sq, importance;
 };
@@ -203,10 +208,6 @@ EPI_INLINE StepU top_of(StepU top, Pair x) {
   }
 }
 
-struct CodedBlocks {
-  Block<true> exp_avg;
-  Block<false> exp_avg_sq, importance;
-};
 EPI_INLINE CodedBlocks blocks_of(const Tops& tops) {
   return {Block<true>::of_values(largest(tops.exp_avg) & kMagnitude),
           Block<false>::of_values(largest(tops.exp_avg_sq) & kMagnitude),
@@ -239,10 +240,20 @@ EPI_INLINE void encode(uint8_t* codes, Pair x, const Grid<StepF>& g, RandomBits 
 
 // Writes a block's scale and, where it is not finite, what its codes are then.
 template <bool kSigned>
-EPI_INLINE void write_scale(uint8_t* codes, uint8_t* scale, const Block<kSigned>& block) {
-  *scale = static_cast<uint8_t>(block.scale());
+EPI_INLINE void write_scale(uint8_t* codes, uint8_t* scales, int64_t i, const Block<kSigned>& block) {
+  scales[i / kCodeBlock] = static_cast<uint8_t>(block.scale());
   if (!block.finite) [[unlikely]]
-    memset(codes, kNonfiniteCode<kSigned>, kCodeBlock);
+    memset(codes + i, kNonfiniteCode<kSigned>, kCodeBlock);
+}
+template <bool kOwn, class P, class S>
+EPI_INLINE void write_scales(const CodedPointers<P, S>& p, int64_t i, const CodedBlocks& blocks) {
+  if constexpr (sizeof(S) == 1) {
+    write_scale(p.exp_avg, p.exp_avg_scale, i, blocks.exp_avg);
+    write_scale(p.exp_avg_sq, p.exp_avg_sq_scale, i, blocks.exp_avg_sq);
+  }
+  if constexpr (kOwn) {
+    if (p.importance_u8 != nullptr) write_scale(p.importance_u8, p.importance_scale, i, blocks.importance);
+  }
 }
 
 }  // namespace epi::EPI_ISA
