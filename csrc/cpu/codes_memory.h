@@ -137,14 +137,22 @@ EPI_INLINE void store_in_order(float* p, Pair x) {
   store(p + kStepWidth, x.b);
 }
 
-// The low word of a block's first index, with the key, after the mixer's first step. A block starts at a
-// multiple of 64, so an element's index differs from the first in the lowest six bits alone, which that step
-// lets through: what is left is one exclusive or an element.
-EPI_INLINE StepU block_key(TableRow row, int64_t i) {
-  const uint64_t first = static_cast<uint64_t>(row[kIndexOffset] + i);
-  const uint32_t key = mix<float>(static_cast<uint32_t>(row[kRngKey]) ^ static_cast<uint32_t>(first >> 32));
-  const uint32_t low = static_cast<uint32_t>(first) ^ key;
-  return Lanes<StepF>::u32(low ^ (low >> 16));
+// Random words of blocks. A block starts at a multiple of 64, so an element's index differs from the first in
+// the lowest six bits alone, which the mixer's first step lets through: one exclusive or an element is left.
+struct BlockKeys {
+  uint64_t first;  // the range's first index
+  uint32_t key, key_after_wrap;
+
+  EPI_INLINE StepU of(int64_t i) const {
+    const uint64_t index = first + static_cast<uint64_t>(i);
+    const uint32_t low = static_cast<uint32_t>(index) ^ (index >> 32 == first >> 32 ? key : key_after_wrap);
+    return Lanes<StepF>::u32(low ^ (low >> 16));
+  }
+};
+EPI_INLINE BlockKeys block_keys(TableRow row, int64_t start) {
+  const uint64_t first = static_cast<uint64_t>(row[kIndexOffset] + start);
+  const uint32_t key = static_cast<uint32_t>(row[kRngKey]), high = static_cast<uint32_t>(first >> 32);
+  return {first, mix<float>(key ^ high), mix<float>(key ^ (high + 1))};
 }
 // Positions in a block: of the even elements of each pair, and of the odd ones.
 struct Positions {
@@ -167,11 +175,6 @@ EPI_INLINE RandomPair random_words1(const RandomPair& w0) {
   return {random_word1<StepF>(w0.a.word(), golden), random_word1<StepF>(w0.b.word(), golden)};
 }
 
-struct CodedBlocks {
-  Block<true> exp_avg;
-  Block<false> exp_avg_sq, importance;
-};
-
 // What is computed of some blocks before their codes are written: pairs, split.
 struct NewValues {
   alignas(64) float exp_avg[kBlock];
@@ -179,7 +182,6 @@ struct NewValues {
   alignas(64) float importance[kBlock];
   alignas(64) float denom[kBlock];
   alignas(64) float random[kBlock];  // the first words of random bits
-  CodedBlocks blocks[kBlock / kCodeBlock];
 
   EPI_INLINE void put_words(int j, const RandomPair& w) {
     store_in_order(random + j, {float_of(w.a.mixed), float_of(w.b.mixed)});
@@ -208,21 +210,21 @@ EPI_INLINE StepU top_of(StepU top, Pair x) {
   }
 }
 
-EPI_INLINE CodedBlocks blocks_of(const Tops& tops) {
-  return {Block<true>::of_values(largest(tops.exp_avg) & kMagnitude),
-          Block<false>::of_values(largest(tops.exp_avg_sq) & kMagnitude),
-          Block<false>::of_values(largest(tops.importance) & kMagnitude)};
-}
-
 struct Grids {
   Grid<StepF> exp_avg, exp_avg_sq, importance;
 };
-template <bool kOwn, bool kCodedMoments>
-EPI_INLINE Grids grids_of(const CodedBlocks& blocks) {
+template <bool kOwn, class P, class S>
+EPI_INLINE Grids grids_of(const CodedPointers<P, S>& p, int64_t block) {
   Grids g{};
-  if constexpr (kCodedMoments) g.exp_avg = grid<StepF>(blocks.exp_avg);
-  if constexpr (kCodedMoments) g.exp_avg_sq = grid<StepF>(blocks.exp_avg_sq);
-  if constexpr (kOwn) g.importance = grid<StepF>(blocks.importance);
+  if constexpr (sizeof(S) == 1) {
+    g.exp_avg = grid<StepF>(Block<true>::of_scale(p.exp_avg_scale[block]));
+    g.exp_avg_sq = grid<StepF>(Block<false>::of_scale(p.exp_avg_sq_scale[block]));
+  }
+  if constexpr (kOwn) {
+    if (p.importance_u8 != nullptr) {
+      g.importance = grid<StepF>(Block<false>::of_scale(p.importance_scale[block]));
+    }
+  }
   return g;
 }
 
@@ -238,21 +240,36 @@ EPI_INLINE void encode(uint8_t* codes, Pair x, const Grid<StepF>& g, RandomBits 
   }
 }
 
-// Writes a block's scale and, where it is not finite, what its codes are then.
 template <bool kSigned>
-EPI_INLINE void write_scale(uint8_t* codes, uint8_t* scales, int64_t i, const Block<kSigned>& block) {
-  scales[i / kCodeBlock] = static_cast<uint8_t>(block.scale());
-  if (!block.finite) [[unlikely]]
-    memset(codes + i, kNonfiniteCode<kSigned>, kCodeBlock);
+EPI_INLINE void write_scale(uint8_t* scale, StepU top) {
+  *scale = static_cast<uint8_t>(Block<kSigned>::of_values(largest(top) & kMagnitude).scale());
 }
 template <bool kOwn, class P, class S>
-EPI_INLINE void write_scales(const CodedPointers<P, S>& p, int64_t i, const CodedBlocks& blocks) {
+EPI_INLINE void write_scales(const CodedPointers<P, S>& p, int64_t block, const Tops& tops) {
   if constexpr (sizeof(S) == 1) {
-    write_scale(p.exp_avg, p.exp_avg_scale, i, blocks.exp_avg);
-    write_scale(p.exp_avg_sq, p.exp_avg_sq_scale, i, blocks.exp_avg_sq);
+    write_scale<true>(p.exp_avg_scale + block, tops.exp_avg);
+    write_scale<false>(p.exp_avg_sq_scale + block, tops.exp_avg_sq);
   }
   if constexpr (kOwn) {
-    if (p.importance_u8 != nullptr) write_scale(p.importance_u8, p.importance_scale, i, blocks.importance);
+    if (p.importance_u8 != nullptr) write_scale<false>(p.importance_scale + block, tops.importance);
+  }
+}
+
+// The codes of a block that proved not to be finite.
+template <bool kSigned>
+EPI_INLINE void mark(uint8_t* codes, uint8_t scale) {
+  if (scale == kNonfiniteScale) [[unlikely]]
+    memset(codes, kNonfiniteCode<kSigned>, kCodeBlock);
+}
+template <bool kOwn, class P, class S>
+EPI_INLINE void mark_nonfinite(const CodedPointers<P, S>& p, int64_t block) {
+  const int64_t i = block * kCodeBlock;
+  if constexpr (sizeof(S) == 1) {
+    mark<true>(p.exp_avg + i, p.exp_avg_scale[block]);
+    mark<false>(p.exp_avg_sq + i, p.exp_avg_sq_scale[block]);
+  }
+  if constexpr (kOwn) {
+    if (p.importance_u8 != nullptr) mark<false>(p.importance_u8 + i, p.importance_scale[block]);
   }
 }
 

@@ -14,9 +14,11 @@
 namespace epi::EPI_ISA {
 
 // The pair of elements from `i` on, whose new values lie at position `k`: its moments and its importance.
-template <bool kOwn, class P, class S>
+template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
-                                const CodedFactors& factors, int64_t i, int k, NewValues& next, Tops& tops) {
+                                const CodedFactors& factors, int64_t i, int k, StepU key, NewValues& next,
+                                Tops& tops) {
+  if constexpr (kStochastic) next.put_words(k, random_words0(key, k % kCodeBlock));
   Pair g = load_pair<true>(p.grad + i);
   if (x.has_multiplier) {
     g = {g.a * x.multiplier, g.b * x.multiplier};
@@ -70,15 +72,11 @@ EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grid
   }
 }
 
-// Its states in memory, and what m is divided by. `key`: see block_key().
+// Its states in memory, and what m is divided by.
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int k,
-                               StepU key, const Grids& grids, NewValues& next) {
-  RandomPair w0{};
-  if constexpr (kStochastic) {
-    w0 = random_words0(key, k % kCodeBlock);
-    next.put_words(k, w0);
-  }
+                               const Grids& grids, NewValues& next) {
+  const RandomPair w0 = kStochastic ? next.words(k) : RandomPair{};
   const Pair m = load_in_order(next.exp_avg + k), v = load_in_order(next.exp_avg_sq + k);
   const Pair u = kOwn ? load_in_order(next.importance + k) : Pair{};
   store_in_order(next.denom + k, {denominator(x.c, v.a), denominator(x.c, v.b)});
@@ -109,34 +107,34 @@ EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>&
   store_pair_but<true, kStochastic, false>(p.param + i, isolated, updated, theta, random);
 }
 
-// The elements from `i` on, `n` of them, whole blocks. `isolated`, `keys`: a block's each.
-template <bool kOwn, bool kStochastic, class P, class S>
+// The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `key_of(i)`: see BlockKeys.
+template <bool kOwn, bool kStochastic, class P, class S, class KeyOf>
 EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int n,
-                            const uint64_t* isolated, const StepU* keys, NewValues& next) {
+                            const uint8_t* mask, const KeyOf& key_of, NewValues& next) {
   for (int b = 0; b < n; b += kCodeBlock) {
-    const CodedFactors factors = coded_factors<kOwn>(p, (i + b) / kCodeBlock);
+    p.template prefetch<kOwn>(i + b);
+    const int64_t block = (i + b) >> 6;
+    const CodedFactors factors = coded_factors<kOwn>(p, block);
+    const StepU key = key_of(i + b);
     Tops tops = no_tops();
 #pragma GCC unroll 1
-    for (int k = b; k < b + kCodeBlock; k += kPair)
-      moments_of_pair<kOwn>(x, p, factors, i + k, k, next, tops);
-    next.blocks[b / kCodeBlock] = blocks_of(tops);
+    for (int k = b; k < b + kCodeBlock; k += kPair) {
+      moments_of_pair<kOwn, kStochastic>(x, p, factors, i + k, k, key, next, tops);
+    }
+    write_scales<kOwn>(p, block, tops);
   }
   for (int b = 0; b < n; b += kCodeBlock) {
-    const StepU key = keys[b / kCodeBlock];
-    const CodedBlocks& blocks = next.blocks[b / kCodeBlock];
-    const Grids grids = grids_of<kOwn, sizeof(S) == 1>(blocks);
+    const int64_t block = (i + b) >> 6;
+    const Grids grids = grids_of<kOwn>(p, block);
 #pragma GCC unroll 1
     for (int k = b; k < b + kCodeBlock; k += kPair) {
-      states_of_pair<kOwn, kStochastic>(x, p, i + k, k, key, grids, next);
+      states_of_pair<kOwn, kStochastic>(x, p, i + k, k, grids, next);
     }
-    write_scales<kOwn>(p, i + b, blocks);
+    mark_nonfinite<kOwn>(p, block);
   }
-  for (int b = 0; b < n; b += kCodeBlock) {
-    uint64_t bits = isolated[b / kCodeBlock];
 #pragma GCC unroll 1
-    for (int k = b; k < b + kCodeBlock; k += kPair, bits >>= kPair) {
-      weights_of_pair<kStochastic>(x, p, i + k, k, static_cast<PairBits>(bits), next);
-    }
+  for (int k = 0; k < n; k += kPair) {
+    weights_of_pair<kStochastic>(x, p, i + k, k, mask_word<PairBits>(mask, i + k), next);
   }
 }
 
@@ -162,23 +160,20 @@ void step_coded_range(TableRow row, int64_t start, int64_t stop, const StepArgum
   const CodedPointers<P, S> p = coded_pointers<P, S>(row);
   StatsSums<F16> sums = empty_sums<F16>();
   NewValues next;
+  const BlockKeys keys = block_keys(row, start);
   for (int64_t i = start; i < stop; i += kBlock) {
-    const int n = stop - i < kBlock ? static_cast<int>(stop - i) : kBlock,
-              whole = n / kCodeBlock * kCodeBlock;
-    uint64_t isolated[kBlock / kCodeBlock];
-    StepU keys[kBlock / kCodeBlock];
-    for (int b = 0; b < n; b += kCodeBlock) {
-      if (b < whole) p.template prefetch<kOwn>(i + b);
-      isolated[b / kCodeBlock] =
-          b < whole ? mask_word<uint64_t>(mask, i + b) : mask_bits<uint64_t>(mask, i + b, n - b);
-      keys[b / kCodeBlock] = block_key(row, i + b);
-    }
-    step_blocks<kOwn, kStochastic>(x, p, i, whole, isolated, keys, next);
+    const int n = stop - i < kBlock ? static_cast<int>(stop - i) : kBlock;
+    const int whole = n / kCodeBlock * kCodeBlock;
+    const auto key_of = [&](int64_t at) __attribute__((always_inline)) { return keys.of(at - start); };
+    step_blocks<kOwn, kStochastic>(x, p, i, whole, mask, key_of, next);
     if (whole < n) [[unlikely]] {
+      const int64_t at = i + whole;
       CodedTail<P, S> tail;
-      step_blocks<kOwn, kStochastic>(x, tail.load(p, i + whole, n - whole), 0, kCodeBlock,
-                                     isolated + whole / kCodeBlock, keys + whole / kCodeBlock, next);
-      tail.store(p, i + whole, n - whole, a.has_grad_multiplier);
+      const uint64_t isolated = mask_bits<uint64_t>(mask, at, n - whole);
+      const auto key_of_tail = [&](int64_t) __attribute__((always_inline)) { return keys.of(at - start); };
+      step_blocks<kOwn, kStochastic>(x, tail.load(p, at, n - whole), 0, kCodeBlock,
+                                     reinterpret_cast<const uint8_t*>(&isolated), key_of_tail, next);
+      tail.store(p, at, n - whole, a.has_grad_multiplier);
     }
     if (a.stats != nullptr) add_stored(sums, p, i, n, a.moments);
   }
