@@ -175,6 +175,10 @@ EPI_INLINE RandomPair random_words1(const RandomPair& w0) {
   return {random_word1<StepF>(w0.a.word(), golden), random_word1<StepF>(w0.b.word(), golden)};
 }
 
+// The largest values of a block as words, lane by lane.
+struct Tops {
+  StepU exp_avg, exp_avg_sq, importance;
+};
 // What is computed of some blocks before their codes are written: pairs, split.
 struct NewValues {
   alignas(64) float exp_avg[kBlock];
@@ -182,6 +186,7 @@ struct NewValues {
   alignas(64) float importance[kBlock];
   alignas(64) float denom[kBlock];
   alignas(64) float random[kBlock];  // the first words of random bits
+  Tops tops[kBlock / kCodeBlock];
 
   EPI_INLINE void put_words(int j, const RandomPair& w) {
     store_in_order(random + j, {float_of(w.a.mixed), float_of(w.b.mixed)});
@@ -192,10 +197,6 @@ struct NewValues {
   }
 };
 
-// The largest values of a block as words, lane by lane.
-struct Tops {
-  StepU exp_avg, exp_avg_sq, importance;
-};
 EPI_INLINE Tops no_tops() {
   const StepU zero = Lanes<StepF>::u32(0);
   return {zero, zero, zero};

@@ -121,8 +121,9 @@ EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, 
     for (int k = b; k < b + kCodeBlock; k += kPair) {
       moments_of_pair<kOwn, kStochastic>(x, p, factors, i + k, k, key, next, tops);
     }
-    write_scales<kOwn>(p, block, tops);
+    next.tops[b / kCodeBlock] = tops;
   }
+  for (int b = 0; b < n; b += kCodeBlock) write_scales<kOwn>(p, (i + b) >> 6, next.tops[b / kCodeBlock]);
   for (int b = 0; b < n; b += kCodeBlock) {
     const int64_t block = (i + b) >> 6;
     const Grids grids = grids_of<kOwn>(p, block);
