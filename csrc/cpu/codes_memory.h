@@ -7,6 +7,16 @@
 
 namespace epi::EPI_ISA {
 
+// A pair, split, whose halves go side by side.
+using CodeF = Twice<StepF>;
+using CodeU = Twice<StepU>;
+EPI_INLINE CodeF side_by_side(Pair x) {
+  return {x.a, x.b};
+}
+EPI_INLINE Pair pair(CodeF x) {
+  return {x.a, x.b};
+}
+
 // Where a block's tensors lie. S: uint8_t where the moments are codes.
 template <class P, class S>
 struct CodedPointers {
@@ -102,11 +112,11 @@ struct CodedTail {
 
 // What the halves of a block's codes are multiplied by.
 struct CodedFactors {
-  StepF exp_avg, exp_avg_sq, importance;
+  CodeF exp_avg, exp_avg_sq, importance;
 };
 template <bool kSigned>
-EPI_INLINE StepF factor_of(const uint8_t* scale) {
-  return Lanes<StepF>::f32(Block<kSigned>::of_scale(*scale).factor());
+EPI_INLINE CodeF factor_of(const uint8_t* scale) {
+  return Lanes<CodeF>::f32(Block<kSigned>::of_scale(*scale).factor());
 }
 template <bool kOwn, class P, class S>
 EPI_INLINE CodedFactors coded_factors(const CodedPointers<P, S>& p, int64_t block) {
@@ -123,18 +133,21 @@ EPI_INLINE CodedFactors coded_factors(const CodedPointers<P, S>& p, int64_t bloc
 
 // A pair of a state's values, codes or not.
 template <bool kSigned, class T>
-EPI_INLINE Pair load_decoded(const T* p, StepF factor) {
+EPI_INLINE CodeF load_decoded(const T* p, CodeF factor) {
   if constexpr (sizeof(T) == 1) {
-    const Pair half = load_codes<kSigned>(p);
-    return {half.a * factor, half.b * factor};
+    return side_by_side(load_codes<kSigned>(p)) * factor;
   } else {
-    return load_pair<true>(p);
+    return side_by_side(load_pair<true>(p));
   }
 }
 
-EPI_INLINE void store_in_order(float* p, Pair x) {
+// A pair of values in a buffer.
+EPI_INLINE void put(float* p, CodeF x) {
   store(p, x.a);
   store(p + kStepWidth, x.b);
+}
+EPI_INLINE CodeF get(const float* p) {
+  return side_by_side(load_in_order(p));
 }
 
 // Random words of blocks. A block starts at a multiple of 64, so an element's index differs from the first in
@@ -166,13 +179,19 @@ struct Positions {
 };
 constexpr Positions kPositions;
 
-EPI_INLINE RandomPair random_words0(StepU folded, int j) {
-  return {{mix_folded<StepF>(folded ^ load_words(kPositions.of + j))},
-          {mix_folded<StepF>(folded ^ load_words(kPositions.of + j + kStepWidth))}};
+using CodeWord = RandomWord<CodeU>;
+EPI_INLINE CodeWord code_word0(StepU key, int j) {
+  const uint32_t* p = kPositions.of + j;
+  return {mix_folded<CodeF>(twice(key) ^ twice(load_words(p), load_words(p + kStepWidth)))};
 }
-EPI_INLINE RandomPair random_words1(const RandomPair& w0) {
-  const StepU golden = Lanes<StepF>::u32(kGolden);
-  return {random_word1<StepF>(w0.a.word(), golden), random_word1<StepF>(w0.b.word(), golden)};
+EPI_INLINE CodeWord code_word1(const CodeWord& w0) {
+  return random_word1<CodeF>(w0.word(), Lanes<CodeF>::u32(kGolden));
+}
+EPI_INLINE CodeU low_half(const CodeWord& w) {
+  return w.word() & Lanes<CodeF>::u32(0xFFFFu);
+}
+EPI_INLINE RandomBits random_bits(CodeU x) {
+  return {x.a, x.b};
 }
 
 // The largest values of a block as words, lane by lane.
@@ -187,14 +206,6 @@ struct NewValues {
   alignas(64) float denom[kBlock];
   alignas(64) float random[kBlock];  // the first words of random bits
   Tops tops[kBlock / kCodeBlock];
-
-  EPI_INLINE void put_words(int j, const RandomPair& w) {
-    store_in_order(random + j, {float_of(w.a.mixed), float_of(w.b.mixed)});
-  }
-  EPI_INLINE RandomPair words(int j) const {
-    const Pair x = load_in_order(random + j);
-    return {{bits_of(x.a)}, {bits_of(x.b)}};
-  }
 };
 
 EPI_INLINE Tops no_tops() {
@@ -202,28 +213,25 @@ EPI_INLINE Tops no_tops() {
   return {zero, zero, zero};
 }
 template <bool kSigned>
-EPI_INLINE StepU top_of(StepU top, Pair x) {
-  if constexpr (kSigned) {
-    const StepU magnitude = Lanes<StepF>::u32(kMagnitude);
-    return max_unsigned(top, max_unsigned(bits_of(x.a) & magnitude, bits_of(x.b) & magnitude));
-  } else {  // only a NaN has a sign, and is the largest with it
-    return max_unsigned(top, max_unsigned(bits_of(x.a), bits_of(x.b)));
-  }
+EPI_INLINE StepU top_of(StepU top, CodeF x) {
+  CodeU word = bits_of(x);
+  if constexpr (kSigned) word = word & Lanes<CodeF>::u32(kMagnitude);  // else only a NaN has a sign
+  return max_unsigned(top, max_unsigned(word.a, word.b));
 }
 
 struct Grids {
-  Grid<StepF> exp_avg, exp_avg_sq, importance;
+  Grid<CodeF> exp_avg, exp_avg_sq, importance;
 };
 template <bool kOwn, class P, class S>
 EPI_INLINE Grids grids_of(const CodedPointers<P, S>& p, int64_t block) {
   Grids g{};
   if constexpr (sizeof(S) == 1) {
-    g.exp_avg = grid<StepF>(Block<true>::of_scale(p.exp_avg_scale[block]));
-    g.exp_avg_sq = grid<StepF>(Block<false>::of_scale(p.exp_avg_sq_scale[block]));
+    g.exp_avg = grid<CodeF>(Block<true>::of_scale(p.exp_avg_scale[block]));
+    g.exp_avg_sq = grid<CodeF>(Block<false>::of_scale(p.exp_avg_sq_scale[block]));
   }
   if constexpr (kOwn) {
     if (p.importance_u8 != nullptr) {
-      g.importance = grid<StepF>(Block<false>::of_scale(p.importance_scale[block]));
+      g.importance = grid<CodeF>(Block<false>::of_scale(p.importance_scale[block]));
     }
   }
   return g;
@@ -231,13 +239,14 @@ EPI_INLINE Grids grids_of(const CodedPointers<P, S>& p, int64_t block) {
 
 // Writes the codes of a pair, for a block that is finite.
 template <bool kStochastic, bool kSigned>
-EPI_INLINE void encode(uint8_t* codes, Pair x, const Grid<StepF>& g, RandomBits random) {
-  const StepU nearest = Lanes<StepF>::u32(kNearest);
-  const RandomBits r = kStochastic ? random : RandomBits{nearest, nearest};
+EPI_INLINE void encode(uint8_t* codes, CodeF x, const Grid<CodeF>& g, CodeU random) {
+  const CodeU r = kStochastic ? random : Lanes<CodeF>::u32(kNearest);
   if constexpr (kSigned) {
-    store_codes_signed(codes, code_word_signed(x.a, g) + r.a, code_word_signed(x.b, g) + r.b, x);
+    const CodeU word = code_word_signed(x, g) + r;
+    store_codes_signed(codes, word.a, word.b, pair(x));
   } else {
-    store_codes(codes, code_word_unsigned(x.a, g) + r.a, code_word_unsigned(x.b, g) + r.b);
+    const CodeU word = code_word_unsigned(x, g) + r;
+    store_codes(codes, word.a, word.b);
   }
 }
 

@@ -13,60 +13,67 @@
 
 namespace epi::EPI_ISA {
 
-// The pair of elements from `i` on, whose new values lie at position `k`: its moments and its importance.
+using CodeConstants = StepConstants<CodeF>;
+EPI_INLINE CodeConstants side_by_side(const StepConstants<StepF>& c) {
+  return {twice(c.beta1),    twice(c.one_minus_beta1),  twice(c.beta2), twice(c.one_minus_beta2),
+          twice(c.beta_u),   twice(c.one_minus_beta_u), twice(c.eps),   twice(c.decay),
+          twice(c.step_size)};
+}
+
+// The pair of elements from `i` on, whose new values lie at position `k`: its moments, its importance and its
+// first random words. `key`: see BlockKeys.
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
                                 const CodedFactors& factors, int64_t i, int k, StepU key, NewValues& next,
                                 Tops& tops) {
-  if constexpr (kStochastic) next.put_words(k, random_words0(key, k % kCodeBlock));
-  Pair g = load_pair<true>(p.grad + i);
+  const CodeConstants c = side_by_side(x.c);
+  CodeF g = side_by_side(load_pair<true>(p.grad + i));
   if (x.has_multiplier) {
-    g = {g.a * x.multiplier, g.b * x.multiplier};
-    store_pair<true, false, true>(p.grad + i, g, RandomBits{});
+    g = g * twice(x.multiplier);
+    store_pair<true, false, true>(p.grad + i, pair(g), RandomBits{});
   }
-  const Pair g2{g.a * g.a, g.b * g.b};
-  const Pair m = load_decoded<true>(p.exp_avg + i, factors.exp_avg);
-  const Pair v = load_decoded<false>(p.exp_avg_sq + i, factors.exp_avg_sq);
-  const Pair new_m{exp_avg_ema(x.c, m.a, g.a), exp_avg_ema(x.c, m.b, g.b)};
-  const Pair new_v{exp_avg_sq_ema(x.c, v.a, g2.a), exp_avg_sq_ema(x.c, v.b, g2.b)};
-  store_in_order(next.exp_avg + k, new_m);
-  store_in_order(next.exp_avg_sq + k, new_v);
+  const CodeF g2 = g * g;
+  const CodeF m = exp_avg_ema(c, load_decoded<true>(p.exp_avg + i, factors.exp_avg), g);
+  const CodeF v = exp_avg_sq_ema(c, load_decoded<false>(p.exp_avg_sq + i, factors.exp_avg_sq), g2);
+  put(next.exp_avg + k, m);
+  put(next.exp_avg_sq + k, v);
   if constexpr (sizeof(S) == 1) {
-    tops.exp_avg = top_of<true>(tops.exp_avg, new_m);
-    tops.exp_avg_sq = top_of<false>(tops.exp_avg_sq, new_v);
+    tops.exp_avg = top_of<true>(tops.exp_avg, m);
+    tops.exp_avg_sq = top_of<false>(tops.exp_avg_sq, v);
   }
   if constexpr (kOwn) {
-    Pair u{};
+    CodeF u{};
     if (p.importance_u8 != nullptr) u = load_decoded<false>(p.importance_u8 + i, factors.importance);
-    if (p.importance_f32 != nullptr) u = load_pair<true>(p.importance_f32 + i);
-    if (p.importance_bf16 != nullptr) u = load_pair<true>(p.importance_bf16 + i);
-    const Pair new_u{importance_ema(x.c, u.a, g2.a), importance_ema(x.c, u.b, g2.b)};
-    store_in_order(next.importance + k, new_u);
-    tops.importance = top_of<false>(tops.importance, new_u);
+    if (p.importance_f32 != nullptr) u = side_by_side(load_pair<true>(p.importance_f32 + i));
+    if (p.importance_bf16 != nullptr) u = side_by_side(load_pair<true>(p.importance_bf16 + i));
+    u = importance_ema(c, u, g2);
+    put(next.importance + k, u);
+    tops.importance = top_of<false>(tops.importance, u);
   }
+  if constexpr (kStochastic) put(next.random + k, float_of(code_word0(key, k % kCodeBlock).mixed));
 }
 
 // Writes a state that is codes, or floats.
 template <bool kSigned, bool kStochastic, bool kSpecial, class T>
-EPI_INLINE void store_state(T* p, Pair x, const Grid<StepF>& grid, RandomBits random) {
+EPI_INLINE void store_state(T* p, CodeF x, const Grid<CodeF>& grid, CodeU random) {
   if constexpr (sizeof(T) == 1) {
     encode<kStochastic, kSigned>(p, x, grid, random);
   } else {
-    store_pair<true, kStochastic, kSpecial>(p, x, random);
+    store_pair<true, kStochastic, kSpecial>(p, pair(x), random_bits(random));
   }
 }
 
 template <bool kOwn, bool kStochastic, bool kSpecial, class P, class S>
-EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grids& grids, Pair m, Pair v,
-                             Pair u, const RandomPair& w0) {
-  const RandomPair w1 = kStochastic ? random_words1(w0) : RandomPair{};
-  store_state<true, kStochastic, kSpecial>(p.exp_avg + i, m, grids.exp_avg, high_halves(w0));
+EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grids& grids, CodeF m, CodeF v,
+                             CodeF u, const CodeWord& w0) {
+  const CodeWord w1 = kStochastic ? code_word1(w0) : CodeWord{};
+  store_state<true, kStochastic, kSpecial>(p.exp_avg + i, m, grids.exp_avg, w0.high());
   store_state<false, kStochastic, kSpecial>(p.exp_avg_sq + i, v, grids.exp_avg_sq,
-                                            kOwn ? low_halves(w1) : low_halves_alone(w1));
+                                            kOwn ? low_half(w1) : folded_halves(w1.mixed));
   if constexpr (kOwn) {
     const auto store = [&](auto* importance) __attribute__((always_inline)) {
       if (importance == nullptr) return;
-      store_state<false, kStochastic, kSpecial>(importance + i, u, grids.importance, high_halves(w1));
+      store_state<false, kStochastic, kSpecial>(importance + i, u, grids.importance, w1.high());
     };
     store(p.importance_u8), store(p.importance_f32), store(p.importance_bf16);
   }
@@ -76,10 +83,10 @@ EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grid
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int k,
                                const Grids& grids, NewValues& next) {
-  const RandomPair w0 = kStochastic ? next.words(k) : RandomPair{};
-  const Pair m = load_in_order(next.exp_avg + k), v = load_in_order(next.exp_avg_sq + k);
-  const Pair u = kOwn ? load_in_order(next.importance + k) : Pair{};
-  store_in_order(next.denom + k, {denominator(x.c, v.a), denominator(x.c, v.b)});
+  const CodeWord w0{kStochastic ? bits_of(get(next.random + k)) : CodeU{}};
+  const CodeF m = get(next.exp_avg + k), v = get(next.exp_avg_sq + k);
+  const CodeF u = kOwn ? get(next.importance + k) : CodeF{};
+  put(next.denom + k, denominator(side_by_side(x.c), v));
   // as in step_pair(): only float32 values can hand on a NaN that rounding would spoil
   if constexpr (kOwn || sizeof(S) > 1) {
     auto special = unordered(m.a, m.b) | unordered(v.a, v.b);
@@ -95,16 +102,17 @@ EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& 
 template <bool kStochastic, class P, class S>
 EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int k,
                                 uint32_t isolated, const NewValues& next) {
-  const Pair theta = load_pair<true>(p.param + i);
-  const Pair m = load_in_order(next.exp_avg + k), denom = load_in_order(next.denom + k);
-  const Pair updated{updated_weight(x.c, theta.a, m.a, denom.a), updated_weight(x.c, theta.b, m.b, denom.b)};
-  const RandomBits random = kStochastic ? low_halves(next.words(k)) : RandomBits{};
+  const Pair old = load_pair<true>(p.param + i);
+  const CodeF theta =
+      updated_weight(side_by_side(x.c), side_by_side(old), get(next.exp_avg + k), get(next.denom + k));
+  RandomBits random{};
+  if constexpr (kStochastic) random = random_bits(low_half(CodeWord{bits_of(get(next.random + k))}));
   if constexpr (sizeof(P) == 2 && sizeof(S) == 4) {
-    if (any(unordered(updated.a, updated.b))) [[unlikely]] {
-      return store_pair_but<true, kStochastic, true>(p.param + i, isolated, updated, theta, random);
+    if (any(unordered(theta.a, theta.b))) [[unlikely]] {
+      return store_pair_but<true, kStochastic, true>(p.param + i, isolated, pair(theta), old, random);
     }
   }
-  store_pair_but<true, kStochastic, false>(p.param + i, isolated, updated, theta, random);
+  store_pair_but<true, kStochastic, false>(p.param + i, isolated, pair(theta), old, random);
 }
 
 // The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `key_of(i)`: see BlockKeys.

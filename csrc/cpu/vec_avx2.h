@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cpu/twice.h"
 #include "math/scalar.h"
 #include "math/score.h"
 
@@ -153,72 +154,18 @@ EPI_INLINE M8 spread(uint32_t bits) {
 
 // --- sixteen lanes
 
-template <class H>
-struct Twice {
-  H a, b;
-};
 using F16 = Twice<F8>;
 using U16 = Twice<U8>;
 using M16 = Twice<M8>;
 
-template <class H>
-EPI_INLINE Twice<H> twice(H a, H b) {
-  return {a, b};
-}
-
-template <>
-struct Lanes<F16> {
-  using U = U16;
-  using M = M16;
-  static EPI_INLINE F16 f32(float x) { return twice(Lanes<F8>::f32(x), Lanes<F8>::f32(x)); }
-  static EPI_INLINE U16 u32(uint32_t x) { return twice(Lanes<F8>::u32(x), Lanes<F8>::u32(x)); }
-};
-
-#define EPI_TWICE(name)                                        \
-  template <class H>                                           \
-  EPI_INLINE auto name(const Twice<H>& x, const Twice<H>& y) { \
-    return twice(name(x.a, y.a), name(x.b, y.b));              \
-  }
-EPI_TWICE(operator+)
-EPI_TWICE(operator-)
-EPI_TWICE(operator*)
-EPI_TWICE(operator/)
-EPI_TWICE(operator&)
-EPI_TWICE(operator|)
-EPI_TWICE(operator^)
-EPI_TWICE(operator==)
-EPI_TWICE(operator<)
-EPI_TWICE(operator>=)
-EPI_TWICE(min)
-EPI_TWICE(max)
-EPI_TWICE(increment)
-#undef EPI_TWICE
-template <class H>
-EPI_INLINE Twice<H> operator>>(const Twice<H>& x, int count) {
-  return twice(x.a >> count, x.b >> count);
-}
-template <class H>
-EPI_INLINE Twice<H> operator!(const Twice<H>& x) {
-  return twice(!x.a, !x.b);
-}
-template <class M, class V>
-EPI_INLINE Twice<V> select(const Twice<M>& where, const Twice<V>& x, const Twice<V>& y) {
-  return twice(select(where.a, x.a, y.a), select(where.b, x.b, y.b));
-}
 EPI_INLINE U16 increment(const U16& x, const M16& where) {
   return twice(increment(x.a, where.a), increment(x.b, where.b));
-}
-EPI_INLINE U16 bits_of(const F16& x) {
-  return twice(bits_of(x.a), bits_of(x.b));
 }
 EPI_INLINE M16 is_finite(const F16& x) {
   return twice(is_finite(x.a), is_finite(x.b));
 }
 EPI_INLINE uint32_t to_bits(const M16& x) {
   return to_bits(x.a) | to_bits(x.b) << 8;
-}
-EPI_INLINE bool any(const M16& x) {
-  return any(x.a | x.b);
 }
 template <class M>
 EPI_INLINE M from_bits(uint32_t bits) {

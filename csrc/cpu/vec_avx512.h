@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/twice.h"
 #include "math/scalar.h"
 #include "math/score.h"
 
