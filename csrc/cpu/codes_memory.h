@@ -180,7 +180,7 @@ struct Positions {
 constexpr Positions kPositions;
 
 using CodeWord = RandomWord<CodeU>;
-EPI_INLINE CodeWord code_word0(StepU key, int j) {
+EPI_INLINE CodeWord code_word0(StepU key, int64_t j) {
   const uint32_t* p = kPositions.of + j;
   return {mix_folded<CodeF>(twice(key) ^ twice(load_words(p), load_words(p + kStepWidth)))};
 }

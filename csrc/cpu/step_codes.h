@@ -24,7 +24,7 @@ EPI_INLINE CodeConstants side_by_side(const StepConstants<StepF>& c) {
 // first random words. `key`: see BlockKeys.
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
-                                const CodedFactors& factors, int64_t i, int k, StepU key, NewValues& next,
+                                const CodedFactors& factors, int64_t i, int64_t k, StepU key, NewValues& next,
                                 Tops& tops) {
   const CodeConstants c = side_by_side(x.c);
   CodeF g = side_by_side(load_pair<true>(p.grad + i));
@@ -81,7 +81,7 @@ EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grid
 
 // Its states in memory, and what m is divided by.
 template <bool kOwn, bool kStochastic, class P, class S>
-EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int k,
+EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int64_t k,
                                const Grids& grids, NewValues& next) {
   const CodeWord w0{kStochastic ? bits_of(get(next.random + k)) : CodeU{}};
   const CodeF m = get(next.exp_avg + k), v = get(next.exp_avg_sq + k);
@@ -100,7 +100,7 @@ EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& 
 
 // Its weights. `isolated`: their mask bits.
 template <bool kStochastic, class P, class S>
-EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int k,
+EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int64_t k,
                                 uint32_t isolated, const NewValues& next) {
   const Pair old = load_pair<true>(p.param + i);
   const CodeF theta =
@@ -119,30 +119,30 @@ EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>&
 template <bool kOwn, bool kStochastic, class P, class S, class KeyOf>
 EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int n,
                             const uint8_t* mask, const KeyOf& key_of, NewValues& next) {
-  for (int b = 0; b < n; b += kCodeBlock) {
+  for (int64_t b = 0; b < n; b += kCodeBlock) {
     p.template prefetch<kOwn>(i + b);
     const int64_t block = (i + b) >> 6;
     const CodedFactors factors = coded_factors<kOwn>(p, block);
     const StepU key = key_of(i + b);
     Tops tops = no_tops();
 #pragma GCC unroll 1
-    for (int k = b; k < b + kCodeBlock; k += kPair) {
+    for (int64_t k = b; k < b + kCodeBlock; k += kPair) {
       moments_of_pair<kOwn, kStochastic>(x, p, factors, i + k, k, key, next, tops);
     }
     next.tops[b / kCodeBlock] = tops;
   }
-  for (int b = 0; b < n; b += kCodeBlock) write_scales<kOwn>(p, (i + b) >> 6, next.tops[b / kCodeBlock]);
-  for (int b = 0; b < n; b += kCodeBlock) {
+  for (int64_t b = 0; b < n; b += kCodeBlock) write_scales<kOwn>(p, (i + b) >> 6, next.tops[b / kCodeBlock]);
+  for (int64_t b = 0; b < n; b += kCodeBlock) {
     const int64_t block = (i + b) >> 6;
     const Grids grids = grids_of<kOwn>(p, block);
 #pragma GCC unroll 1
-    for (int k = b; k < b + kCodeBlock; k += kPair) {
+    for (int64_t k = b; k < b + kCodeBlock; k += kPair) {
       states_of_pair<kOwn, kStochastic>(x, p, i + k, k, grids, next);
     }
     mark_nonfinite<kOwn>(p, block);
   }
 #pragma GCC unroll 1
-  for (int k = 0; k < n; k += kPair) {
+  for (int64_t k = 0; k < n; k += kPair) {
     weights_of_pair<kStochastic>(x, p, i + k, k, mask_word<PairBits>(mask, i + k), next);
   }
 }
