@@ -17,6 +17,7 @@
 #include "cpu/search.h"
 #include "cpu/stages.h"
 #include "math/adamw.h"
+#include "math/codec.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {
@@ -118,6 +119,15 @@ void cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding, std::optio
     for (const int column : {epi::kParam, epi::kGrad, epi::kExpAvg, epi::kExpAvgSq}) {
       complete = complete && rows[i][column] != 0;
     }
+    const int64_t flags = rows[i][epi::kFlags];
+    if ((flags & epi::kStateInt8) != 0) {
+      complete = complete && rows[i][epi::kExpAvgScale] != 0 && rows[i][epi::kExpAvgSqScale] != 0;
+    }
+    STD_TORCH_CHECK((flags & (epi::kStateInt8 | epi::kImportanceInt8)) == 0 ||
+                        rows[i][epi::kIndexOffset] % epi::scalar::kCodeBlock == 0,
+                    "row ", i, " of the table: 8-bit states start inside a block, at ",
+                    rows[i][epi::kIndexOffset]);
+    if ((flags & epi::kImportanceInt8) != 0) complete = complete && rows[i][epi::kImportanceScale] != 0;
     STD_TORCH_CHECK(complete || rows[i][epi::kNumel] == 0, "row ", i,
                     " of the table lacks a tensor that the step needs");
   }

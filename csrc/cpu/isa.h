@@ -11,6 +11,11 @@
 
 namespace epi::EPI_ISA {
 
+inline void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+  (row[kFlags] & (kStateInt8 | kImportanceInt8)) != 0 ? step_codes(row, start, stop, a)
+                                                      : step_floats(row, start, stop, a);
+}
+
 inline float key_bound(float shift, float scale, float keep_factor, bool isolated, int64_t key) {
   return u_bound_of_key({shift, scale, keep_factor}, isolated, key);
 }

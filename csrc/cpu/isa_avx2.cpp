@@ -16,7 +16,7 @@
 #include <immintrin.h>
 
 #define EPI_ISA avx2
-#include "cpu/vec_avx2.h"
+#include "cpu/codes_avx2.h"
 #include "cpu/isa.h"
 
 #if defined(__clang__)

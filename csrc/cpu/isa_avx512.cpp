@@ -23,7 +23,7 @@
 #include <immintrin.h>
 
 #define EPI_ISA avx512
-#include "cpu/vec_avx512.h"
+#include "cpu/codes_avx512.h"
 #include "cpu/isa.h"
 
 #if defined(__clang__)

@@ -11,7 +11,7 @@
 #endif
 
 #define EPI_ISA plain
-#include "cpu/vec_plain.h"
+#include "cpu/codes_plain.h"
 #include "cpu/isa.h"
 
 namespace epi {

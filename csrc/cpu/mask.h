@@ -3,13 +3,15 @@
 
 #pragma once
 
-#include "cpu/codes.h"
+#include "cpu/rows.h"
+#include "math/codec.h"
 
 namespace epi::EPI_ISA {
 
 // Bounds on u as numbers and as bfloat16 words; they are positive. [1]: isolated elements.
 template <class F>
 struct SelectBounds {
+  float number[2];
   F bound[2];
   int word[2];
   bool by_old_bit;
@@ -41,50 +43,47 @@ EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds
   return (stays & old) | (now & ~old);
 }
 
-// The elements from `i` on, `count` of at most sixty-four, in `space` where they cannot be read in place.
-template <class T>
-struct Importances {
-  const T* u;
-  EPI_INLINE Importances(TableRow row) : u(importances<T>(row)) {}
-  EPI_INLINE const T* at(T* space, int64_t i, int count) const {
-    if (count == 64) [[likely]]
-      return u + i;
-    for (int j = 0; j < 64; ++j) space[j] = j < count ? u[i + j] : T{};
-    return space;
-  }
-};
-struct ExpandedImportances : CodedImportance {
-  EPI_INLINE ExpandedImportances(TableRow row) : CodedImportance(row) {}
-  EPI_INLINE const uint16_t* at(uint16_t* space, int64_t i, int count) const {
-    for (int j = count; j < 64; ++j) space[j] = 0;
-    read(space, i, count);
-    return space;
-  }
-};
+// Bits of a block of codes.
+template <class F>
+EPI_INLINE uint64_t selected(const uint8_t* codes, Block<false> block, uint64_t old,
+                             const SelectBounds<F>& b) {
+  const uint64_t now = values_from(codes, block, b.number[0]);
+  if (!b.by_old_bit || old == 0) return now;
+  return (values_from(codes, block, b.number[1]) & old) | (now & ~old);
+}
 
-template <class F, class T, class Read>
+template <class F, class T>
 EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
-  const Read u(row);
+  const T* u = importances<T>(row);
   uint8_t* mask = pointer<uint8_t>(row, kIsolationMask);
   const uint8_t* persistent = pointer<const uint8_t>(row, kPersistentMask);
-  const SelectBounds<F> b{{Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])},
+  const SelectBounds<F> b{{a.bound[0], a.bound[1]},
+                          {Lanes<F>::f32(a.bound[0]), Lanes<F>::f32(a.bound[1])},
                           {bf16_bound(a.bound[0]), bf16_bound(a.bound[1])},
                           a.by_old_bit};
   int64_t isolated = 0, entered = 0, released = 0;
   for (int64_t i = start; i < stop; i += 64) {
     const int count = stop - i < 64 ? static_cast<int>(stop - i) : 64;
     const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    T space[64];
-    const T* at = u.at(space, i, count);
+    T rest[64];
+    const T* at = u + i;
     uint64_t old, kept;
     if (count == 64) [[likely]] {
       old = mask_word<uint64_t>(mask, i);
       kept = mask_word<uint64_t>(persistent, i);
     } else {
+      for (int j = 0; j < 64; ++j) rest[j] = j < count ? at[j] : T{};
+      at = rest;
       old = mask_bits<uint64_t>(mask, i, count) & in_bounds;
       kept = mask_bits<uint64_t>(persistent, i, count);
     }
-    const uint64_t now = (selected(at, old, b) | kept) & in_bounds;
+    uint64_t now;
+    if constexpr (sizeof(T) == 1) {
+      now = selected(at, Block<false>::of_scale(importance_scales(row)[i / kCodeBlock]), old, b);
+    } else {
+      now = selected(at, old, b);
+    }
+    now = (now | kept) & in_bounds;
     if (count == 64) [[likely]] {
       memcpy(mask + i / 8, &now, 8);
     } else {
@@ -102,11 +101,11 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
 template <class F>
 void select_mask(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
   if ((row[kFlags] & kUInt8) != 0) {
-    select_range<F, uint16_t, ExpandedImportances>(row, start, stop, a);
+    select_range<F, uint8_t>(row, start, stop, a);
   } else if ((row[kFlags] & kUBf16) != 0) {
-    select_range<F, uint16_t, Importances<uint16_t>>(row, start, stop, a);
+    select_range<F, uint16_t>(row, start, stop, a);
   } else {
-    select_range<F, float, Importances<float>>(row, start, stop, a);
+    select_range<F, float>(row, start, stop, a);
   }
 }
 

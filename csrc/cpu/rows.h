@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "math/platform.h"
+#include "math/codec.h"
 
 namespace epi::EPI_ISA {
 
@@ -32,6 +32,11 @@ EPI_INLINE const T* importances(TableRow row) {
   return pointer<const T>(row, row[kImportance] != 0 ? kImportance : kExpAvgSq);
 }
 
+// The scales of u's codes.
+EPI_INLINE const uint8_t* importance_scales(TableRow row) {
+  return pointer<const uint8_t>(row, row[kImportance] != 0 ? kImportanceScale : kExpAvgSqScale);
+}
+
 // Packed bits of the `count` (at most 64) elements from `start` on, a multiple of 8; reads only the
 // bytes that hold them.
 template <class Word = uint32_t>
@@ -48,6 +53,12 @@ EPI_INLINE Word mask_word(const uint8_t* mask, int64_t start) {
   Word bits = 0;
   if (mask != nullptr) memcpy(&bits, mask + (start >> 3), sizeof bits);
   return bits;
+}
+
+// A bit each of a block's codes whose value is finite and at least `bound`.
+EPI_INLINE uint64_t values_from(const uint8_t* codes, Block<false> block, float bound) {
+  const int least = code_bound(block, bound);
+  return block.finite && least < 256 ? codes_from(codes, least) : 0;
 }
 
 template <int kElements>

@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include "cpu/codes.h"
+#include "cpu/rows.h"
+#include "math/codec.h"
 #include "math/rounding.h"
 
 namespace epi::EPI_ISA {
@@ -71,6 +72,46 @@ EPI_INLINE void add_range(StatsSums<F>& sums, const uint16_t* u, int64_t n, bool
   moments ? add_values<true>(sums, u, n) : add_word_range(sums, u, n);
 }
 
+// 8-bit importances. Blocks' extrema are those of their codes; where not all of a block is there, or
+// moments are wanted, every value is looked at.
+template <bool kMoments, class F>
+EPI_INLINE void add_decoded(StatsSums<F>& sums, const uint8_t* codes, F factor, int n) {
+  using M = typename Lanes<F>::M;
+  for (int i = 0; i < n; i += kWidth) {
+    const int count = n - i < kWidth ? n - i : kWidth;
+    uint8_t rest[kWidth];
+    const uint8_t* at = count == kWidth ? codes + i : padded(rest, codes + i, count);
+    add_lanes<kMoments>(sums, load_codes_in_order<F>(at) * factor, from_bits<M>((1u << count) - 1), count);
+  }
+}
+
+template <class F>
+__attribute__((noinline)) void add_codes(StatsSums<F>& sums, const uint8_t* codes, const uint8_t* scales,
+                                         int64_t n, bool moments) {
+  using L = Lanes<F>;
+  const float infinity = float_of(0x7F800000u);
+  float minimum = infinity, maximum = -infinity;
+  for (int64_t i = 0; i < n; i += kCodeBlock) {
+    const auto block = Block<false>::of_scale(scales[i / kCodeBlock]);
+    const int count = n - i < kCodeBlock ? static_cast<int>(n - i) : kCodeBlock;
+    if (!block.finite) {
+      sums.nonfinite += count;
+    } else if (moments) {
+      add_decoded<true>(sums, codes + i, L::f32(block.factor()), count);
+    } else if (count < kCodeBlock) {
+      add_decoded<false>(sums, codes + i, L::f32(block.factor()), count);
+    } else {
+      const CodeExtrema e = code_extrema(codes + i);
+      const float low = half_of_code<float>(e.low << 19) * block.factor();
+      const float high = half_of_code<float>(e.high << 19) * block.factor();
+      minimum = low < minimum ? low : minimum;
+      maximum = high > maximum ? high : maximum;
+    }
+  }
+  sums.minimum = min(sums.minimum, L::f32(minimum));
+  sums.maximum = max(sums.maximum, L::f32(maximum));
+}
+
 // The number whose ordered word this is: what add_words() compares.
 EPI_INLINE float float_of_ordered(int16_t ordered) {
   const uint16_t word = static_cast<uint16_t>(ordered ^ ((ordered >> 15) & 0x7FFF));
@@ -108,27 +149,16 @@ EPI_INLINE StatsPartial reduce(const StatsSums<F>& sums) {
   return partial;
 }
 
-// Adds the importances of elements start .. start + n - 1, as stored; of codes, kBlock at most.
-template <class F>
-EPI_INLINE void add_stored(StatsSums<F>& sums, TableRow row, int64_t start, int64_t n, bool moments) {
-  if ((row[kFlags] & kUInt8) != 0) {
-    uint16_t words[kBlock];
-    CodedImportance(row).read(words, start, n);
-    add_range(sums, words, n, moments);
-  } else if ((row[kFlags] & kUBf16) != 0) {
-    add_range(sums, importances<uint16_t>(row) + start, n, moments);
-  } else {
-    add_range(sums, importances<float>(row) + start, n, moments);
-  }
-}
-
 template <class F>
 void stats(TableRow row, int64_t start, int64_t stop, bool moments, StatsPartial* partial) {
   StatsSums<F> sums = empty_sums<F>();
-  const bool codes = (row[kFlags] & kUInt8) != 0;
-  for (int64_t block = start; block < stop; block += codes ? kBlock : stop - start) {
-    const int64_t n = codes && stop - block > kBlock ? kBlock : stop - block;
-    add_stored(sums, row, block, n, moments);
+  if ((row[kFlags] & kUInt8) != 0) {
+    const uint8_t* scales = importance_scales(row) + start / kCodeBlock;
+    add_codes(sums, importances<uint8_t>(row) + start, scales, stop - start, moments);
+  } else if ((row[kFlags] & kUBf16) != 0) {
+    add_range(sums, importances<uint16_t>(row) + start, stop - start, moments);
+  } else {
+    add_range(sums, importances<float>(row) + start, stop - start, moments);
   }
   *partial = reduce(sums);
 }

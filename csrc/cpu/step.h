@@ -1,4 +1,4 @@
-// Stage 1, step: the masked update over a range of one parameter.
+// Stage 1, step: the masked update over a range of one parameter whose states are floats.
 
 #pragma once
 
@@ -157,7 +157,14 @@ void step_range(TableRow row, int64_t start, int64_t stop, const StepArguments& 
       tail.store(p, i, count, a.has_grad_multiplier);
     }
     if (a.stats != nullptr) {  // the block's importances, as stored, are still in the first cache
-      add_stored(sums, row, block, end - block, a.moments);
+      const int64_t n = end - block;
+      if (p.importance_f32 != nullptr) {
+        add_range(sums, p.importance_f32 + block, n, a.moments);
+      } else if (p.importance_bf16 != nullptr) {
+        add_range(sums, p.importance_bf16 + block, n, a.moments);
+      } else {
+        add_range(sums, p.exp_avg_sq + block, n, a.moments);
+      }
     }
   }
   if (a.stats != nullptr) *a.stats = reduce(sums);

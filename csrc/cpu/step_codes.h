@@ -1,276 +1,214 @@
-// Stage 1 where a state is 8-bit: the masked update block by block of 64 elements. New moments are
-// computed first, for their largest magnitude scales the block; then they become codes.
+// Stage 1 where a state is 8-bit: blocks of 64 elements, whose codes are written when the largest of the
+// new values is known.
+//
+// kBlock elements at a time take three loops: moments, codes, weights. In one loop the chain of decoding,
+// root, division and rounding is longer than what a processor looks ahead, and the codes wait for the largest
+// value. Roots are taken beside the codes, which leave the divider alone. What is between the loops lies in
+// the first cache.
 
 #pragma once
 
-#include "cpu/codes.h"
+#include "cpu/codes_memory.h"
 #include "cpu/step.h"
 
 namespace epi::EPI_ISA {
 
-constexpr int kPairsOfBlock = kCodeBlock / kPair;
-
-enum class Kind { kNone, kFloat32, kBfloat16, kCodes };
-
-EPI_INLINE Kind kind_of(TableRow row, int64_t bf16, int64_t int8) {
-  return (row[kFlags] & int8) != 0   ? Kind::kCodes
-         : (row[kFlags] & bf16) != 0 ? Kind::kBfloat16
-                                     : Kind::kFloat32;
+using CodeConstants = StepConstants<CodeF>;
+EPI_INLINE CodeConstants side_by_side(const StepConstants<StepF>& c) {
+  return {twice(c.beta1),    twice(c.one_minus_beta1),  twice(c.beta2), twice(c.one_minus_beta2),
+          twice(c.beta_u),   twice(c.one_minus_beta_u), twice(c.eps),   twice(c.decay),
+          twice(c.step_size)};
 }
 
-// One moment of a row, at the block that is being stepped.
-struct Moment {
-  Kind kind;
-  char* data;
-  uint8_t* scale;  // of the block, where kind is kCodes
-
-  EPI_INLINE int item_bytes() const {
-    constexpr int kBytes[] = {0, 4, 2, 1};
-    return kBytes[static_cast<int>(kind)];
+// The pair of elements from `i` on, whose new values lie at position `k`: its moments, its importance and its
+// first random words. `key`: see BlockKeys.
+template <bool kOwn, bool kStochastic, class P, class S>
+EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
+                                const CodedFactors& factors, int64_t i, int64_t k, StepU key, NewValues& next,
+                                Tops& tops) {
+  const CodeConstants c = side_by_side(x.c);
+  CodeF g = side_by_side(load_pair<true>(p.grad + i));
+  if (x.has_multiplier) {
+    g = g * twice(x.multiplier);
+    store_pair<true, false, true>(p.grad + i, pair(g), RandomBits{});
   }
-  EPI_INLINE Moment at(int64_t element) const {
-    return {kind, data + element * item_bytes(), scale + element / kCodeBlock};
+  const CodeF g2 = g * g;
+  const CodeF m = exp_avg_ema(c, load_decoded<true>(p.exp_avg + i, factors.exp_avg), g);
+  const CodeF v = exp_avg_sq_ema(c, load_decoded<false>(p.exp_avg_sq + i, factors.exp_avg_sq), g2);
+  put(next.exp_avg + k, m);
+  put(next.exp_avg_sq + k, v);
+  if constexpr (sizeof(S) == 1) {
+    tops.exp_avg = top_of<true>(tops.exp_avg, m);
+    tops.exp_avg_sq = top_of<false>(tops.exp_avg_sq, v);
   }
-};
+  if constexpr (kOwn) {
+    CodeF u{};
+    if (p.importance_u8 != nullptr) u = load_decoded<false>(p.importance_u8 + i, factors.importance);
+    if (p.importance_f32 != nullptr) u = side_by_side(load_pair<true>(p.importance_f32 + i));
+    if (p.importance_bf16 != nullptr) u = side_by_side(load_pair<true>(p.importance_bf16 + i));
+    u = importance_ema(c, u, g2);
+    put(next.importance + k, u);
+    tops.importance = top_of<false>(tops.importance, u);
+  }
+  if constexpr (kStochastic) put(next.random + k, float_of(code_word0(key, k % kCodeBlock).mixed));
+}
 
-// What becomes of a moment within a block.
-struct NewMoment {
-  Pair values[kPairsOfBlock];
-  StepU top;  // largest magnitude, lane by lane
-};
+// Writes a state that is codes, or floats.
+template <bool kSigned, bool kStochastic, bool kSpecial, class T>
+EPI_INLINE void store_state(T* p, CodeF x, const Grid<CodeF>& grid, CodeU random) {
+  if constexpr (sizeof(T) == 1) {
+    encode<kStochastic, kSigned>(p, x, grid, random);
+  } else {
+    store_pair<true, kStochastic, kSpecial>(p, pair(x), random_bits(random));
+  }
+}
 
-template <bool kSigned>
-EPI_INLINE Pair load_moment(const Moment& m, StepF factor, int i) {
-  switch (m.kind) {
-    case Kind::kFloat32:
-      return load_split(reinterpret_cast<const float*>(m.data) + i);
-    case Kind::kBfloat16:
-      return load_split(reinterpret_cast<const uint16_t*>(m.data) + i);
-    default: {
-      const Pair half = load_split_codes<kSigned>(reinterpret_cast<const uint8_t*>(m.data) + i);
-      return {half.a * factor, half.b * factor};
+template <bool kOwn, bool kStochastic, bool kSpecial, class P, class S>
+EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grids& grids, CodeF m, CodeF v,
+                             CodeF u, const CodeWord& w0) {
+  const CodeWord w1 = kStochastic ? code_word1(w0) : CodeWord{};
+  store_state<true, kStochastic, kSpecial>(p.exp_avg + i, m, grids.exp_avg, w0.high());
+  store_state<false, kStochastic, kSpecial>(p.exp_avg_sq + i, v, grids.exp_avg_sq,
+                                            kOwn ? low_half(w1) : folded_halves(w1.mixed));
+  if constexpr (kOwn) {
+    const auto store = [&](auto* importance) __attribute__((always_inline)) {
+      if (importance == nullptr) return;
+      store_state<false, kStochastic, kSpecial>(importance + i, u, grids.importance, w1.high());
+    };
+    store(p.importance_u8), store(p.importance_f32), store(p.importance_bf16);
+  }
+}
+
+// Its states in memory, and what m is divided by.
+template <bool kOwn, bool kStochastic, class P, class S>
+EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int64_t k,
+                               const Grids& grids, NewValues& next) {
+  const CodeWord w0{kStochastic ? bits_of(get(next.random + k)) : CodeU{}};
+  const CodeF m = get(next.exp_avg + k), v = get(next.exp_avg_sq + k);
+  const CodeF u = kOwn ? get(next.importance + k) : CodeF{};
+  put(next.denom + k, denominator(side_by_side(x.c), v));
+  // as in step_pair(): only float32 values can hand on a NaN that rounding would spoil
+  if constexpr (kOwn || sizeof(S) > 1) {
+    auto special = unordered(m.a, m.b) | unordered(v.a, v.b);
+    if constexpr (kOwn) special = special | unordered(u.a, u.b);
+    if (any(special)) [[unlikely]] {
+      return store_states<kOwn, kStochastic, true>(p, i, grids, m, v, u, w0);
     }
   }
+  store_states<kOwn, kStochastic, false>(p, i, grids, m, v, u, w0);
 }
 
-// Stores floats at once; what becomes codes waits for the block's scale.
-template <bool kSigned, bool kStochastic>
-EPI_INLINE void take_moment(const Moment& m, NewMoment& fresh, int i, Pair x, RandomBits r) {
-  switch (m.kind) {
-    case Kind::kFloat32:
-      return store_pair<true, kStochastic, true>(reinterpret_cast<float*>(m.data) + i, x, r);
-    case Kind::kBfloat16:
-      return store_pair<true, kStochastic, true>(reinterpret_cast<uint16_t*>(m.data) + i, x, r);
-    default: {
-      fresh.values[i / kPair] = x;
-      StepU a = bits_of(x.a), b = bits_of(x.b);
-      if constexpr (kSigned) {  // the others are positive, or no number, which is the largest either way
-        const StepU magnitude = Lanes<StepF>::u32(kMagnitude);
-        a = a & magnitude, b = b & magnitude;
-      }
-      fresh.top = max(fresh.top, max(a, b));
+// Its weights. `isolated`: their mask bits.
+template <bool kStochastic, class P, class S>
+EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int64_t k,
+                                uint32_t isolated, const NewValues& next) {
+  const Pair old = load_pair<true>(p.param + i);
+  const CodeF theta =
+      updated_weight(side_by_side(x.c), side_by_side(old), get(next.exp_avg + k), get(next.denom + k));
+  RandomBits random{};
+  if constexpr (kStochastic) random = random_bits(low_half(CodeWord{bits_of(get(next.random + k))}));
+  if constexpr (sizeof(P) == 2 && sizeof(S) == 4) {
+    if (any(unordered(theta.a, theta.b))) [[unlikely]] {
+      return store_pair_but<true, kStochastic, true>(p.param + i, isolated, pair(theta), old, random);
     }
   }
+  store_pair_but<true, kStochastic, false>(p.param + i, isolated, pair(theta), old, random);
 }
 
-EPI_INLINE uint32_t largest(StepU x) {
-  uint32_t lanes[kStepWidth];
-  store(lanes, x);
-  uint32_t top = lanes[0];
-  for (int i = 1; i < kStepWidth; ++i) top = lanes[i] > top ? lanes[i] : top;
-  return top;
-}
-
-// `random(j)`: the bits of the j-th pair.
-template <bool kSigned, class Random>
-EPI_INLINE void store_codes(const Moment& m, const NewMoment& fresh, const Random& random) {
-  using L = Lanes<StepF>;
-  uint8_t* codes = reinterpret_cast<uint8_t*>(m.data);
-  const uint32_t exponent = block_exponent(largest(fresh.top));
-  if (exponent >= (kSigned ? kSignedLimit : kPositiveLimit)) [[unlikely]] {
-    *m.scale = static_cast<uint8_t>(kNonfiniteScale);
-    memset(codes, kSigned ? 0 : 255, kCodeBlock);
-    return;
-  }
-  *m.scale = static_cast<uint8_t>(exponent - kLowestExponent);
-  const StepF factor = L::f32(signed_shift(exponent));
-  const StepU base = L::u32(positive_base(exponent));
+// The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `key_of(i)`: see BlockKeys.
+template <bool kOwn, bool kStochastic, class P, class S, class KeyOf>
+EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int n,
+                            const uint8_t* mask, const KeyOf& key_of, NewValues& next) {
+  for (int64_t b = 0; b < n; b += kCodeBlock) {
+    p.template prefetch<kOwn>(i + b);
+    const int64_t block = (i + b) >> 6;
+    const CodedFactors factors = coded_factors<kOwn>(p, block);
+    const StepU key = key_of(i + b);
+    Tops tops = no_tops();
 #pragma GCC unroll 1
-  for (int j = 0; j < kPairsOfBlock; ++j) {
-    const Pair x = fresh.values[j];
-    const RandomBits r = random(j);
-    if constexpr (kSigned) {
-      store_split_codes(codes + j * kPair, encode_signed(x.a, r.a, factor), encode_signed(x.b, r.b, factor));
-    } else {
-      store_split_codes(codes + j * kPair, encode_positive(x.a, r.a, base), encode_positive(x.b, r.b, base));
+    for (int64_t k = b; k < b + kCodeBlock; k += kPair) {
+      moments_of_pair<kOwn, kStochastic>(x, p, factors, i + k, k, key, next, tops);
     }
+    next.tops[b / kCodeBlock] = tops;
   }
-}
-
-template <class P>
-struct Block {
-  P* param;
-  P* grad;
-  Moment exp_avg, exp_avg_sq, importance;
-
-  EPI_INLINE Block at(int64_t element) const {
-    return {param + element, grad + element, exp_avg.at(element), exp_avg_sq.at(element),
-            importance.at(element)};
-  }
-  EPI_INLINE void prefetch() const {
-    using Ahead = StepPointers<P, float>;
-    Ahead::template ahead<kCodeBlock>(param), Ahead::template ahead<kCodeBlock>(grad);
-    __builtin_prefetch(exp_avg.data + kPrefetchBytes), __builtin_prefetch(exp_avg_sq.data + kPrefetchBytes);
-  }
-};
-
-template <bool kSigned>
-EPI_INLINE StepF factor_of(const Moment& m) {
-  if (m.kind != Kind::kCodes) return Lanes<StepF>::f32(1.0f);
-  return Lanes<StepF>::f32(kSigned ? signed_factor(*m.scale) : positive_factor(*m.scale));
-}
-
-// Sixty-four elements; `isolated`: their mask bits.
-template <bool kOwn, bool kStochastic, class P>
-EPI_INLINE void step_block(const StepContext& x, const Block<P>& block, uint64_t isolated, StepU& index) {
-  using L = Lanes<StepF>;
-  const StepF m_factor = factor_of<true>(block.exp_avg), v_factor = factor_of<false>(block.exp_avg_sq);
-  const StepF u_factor = kOwn ? factor_of<false>(block.importance) : v_factor;
-  NewMoment m, v, u;
-  m.top = v.top = u.top = L::u32(0);
-  RandomPair words[2][kPairsOfBlock];  // the first and the second of every element
+  for (int64_t b = 0; b < n; b += kCodeBlock) write_scales<kOwn>(p, (i + b) >> 6, next.tops[b / kCodeBlock]);
+  for (int64_t b = 0; b < n; b += kCodeBlock) {
+    const int64_t block = (i + b) >> 6;
+    const Grids grids = grids_of<kOwn>(p, block);
 #pragma GCC unroll 1
-  for (int j = 0; j < kPairsOfBlock; ++j) {
-    const int i = j * kPair;
-    Pair g = load_split(block.grad + i);
-    if (x.has_multiplier) {
-      g = {g.a * x.multiplier, g.b * x.multiplier};
-      store_pair<true, false, true>(block.grad + i, g, RandomBits{});
+    for (int64_t k = b; k < b + kCodeBlock; k += kPair) {
+      states_of_pair<kOwn, kStochastic>(x, p, i + k, k, grids, next);
     }
-    const Pair theta = load_split(block.param + i);
-    const Pair old_m = load_moment<true>(block.exp_avg, m_factor, i);
-    const Pair old_v = load_moment<false>(block.exp_avg_sq, v_factor, i);
-    const Pair g2{g.a * g.a, g.b * g.b};
-    const auto a = adamw(x.c, theta.a, g.a, g2.a, old_m.a, old_v.a);
-    const auto b = adamw(x.c, theta.b, g.b, g2.b, old_m.b, old_v.b);
-
-    RandomPair w0{}, w1{};
-    if constexpr (kStochastic) {
-      w0 = {random_word0_of(x, index), random_word0_of(x, index + x.to_second)};
-      w1 = {random_word1<StepF>(w0.a.word(), x.golden), random_word1<StepF>(w0.b.word(), x.golden)};
-      index = index + x.pace;
-    }
-    words[0][j] = w0, words[1][j] = w1;
-    take_moment<true, kStochastic>(block.exp_avg, m, i, {a.exp_avg, b.exp_avg}, high_halves(w0));
-    take_moment<false, kStochastic>(block.exp_avg_sq, v, i, {a.exp_avg_sq, b.exp_avg_sq}, low_halves(w1));
-    if constexpr (kOwn) {
-      const Pair old_u = load_moment<false>(block.importance, u_factor, i);
-      const Pair fresh{importance_ema(x.c, old_u.a, g2.a), importance_ema(x.c, old_u.b, g2.b)};
-      take_moment<false, kStochastic>(block.importance, u, i, fresh, high_halves(w1));
-    }
-    const uint32_t keep = static_cast<PairBits>(isolated >> i);
-    const Pair moved{a.theta, b.theta};
-    if (sizeof(P) == 2 && any(unordered(moved.a, moved.b))) [[unlikely]] {
-      store_pair_but<true, kStochastic, true>(block.param + i, keep, moved, theta, low_halves(w0));
-    } else {
-      store_pair_but<true, kStochastic, false>(block.param + i, keep, moved, theta, low_halves(w0));
-    }
+    mark_nonfinite<kOwn>(p, block);
   }
-  using Bits = RandomBits;
-  const Bits nearest{L::u32(kNearest), L::u32(kNearest)};
-  const auto first_high = [&](int j) { return kStochastic ? high_halves(words[0][j]) : nearest; };
-  const auto second_low = [&](int j) { return kStochastic ? low_halves(words[1][j]) : nearest; };
-  const auto second_high = [&](int j) { return kStochastic ? high_halves(words[1][j]) : nearest; };
-  if (block.exp_avg.kind == Kind::kCodes) store_codes<true>(block.exp_avg, m, first_high);
-  if (block.exp_avg_sq.kind == Kind::kCodes) store_codes<false>(block.exp_avg_sq, v, second_low);
-  if (kOwn && block.importance.kind == Kind::kCodes) store_codes<false>(block.importance, u, second_high);
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < n; k += kPair) {
+    weights_of_pair<kStochastic>(x, p, i + k, k, mask_word<PairBits>(mask, i + k), next);
+  }
 }
 
-// The last, incomplete block: copied here, stepped as a whole with zeros behind, copied back.
-template <class P>
-struct BlockTail {
-  P param[kCodeBlock] = {}, grad[kCodeBlock] = {};
-  alignas(64) char moments[3][4 * kCodeBlock] = {};
-
-  Block<P> load(const Block<P>& from, int count) {
-    copy(param, from.param, count);
-    copy(grad, from.grad, count);
-    Block<P> here{param, grad, from.exp_avg, from.exp_avg_sq, from.importance};
-    Moment* moments_here[3] = {&here.exp_avg, &here.exp_avg_sq, &here.importance};
-    for (int k = 0; k < 3; ++k) {
-      Moment& moment = *moments_here[k];
-      memcpy(moments[k], moment.data, static_cast<size_t>(count) * moment.item_bytes());
-      moment.data = moments[k];
-    }
-    return here;
+template <class P, class S>
+EPI_INLINE void add_stored(StatsSums<F16>& sums, const CodedPointers<P, S>& p, int64_t i, int64_t n,
+                           bool moments) {
+  const int64_t block = i / kCodeBlock;
+  if (p.importance_u8 != nullptr) {
+    add_codes(sums, p.importance_u8 + i, p.importance_scale + block, n, moments);
+  } else if (p.importance_f32 != nullptr) {
+    add_range(sums, p.importance_f32 + i, n, moments);
+  } else if (p.importance_bf16 != nullptr) {
+    add_range(sums, p.importance_bf16 + i, n, moments);
+  } else if constexpr (sizeof(S) == 1) {
+    add_codes(sums, p.exp_avg_sq + i, p.exp_avg_sq_scale + block, n, moments);
   }
-  void store(const Block<P>& to, int count, bool with_grad) const {
-    copy(to.param, param, count);
-    if (with_grad) copy(to.grad, grad, count);
-    const Moment* moments_there[3] = {&to.exp_avg, &to.exp_avg_sq, &to.importance};
-    for (int k = 0; k < 3; ++k) {
-      const Moment& moment = *moments_there[k];
-      memcpy(moment.data, moments[k], static_cast<size_t>(count) * moment.item_bytes());
-    }
-  }
-};
+}
 
-template <bool kParam16, bool kOwn, bool kStochastic>
-void step_codes_range(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  using P = stored_t<kParam16>;
+template <class P, class S, bool kOwn, bool kStochastic>
+void step_coded_range(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
   const StepContext x = step_context<true>(row, start, stop, a);
   const uint8_t* mask = pointer<const uint8_t>(row, kIsolationMask);
-  const Kind state = kind_of(row, kStateBf16, kStateInt8);
-  const Block<P> whole{pointer<P>(row, kParam),
-                       pointer<P>(row, kGrad),
-                       {state, pointer<char>(row, kExpAvg), pointer<uint8_t>(row, kExpAvgScale)},
-                       {state, pointer<char>(row, kExpAvgSq), pointer<uint8_t>(row, kExpAvgSqScale)},
-                       {kOwn ? kind_of(row, kImportanceBf16, kImportanceInt8) : Kind::kNone,
-                        pointer<char>(row, kImportance), pointer<uint8_t>(row, kImportanceScale)}};
+  const CodedPointers<P, S> p = coded_pointers<P, S>(row);
   StatsSums<F16> sums = empty_sums<F16>();
-  StepU index = first_indices<true>(x);
-  for (int64_t block = start; block < stop; block += kBlock) {
-    const int64_t end = block + kBlock < stop ? block + kBlock : stop;
-    int64_t i = block;
-    for (; i + kCodeBlock <= end; i += kCodeBlock) {
-      const Block<P> here = whole.at(i);
-      here.prefetch();
-      step_block<kOwn, kStochastic>(x, here, mask_word<uint64_t>(mask, i), index);
+  NewValues next;
+  const BlockKeys keys = block_keys(row, start);
+  for (int64_t i = start; i < stop; i += kBlock) {
+    const int n = stop - i < kBlock ? static_cast<int>(stop - i) : kBlock;
+    const int whole = n / kCodeBlock * kCodeBlock;
+    const auto key_of = [&](int64_t at) __attribute__((always_inline)) { return keys.of(at - start); };
+    step_blocks<kOwn, kStochastic>(x, p, i, whole, mask, key_of, next);
+    if (whole < n) [[unlikely]] {
+      const int64_t at = i + whole;
+      CodedTail<P, S> tail;
+      const uint64_t isolated = mask_bits<uint64_t>(mask, at, n - whole);
+      const auto key_of_tail = [&](int64_t) __attribute__((always_inline)) { return keys.of(at - start); };
+      step_blocks<kOwn, kStochastic>(x, tail.load(p, at, n - whole), 0, kCodeBlock,
+                                     reinterpret_cast<const uint8_t*>(&isolated), key_of_tail, next);
+      tail.store(p, at, n - whole, a.has_grad_multiplier);
     }
-    if (i < end) {
-      const int count = static_cast<int>(end - i);
-      const Block<P> here = whole.at(i);
-      BlockTail<P> tail;
-      step_block<kOwn, kStochastic>(x, tail.load(here, count), mask_bits<uint64_t>(mask, i, count), index);
-      tail.store(here, count, a.has_grad_multiplier);
-    }
-    if (a.stats != nullptr) add_stored(sums, row, block, end - block, a.moments);
+    if (a.stats != nullptr) add_stored(sums, p, i, n, a.moments);
   }
   if (a.stats != nullptr) *a.stats = reduce(sums);
 }
 
-template <bool kParam16, bool kOwn>
-void step_codes_rounding(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  a.stochastic_rounding ? step_codes_range<kParam16, kOwn, true>(row, start, stop, a)
-                        : step_codes_range<kParam16, kOwn, false>(row, start, stop, a);
+template <class P, class S, bool kOwn>
+void step_coded(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+  a.stochastic_rounding ? step_coded_range<P, S, kOwn, true>(row, start, stop, a)
+                        : step_coded_range<P, S, kOwn, false>(row, start, stop, a);
 }
 
-// Any row of which some state is codes.
-inline void step_codes(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  const bool own = row[kImportance] != 0;
-  if ((row[kFlags] & kParamBf16) != 0) {
-    own ? step_codes_rounding<true, true>(row, start, stop, a)
-        : step_codes_rounding<true, false>(row, start, stop, a);
+template <class P>
+void step_codes_of(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+  if ((row[kFlags] & kStateInt8) != 0) {
+    row[kImportance] != 0 ? step_coded<P, uint8_t, true>(row, start, stop, a)
+                          : step_coded<P, uint8_t, false>(row, start, stop, a);
   } else {
-    own ? step_codes_rounding<false, true>(row, start, stop, a)
-        : step_codes_rounding<false, false>(row, start, stop, a);
+    (row[kFlags] & kStateBf16) != 0 ? step_coded<P, uint16_t, true>(row, start, stop, a)
+                                    : step_coded<P, float, true>(row, start, stop, a);
   }
 }
 
-// Stage 1 of any row.
-inline void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  if ((row[kFlags] & (kStateInt8 | kImportanceInt8)) != 0) return step_codes(row, start, stop, a);
-  step_floats(row, start, stop, a);
+inline void step_codes(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+  (row[kFlags] & kParamBf16) != 0 ? step_codes_of<uint16_t>(row, start, stop, a)
+                                  : step_codes_of<float>(row, start, stop, a);
 }
 
 }  // namespace epi::EPI_ISA

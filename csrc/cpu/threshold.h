@@ -3,7 +3,8 @@
 
 #pragma once
 
-#include "cpu/codes.h"
+#include "cpu/rows.h"
+#include "math/codec.h"
 #include "math/score.h"
 
 namespace epi::EPI_ISA {
@@ -122,11 +123,50 @@ EPI_INLINE int64_t count_words(const uint16_t* u, const uint8_t* mask, int64_t s
   return above;
 }
 
-// kCodes: expanded to the words of T, block by block.
-template <class F, class T, bool kCodes>
+// The same for 8-bit importances: a block's codes are compared as they are.
+template <class F>
+EPI_INLINE int64_t count_codes(const uint8_t* u, const uint8_t* scales, const uint8_t* mask, int64_t start,
+                               int64_t stop, const CountArguments& a) {
+  using L = Lanes<F>;
+  int64_t above = 0;
+  for (int64_t i = start; i < stop; i += kCodeBlock) {
+    const auto block = Block<false>::of_scale(scales[i / kCodeBlock]);
+    if (!block.finite) continue;
+    const int count = stop - i < kCodeBlock ? static_cast<int>(stop - i) : kCodeBlock;
+    uint8_t rest[kCodeBlock];
+    const uint8_t* at = u + i;
+    uint64_t in_bounds = ~uint64_t{0}, old = 0;
+    if (count < kCodeBlock) [[unlikely]] {
+      for (int j = 0; j < kCodeBlock; ++j) rest[j] = j < count ? at[j] : uint8_t{0};
+      at = rest;
+      in_bounds = (uint64_t{1} << count) - 1;
+    }
+    uint64_t over = values_from(at, block, a.hi_bound[0]), in = values_from(at, block, a.lo_bound[0]);
+    if (mask != nullptr) {
+      old = count == kCodeBlock ? mask_word<uint64_t>(mask, i) : mask_bits<uint64_t>(mask, i, count);
+      if (old != 0) {
+        over = (values_from(at, block, a.hi_bound[1]) & old) | (over & ~old);
+        in = (values_from(at, block, a.lo_bound[1]) & old) | (in & ~old);
+      }
+    }
+    above += __builtin_popcountll(over & in_bounds);
+    in &= in_bounds & ~over;
+    for (int j = 0; in >> j != 0; j += kWidth) {
+      const uint32_t part = static_cast<uint32_t>(in >> j) & 0xFFFFu;
+      if (part != 0) {
+        const F values = load_codes_in_order<F>(at + j) * L::f32(block.factor());
+        add_to_bins(values, part, from_bits<typename L::M>(static_cast<uint32_t>(old >> j) & 0xFFFFu), a);
+      }
+      if (j + kWidth == kCodeBlock) break;
+    }
+  }
+  return above;
+}
+
+template <class F, class T>
 EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const CountArguments& a) {
   using L = Lanes<F>;
-  const T* u = kCodes ? nullptr : importances<T>(row);
+  const T* u = importances<T>(row);
   const uint8_t* mask = a.keep_factor != 1.0f ? pointer<const uint8_t>(row, kIsolationMask) : nullptr;
   const Brackets<F> brackets{{L::f32(a.lo_bound[0]), L::f32(a.hi_bound[0])},
                              {L::f32(a.lo_bound[1]), L::f32(a.hi_bound[1])},
@@ -138,30 +178,24 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
   auto above = L::u32(0);
   // without a sample the one span is the range
   const bool sampled = a.sample_stride > 1;
-  const int64_t span = sampled ? kSampleBlock : kCodes ? kBlock : stop - start;
+  const int64_t span = sampled ? kSampleBlock : stop - start;
   const int64_t pace = span * (sampled ? a.sample_stride : 1);
   for (int64_t i = sampled ? (start + pace - 1) / pace * pace : start; i < stop; i += pace) {
-    if (sampled && !kCodes) {  // the next block lies on a page of its own
+    if (sampled) {  // the next block lies on a page of its own
       const char* next = reinterpret_cast<const char*>(u + i + pace);
       for (size_t j = 0; j < kSampleBlock * sizeof(T); j += 64) __builtin_prefetch(next + j);
     }
     const int64_t end = i + span < stop ? i + span : stop;
-    T space[kCodes ? kBlock : 1];
-    const T* at = u;
-    const uint8_t* bits = mask;
-    int64_t first = i, last = end;  // of `at` and `bits`
-    if constexpr (kCodes) {
-      CodedImportance(row).read(space, i, end - i);
-      at = space, first = 0, last = end - i;
-      bits = mask == nullptr ? nullptr : mask + i / 8;
-    }
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 1) {
+      a.histogram[a.last_bin] += count_codes<F>(u, importance_scales(row), mask, i, end, a);
+      continue;
+    } else if constexpr (sizeof(T) == 2) {
       if (positive) {
-        a.histogram[a.last_bin] += count_words<F>(at, bits, first, last, words, a);
+        a.histogram[a.last_bin] += count_words<F>(u, mask, i, end, words, a);
         continue;
       }
     }
-    count_span(at, bits, first, last, brackets, a, above);
+    if constexpr (sizeof(T) > 1) count_span(u, mask, i, end, brackets, a, above);
   }
   uint32_t lanes[kWidth];
   store(lanes, above);
@@ -171,11 +205,11 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
 template <class F>
 void count(TableRow row, int64_t start, int64_t stop, const CountArguments& a) {
   if ((row[kFlags] & kUInt8) != 0) {
-    count_range<F, uint16_t, true>(row, start, stop, a);
+    count_range<F, uint8_t>(row, start, stop, a);
   } else if ((row[kFlags] & kUBf16) != 0) {
-    count_range<F, uint16_t, false>(row, start, stop, a);
+    count_range<F, uint16_t>(row, start, stop, a);
   } else {
-    count_range<F, float, false>(row, start, stop, a);
+    count_range<F, float>(row, start, stop, a);
   }
 }
 

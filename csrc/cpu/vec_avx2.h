@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cpu/twice.h"
 #include "math/scalar.h"
 #include "math/score.h"
 
@@ -79,14 +80,8 @@ EPI_INLINE U8 operator&(U8 x, U8 y) {
 EPI_INLINE U8 operator^(U8 x, U8 y) {
   return {_mm256_xor_si256(x.v, y.v)};
 }
-EPI_INLINE U8 max(U8 x, U8 y) {
-  return {_mm256_max_epu32(x.v, y.v)};
-}
 EPI_INLINE U8 operator>>(U8 x, int count) {
   return {_mm256_srl_epi32(x.v, _mm_cvtsi32_si128(count))};
-}
-EPI_INLINE U8 operator<<(U8 x, int count) {
-  return {_mm256_sll_epi32(x.v, _mm_cvtsi32_si128(count))};
 }
 EPI_INLINE M8 operator==(U8 x, U8 y) {
   return {_mm256_cmpeq_epi32(x.v, y.v)};
@@ -159,71 +154,18 @@ EPI_INLINE M8 spread(uint32_t bits) {
 
 // --- sixteen lanes
 
-template <class H>
-struct Twice {
-  H a, b;
-};
 using F16 = Twice<F8>;
 using U16 = Twice<U8>;
 using M16 = Twice<M8>;
 
-template <class H>
-EPI_INLINE Twice<H> twice(H a, H b) {
-  return {a, b};
-}
-
-template <>
-struct Lanes<F16> {
-  using U = U16;
-  using M = M16;
-  static EPI_INLINE F16 f32(float x) { return twice(Lanes<F8>::f32(x), Lanes<F8>::f32(x)); }
-  static EPI_INLINE U16 u32(uint32_t x) { return twice(Lanes<F8>::u32(x), Lanes<F8>::u32(x)); }
-};
-
-#define EPI_TWICE(name)                                        \
-  template <class H>                                           \
-  EPI_INLINE auto name(const Twice<H>& x, const Twice<H>& y) { \
-    return twice(name(x.a, y.a), name(x.b, y.b));              \
-  }
-EPI_TWICE(operator+)
-EPI_TWICE(operator-)
-EPI_TWICE(operator/)
-EPI_TWICE(operator&)
-EPI_TWICE(operator|)
-EPI_TWICE(operator^)
-EPI_TWICE(operator==)
-EPI_TWICE(operator<)
-EPI_TWICE(operator>=)
-EPI_TWICE(min)
-EPI_TWICE(max)
-EPI_TWICE(increment)
-#undef EPI_TWICE
-template <class H>
-EPI_INLINE Twice<H> operator>>(const Twice<H>& x, int count) {
-  return twice(x.a >> count, x.b >> count);
-}
-template <class H>
-EPI_INLINE Twice<H> operator!(const Twice<H>& x) {
-  return twice(!x.a, !x.b);
-}
-template <class M, class V>
-EPI_INLINE Twice<V> select(const Twice<M>& where, const Twice<V>& x, const Twice<V>& y) {
-  return twice(select(where.a, x.a, y.a), select(where.b, x.b, y.b));
-}
 EPI_INLINE U16 increment(const U16& x, const M16& where) {
   return twice(increment(x.a, where.a), increment(x.b, where.b));
-}
-EPI_INLINE U16 bits_of(const F16& x) {
-  return twice(bits_of(x.a), bits_of(x.b));
 }
 EPI_INLINE M16 is_finite(const F16& x) {
   return twice(is_finite(x.a), is_finite(x.b));
 }
 EPI_INLINE uint32_t to_bits(const M16& x) {
   return to_bits(x.a) | to_bits(x.b) << 8;
-}
-EPI_INLINE bool any(const M16& x) {
-  return any(x.a | x.b);
 }
 template <class M>
 EPI_INLINE M from_bits(uint32_t bits) {
@@ -304,26 +246,6 @@ EPI_INLINE void store_halves_but(uint16_t* p, uint32_t keep, U8 even, U8 odd, Pa
 EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair old) {
   store(p, select(spread(keep), old.a, x.a));
   store(p + 8, select(spread(keep >> 8), old.b, x.b));
-}
-// Sixteen codes, even and odd ones apart, as the numbers their bits are in binary16.
-template <bool kSigned>
-EPI_INLINE F8 half_values(__m128i codes_in_high_bytes) {
-  const __m128i half = kSigned ? _mm_and_si128(_mm_srai_epi16(codes_in_high_bytes, 2),
-                                               _mm_set1_epi16(static_cast<short>(0x9FC0)))
-                               : _mm_srli_epi16(codes_in_high_bytes, 2);
-  return {_mm256_cvtph_ps(half)};
-}
-template <bool kSigned>
-EPI_INLINE Pair load_split_codes(const uint8_t* p) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {half_values<kSigned>(_mm_slli_epi16(codes, 8)),
-          half_values<kSigned>(_mm_andnot_si128(_mm_set1_epi16(0xFF), codes))};
-}
-// Sixteen codes, a byte each in the words of the even and the odd ones.
-EPI_INLINE void store_split_codes(uint8_t* p, U8 even, U8 odd) {
-  const __m256i both = (even + (odd << 8)).v;
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 }
 // One of the two is no number.
 EPI_INLINE M8 unordered(F8 x, F8 y) {

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/twice.h"
 #include "math/scalar.h"
 #include "math/score.h"
 
@@ -76,14 +77,8 @@ EPI_INLINE U16 operator&(U16 a, U16 b) {
 EPI_INLINE U16 operator^(U16 a, U16 b) {
   return {_mm512_xor_si512(a.v, b.v)};
 }
-EPI_INLINE U16 max(U16 a, U16 b) {
-  return {_mm512_max_epu32(a.v, b.v)};
-}
 EPI_INLINE U16 operator>>(U16 a, int count) {
   return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(count))};
-}
-EPI_INLINE U16 operator<<(U16 a, int count) {
-  return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(count))};
 }
 EPI_INLINE M16 operator==(U16 a, U16 b) {
   return {_mm512_cmpeq_epi32_mask(a.v, b.v)};
@@ -192,25 +187,6 @@ EPI_INLINE void store_halves_but(uint16_t* p, uint32_t keep, U16 even, U16 odd, 
 EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(~keep), x.a.v);
   _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(~keep >> 16), x.b.v);
-}
-
-// Thirty-two codes, even and odd ones apart, as the numbers their bits are in binary16.
-template <bool kSigned>
-EPI_INLINE F16 half_values(__m256i codes_in_high_bytes) {
-  const __m256i half = kSigned ? _mm256_and_si256(_mm256_srai_epi16(codes_in_high_bytes, 2),
-                                                  _mm256_set1_epi16(static_cast<short>(0x9FC0)))
-                               : _mm256_srli_epi16(codes_in_high_bytes, 2);
-  return {_mm512_cvtph_ps(half)};
-}
-template <bool kSigned>
-EPI_INLINE Pair load_split_codes(const uint8_t* p) {
-  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {half_values<kSigned>(_mm256_slli_epi16(codes, 8)),
-          half_values<kSigned>(_mm256_andnot_si256(_mm256_set1_epi16(0xFF), codes))};
-}
-// Thirty-two codes, a byte each in the words of the even and the odd ones.
-EPI_INLINE void store_split_codes(uint8_t* p, U16 even, U16 odd) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((even + (odd << 8)).v));
 }
 
 // One of the two is no number.

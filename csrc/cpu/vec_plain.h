@@ -3,8 +3,8 @@
 
 #pragma once
 
+#include "cpu/twice.h"
 #include "math/scalar.h"
-#include "math/codec.h"
 #include "math/score.h"
 
 namespace epi::EPI_ISA {
@@ -96,9 +96,6 @@ EPI_INLINE U16 operator^(U16 a, U16 b) {
 EPI_INLINE U16 operator>>(U16 a, int count) {
   EPI_EACH(U16, a.v[q] >> count);
 }
-EPI_INLINE U16 operator<<(U16 a, int count) {
-  EPI_EACH(U16, a.v[q] << count);
-}
 EPI_INLINE M16 operator==(U16 a, U16 b) {
   EPI_EACH(M16, (U32Part)(a.v[q] == b.v[q]));
 }
@@ -154,9 +151,6 @@ EPI_INLINE U16 select(M16 where, U16 a, U16 b) {
 }
 EPI_INLINE F16 select(M16 where, F16 a, F16 b) {
   return float_of(select(where, bits_of(a), bits_of(b)));
-}
-EPI_INLINE U16 max(U16 a, U16 b) {
-  return select(a < b, b, a);
 }
 EPI_INLINE F16 min(F16 a, F16 b) {
   return select(a < b, a, b);
@@ -214,12 +208,15 @@ struct Pair {
   F16 a, b;  // in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31
 };
 
+EPI_INLINE U16 shifted_left(U16 a, int count) {
+  EPI_EACH(U16, a.v[q] << count);
+}
 EPI_INLINE Pair load_in_order(const float* p) {
   return {load<F16>(p), load<F16>(p + kLanes)};
 }
 EPI_INLINE Pair load_split(const uint16_t* p) {
   const U16 words = load_words(p);
-  return {float_of(operator<<(words, 16)), float_of(words & Lanes<F16>::u32(0xFFFF0000u))};
+  return {float_of(shifted_left(words, 16)), float_of(words & Lanes<F16>::u32(0xFFFF0000u))};
 }
 EPI_INLINE Pair load_split(const float* p) {
   float x[2 * kLanes];
@@ -258,27 +255,6 @@ EPI_INLINE void store_halves_but(uint16_t* p, uint32_t keep, U16 even, U16 odd, 
 EPI_INLINE void store_but(float* p, uint32_t keep, Pair x, Pair old) {
   store(p, select(from_bits<M16>(keep), old.a, x.a));
   store(p + kLanes, select(from_bits<M16>(keep >> 16), old.b, x.b));
-}
-
-// Thirty-two codes, even and odd ones apart, as the numbers their bits are in binary16.
-template <bool kSigned>
-EPI_INLINE F16 half_values(U16 codes) {
-  if constexpr (!kSigned) return half_value<F16>(codes);
-  const U16 sign = (codes & Lanes<F16>::u32(0x80u)) << 24;
-  return float_of(bits_of(half_value<F16>(codes & Lanes<F16>::u32(0x7Fu))) ^ sign);
-}
-template <bool kSigned>
-EPI_INLINE Pair load_split_codes(const uint8_t* p) {
-  uint32_t even[kLanes], odd[kLanes];
-  for (int i = 0; i < kLanes; ++i) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
-  return {half_values<kSigned>(load_words(even)), half_values<kSigned>(load_words(odd))};
-}
-// Thirty-two codes, a byte each in the words of the even and the odd ones.
-EPI_INLINE void store_split_codes(uint8_t* p, U16 even, U16 odd) {
-  uint32_t codes[2][kLanes];
-  store(codes[0], even);
-  store(codes[1], odd);
-  for (int i = 0; i < 2 * kLanes; ++i) p[i] = static_cast<uint8_t>(codes[i & 1][i >> 1]);
 }
 
 // One of the two is no number.

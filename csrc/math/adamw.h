@@ -36,11 +36,26 @@ struct Updated {
 
 // g: the gradient as the update sees it (unscaled, negated when maximizing); g_squared = g * g.
 template <class F>
+EPI_INLINE F exp_avg_ema(const StepConstants<F>& c, F exp_avg, F g) {
+  return c.beta1 * exp_avg + c.one_minus_beta1 * g;
+}
+template <class F>
+EPI_INLINE F exp_avg_sq_ema(const StepConstants<F>& c, F exp_avg_sq, F g_squared) {
+  return c.beta2 * exp_avg_sq + c.one_minus_beta2 * g_squared;
+}
+template <class F>
+EPI_INLINE F denominator(const StepConstants<F>& c, F v) {
+  return sqrt_rn(v) + c.eps;
+}
+template <class F>
+EPI_INLINE F updated_weight(const StepConstants<F>& c, F theta, F m, F denom) {
+  return c.decay * theta - c.step_size * (m / denom);
+}
+
+template <class F>
 EPI_INLINE Updated<F> adamw(const StepConstants<F>& c, F theta, F g, F g_squared, F exp_avg, F exp_avg_sq) {
-  const F m = c.beta1 * exp_avg + c.one_minus_beta1 * g;
-  const F v = c.beta2 * exp_avg_sq + c.one_minus_beta2 * g_squared;
-  const F denom = sqrt_rn(v) + c.eps;
-  return {c.decay * theta - c.step_size * (m / denom), m, v};
+  const F m = exp_avg_ema(c, exp_avg, g), v = exp_avg_sq_ema(c, exp_avg_sq, g_squared);
+  return {updated_weight(c, theta, m, denominator(c, v)), m, v};
 }
 
 // The parameter's own importance, where it is not shared with exp_avg_sq.

@@ -1,83 +1,99 @@
-// 8-bit states: bytes under a power-of-two scale a block of 64 consecutive logical elements
-// (epi_kernels/reference/codec.py).
+// 8-bit states: a byte an element, a power-of-two scale a block (epi_kernels/reference/codec.py).
 //
-// A block's scale byte is the biased exponent of its largest magnitude, less kLowestExponent; exponents
-// are biased float32 exponents throughout. Lanes need U max(U, U) beside the vocabulary of scalar.h.
+// A code is rounded as bfloat16 is (math/rounding.h): sixteen random bits are added below it, and it is
+// what then lies in the low byte of the word's high half.
 
 #pragma once
 
-#include "math/rounding.h"
+#include "math/scalar.h"
 
 namespace epi::EPI_ISA {
 
-constexpr int kCodeBlock = 64;
+constexpr int kCodeBlock = 64;             // elements that share a scale
+constexpr uint32_t kNearest = 0x8000u;     // "random bits" that round to nearest
+constexpr uint32_t kNonfiniteScale = 255;  // of a block that is not finite: NaN or, unsigned, +inf
+
 constexpr uint32_t kLowestExponent = 24;
-constexpr uint32_t kNonfiniteScale = 255;
-// Exponents from which a block is not finite: exp_avg; exp_avg_sq and importance.
-constexpr uint32_t kSignedLimit = 247, kPositiveLimit = 255;
-constexpr uint32_t kNearest = 0x8000u;  // "random bits" that round to nearest
-
 constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
-constexpr uint32_t kOne = 0x3F800000u;     // 1.0f
-constexpr uint32_t kBinade = 0x00800000u;  // a float's word grows by it when the value doubles
-constexpr int kCodeShift = 19;             // of a float's word: four bits of mantissa stay
 
-// `top`: the largest magnitude of a block, as a word. From 31/32 of a binade on the next one's exponent
-// is taken, so that rounding up never overflows a code.
-EPI_INLINE uint32_t block_exponent(uint32_t top) {
-  const uint32_t exponent = (top + 0x7FFFFu) >> 23;
-  return exponent < kLowestExponent ? kLowestExponent : exponent;
-}
+template <bool kSigned>
+constexpr uint32_t kNonfiniteCode = kSigned ? 0 : 255;  // of its elements
 
-EPI_INLINE float power_of_two(uint32_t exponent) {
-  return float_of(exponent << 23);
-}
+// exp_avg is signed; exp_avg_sq and the importance are not.
+template <bool kSigned>
+struct Block {
+  uint32_t exponent;  // biased, of the largest magnitude
+  bool finite;
 
-// What half_value() is multiplied by; an infinity and a NaN make the whole block so.
-EPI_INLINE float positive_factor(uint32_t scale) {
-  return scale == kNonfiniteScale ? float_of(0x7F800000u) : power_of_two(scale + kLowestExponent);
-}
-EPI_INLINE float signed_factor(uint32_t scale) {
-  return scale == kNonfiniteScale ? float_of(0x7FC00000u) : power_of_two(scale + kLowestExponent + 8);
-}
+  // `top`: the largest of the values' words without their signs, compared as integers. One in the last
+  // 1/16 of its binade takes the next one, so that rounding up never overflows a code.
+  static EPI_INLINE Block of_values(uint32_t top) {
+    const uint32_t exponent = (top + 0x7FFFFu) >> 23;
+    return {exponent < kLowestExponent ? kLowestExponent : exponent, exponent < (kSigned ? 247u : 255u)};
+  }
+  static EPI_INLINE Block of_scale(uint32_t scale) {
+    return {scale + kLowestExponent, scale != kNonfiniteScale};
+  }
 
-// The number whose binary16 word is `code` << 6, of seven bits or eight: what F16C and GPUs convert.
+  EPI_INLINE uint32_t scale() const { return finite ? exponent - kLowestExponent : kNonfiniteScale; }
+
+  // What half_of_code() is multiplied by. A block that is not finite has the codes kNonfiniteCode.
+  EPI_INLINE float factor() const {
+    if (!finite) return float_of(kSigned ? 0x7FC00000u : 0x7F800000u);
+    return float_of((kSigned ? exponent + 8 : exponent) << 23);
+  }
+};
+
+// The IEEE binary16 number `code << 6`, of a code without its sign: times the block's factor, the value.
+// `code19`: code << 19. Below the smallest normal, the difference takes the hidden bit away again.
 template <class F>
-EPI_INLINE F half_value(typename Lanes<F>::U code) {
+EPI_INLINE F half_of_code(typename Lanes<F>::U code19) {
   using L = Lanes<F>;
-  const auto word = code << kCodeShift;
-  const F normal = float_of(word + L::u32(kOne)),
-          subnormal = float_of(word + L::u32(0x40000000u)) - L::f32(2.0f);
-  return select(normal < subnormal, normal, subnormal) * L::f32(power_of_two(127 - 15));
+  const F normal = float_of(code19 + L::u32(0x38000000u));
+  const F subnormal = float_of(code19 + L::u32(0x38800000u)) - L::f32(float_of(0x38800000u));
+  return select(subnormal < normal, subnormal, normal);
 }
 
-// `base` = (exponent - 15) << 23. A positive value never becomes 0: codes start at 16.
+// Constants of a finite block's encoding.
 template <class F>
-EPI_INLINE typename Lanes<F>::U encode_positive(F x, typename Lanes<F>::U random_bits,
-                                                typename Lanes<F>::U base) {
+struct Grid {
+  F normal, subnormal;        // signed: the block's smallest normal number becomes 4, and 2
+  typename Lanes<F>::U base;  // unsigned: the word of what code 0 would be, were it no zero
+};
+template <class F, bool kSigned>
+EPI_INLINE Grid<F> grid(const Block<kSigned>& block) {
   using L = Lanes<F>;
+  if constexpr (kSigned) {
+    const float subnormal = float_of((261 - block.exponent) << 23);
+    return {L::f32(2 * subnormal), L::f32(subnormal), L::u32(0)};
+  } else {
+    return {L::f32(0), L::f32(0), L::u32((block.exponent - 15) << 23)};
+  }
+}
+
+// What the random bits are added to, of a finite block's element. Signed: without the sign, and with a
+// bit above the byte. The sum with 2 lays what lies below the smallest normal on its grid.
+template <class F>
+EPI_INLINE typename Lanes<F>::U code_word_signed(F x, const Grid<F>& grid) {
+  using L = Lanes<F>;
+  const F magnitude = float_of(bits_of(x) & L::u32(kMagnitude));
+  const F subnormal = add_exact_product(magnitude, grid.subnormal, L::f32(2.0f));
+  return max_signed(bits_of(magnitude * grid.normal), bits_of(subnormal)) >> 3;
+}
+
+// Codes 1 .. 15 are not used: a positive value never becomes 0.
+template <class F>
+EPI_INLINE typename Lanes<F>::U code_word_unsigned(F x, const Grid<F>& grid) {
   const auto word = bits_of(x);
-  const auto rounded = max(word + (random_bits << 3), base + L::u32(16u << kCodeShift));
-  return select(word == L::u32(0), L::u32(0), (rounded - base) >> kCodeShift);
+  return max_signed(word - grid.base, where_positive(Lanes<F>::u32(16u << 19), word)) >> 3;
 }
 
-// `factor` = signed_shift(exponent) makes 2.0 of the smallest normal. Adding 2 lays what is below it on the
-// grid of the subnormals.
-template <class F>
-EPI_INLINE typename Lanes<F>::U encode_signed(F x, typename Lanes<F>::U random_bits, F factor) {
-  using L = Lanes<F>;
-  const auto word = bits_of(x);
-  const F y = float_of(word & L::u32(kMagnitude)) * factor;
-  const auto scaled = max(bits_of(y), bits_of(y + L::f32(2.0f)) - L::u32(kBinade));
-  const auto code = (scaled + (random_bits << 3) - L::u32(kOne)) >> kCodeShift;
-  return code + ((word >> 24) & L::u32(0x80u));
-}
-
-EPI_INLINE uint32_t positive_base(uint32_t exponent) {
-  return (exponent - 15) << 23;
-}
-EPI_INLINE float signed_shift(uint32_t exponent) {
-  return power_of_two(261 - exponent);
+// The smallest code, of an unsigned finite block, whose value is at least `bound`; 256 where none is.
+EPI_INLINE int code_bound(const Block<false>& block, float bound) {
+  if (!(bound > 0.0f)) return 0;
+  const int64_t base = static_cast<int64_t>(block.exponent - 15) << 23;
+  const int64_t code = (static_cast<int64_t>(bits_of(bound)) - base + 0x7FFFF) >> 19;
+  return static_cast<int>(code < 16 ? 16 : code > 256 ? 256 : code);
 }
 
 }  // namespace epi::EPI_ISA

@@ -10,17 +10,16 @@ namespace epi::EPI_ISA {
 constexpr uint32_t kGolden = 0x9E3779B9u;
 constexpr uint32_t kBfloat16Nan = 0x7FC0u;
 
-// The public "lowbias32" mixer, but for its last step.
-template <class U>
-EPI_INLINE U mix_but_last(U x, U factor1, U factor2) {
-  x = x ^ (x >> 16);
-  x = x * factor1;
+// The public "lowbias32" mixer, but for its last step and its first.
+template <class F>
+EPI_INLINE typename Lanes<F>::U mix_folded(typename Lanes<F>::U x) {
+  x = x * Lanes<F>::u32(0x7FEB352Du);
   x = x ^ (x >> 15);
-  return x * factor2;
+  return x * Lanes<F>::u32(0x846CA68Bu);
 }
 template <class F>
 EPI_INLINE typename Lanes<F>::U mix_but_last(typename Lanes<F>::U x) {
-  return mix_but_last(x, Lanes<F>::u32(0x7FEB352Du), Lanes<F>::u32(0x846CA68Bu));
+  return mix_folded<F>(x ^ (x >> 16));
 }
 
 template <class F>

@@ -60,11 +60,21 @@ EPI_INLINE float select(bool where, float a, float b) {
 EPI_INLINE uint32_t select(bool where, uint32_t a, uint32_t b) {
   return where ? a : b;
 }
-EPI_INLINE uint32_t max(uint32_t a, uint32_t b) {
-  return a > b ? a : b;
-}
 EPI_INLINE bool any(bool where) {
   return where;
+}
+
+// Words as signed integers.
+EPI_INLINE uint32_t max_signed(uint32_t x, uint32_t y) {
+  return static_cast<int32_t>(x) > static_cast<int32_t>(y) ? x : y;
+}
+// `x` where `sign` is a positive integer, 0 where it is 0; it is never negative.
+EPI_INLINE uint32_t where_positive(uint32_t x, uint32_t sign) {
+  return sign != 0 ? x : 0u;
+}
+// x * y + z where the product is exact, or too small to be seen in the sum: one rounding or two.
+EPI_INLINE float add_exact_product(float x, float y, float z) {
+  return x * y + z;
 }
 
 template <class F>

@@ -1,0 +1,69 @@
+// 8-bit codes (math/codec.h) in AVX-512 registers.
+
+#pragma once
+
+#include "cpu/codes_x86.h"
+#include "cpu/vec_avx512.h"
+
+namespace epi::EPI_ISA {
+
+EPI_INLINE U16 max_signed(U16 x, U16 y) {
+  return {_mm512_max_epi32(x.v, y.v)};
+}
+EPI_INLINE U16 max_unsigned(U16 x, U16 y) {
+  return {_mm512_max_epu32(x.v, y.v)};
+}
+EPI_INLINE U16 load_words(const void* p) {
+  return {_mm512_loadu_si512(p)};
+}
+EPI_INLINE U16 where_positive(U16 x, U16 sign) {
+  return {_mm512_maskz_mov_epi32(_mm512_test_epi32_mask(sign.v, sign.v), x.v)};
+}
+EPI_INLINE F16 add_exact_product(F16 x, F16 y, F16 z) {
+  return {_mm512_fmadd_ps(x.v, y.v, z.v)};
+}
+EPI_INLINE uint32_t largest(U16 x) {
+  return static_cast<uint32_t>(_mm512_reduce_max_epu32(x.v));
+}
+
+// Thirty-two codes as halves, the even and the odd elements apart: half_of_code(), by the processor's
+// own conversion.
+template <bool kSigned>
+EPI_INLINE Pair load_codes(const uint8_t* p) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (kSigned) {  // the sign stays where it is and the rest moves down past two bits, cleared then
+    const __m256i bits = _mm256_set1_epi16(static_cast<short>(0x9FC0));
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 2);
+    const __m256i odd = _mm256_srai_epi16(codes, 2);
+    return {{_mm512_cvtph_ps(_mm256_and_si256(even, bits))}, {_mm512_cvtph_ps(_mm256_and_si256(odd, bits))}};
+  } else {
+    const __m256i bits = _mm256_set1_epi16(0x3FC0);
+    const __m256i even = _mm256_slli_epi16(codes, 6), odd = _mm256_srli_epi16(codes, 2);
+    return {{_mm512_cvtph_ps(_mm256_and_si256(even, bits))}, {_mm512_cvtph_ps(_mm256_and_si256(odd, bits))}};
+  }
+}
+// Sixteen unsigned codes as halves, in order.
+template <class F>
+EPI_INLINE F load_codes_in_order(const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 6))};
+}
+
+// Codes lie in the low bytes of the words' high halves.
+EPI_INLINE void store_bytes(uint8_t* p, __m512i words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(words));
+}
+EPI_INLINE void store_codes(uint8_t* p, U16 even, U16 odd) {
+  store_bytes(p, join_halves(even, odd));
+}
+EPI_INLINE void store_codes_signed(uint8_t* p, U16 even, U16 odd, Pair x) {
+  const __m512i signs = _mm512_srli_epi16(join_halves(bits_of(x.a), bits_of(x.b)), 15);
+  store_bytes(p, _mm512_or_si512(join_halves(even, odd), _mm512_slli_epi16(signs, 7)));
+}
+
+// A bit each of a block's codes that are at least `bound`, at most 255.
+EPI_INLINE uint64_t codes_from(const uint8_t* p, int bound) {
+  return _mm512_cmpge_epu8_mask(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(bound)));
+}
+
+}  // namespace epi::EPI_ISA
