@@ -42,6 +42,15 @@ def target(request) -> Target:
         yield chosen
 
 
+@pytest.fixture
+def two_threads():
+    """Whatever the machine has; what a kernel computes does not depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _choices_do_not_outlive_a_test():
     """A test that puts another backend in place must not decide what later tests step with."""

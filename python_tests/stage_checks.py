@@ -258,6 +258,30 @@ def check_mixed_step(backend: Backend, device: torch.device) -> None:
     assert_same(ours, expected)
 
 
+def check_tails(backend: Backend, device: torch.device, sizes: tuple[int, ...]) -> None:
+    """Every combination of dtypes, 8-bit ones among them, of these sizes in one call."""
+    expected = [t for dtypes in (*DTYPES, *DTYPES_INT8) for t in params(sizes, *dtypes)]
+    ours = copies(expected, device)
+    for _ in range(2):
+        run_step(backend, ours)
+        run_step(REFERENCE, expected)
+    assert_same(ours, expected)
+
+
+def check_spoiled_block(backend: Backend, device: torch.device, dtype: torch.dtype, bad: float) -> None:
+    """A gradient that is not finite, or too large for its square, spoils its block of 64 alone, and for good."""
+    expected = params((300,), dtype, INT8, INT8)
+    expected[0].grad[70] = bad
+    ours = copies(expected, device)
+    for _ in range(2):
+        run_step(backend, ours)
+        run_step(REFERENCE, expected)
+        assert_same(ours, expected)
+    for name in ("exp_avg_sq_scale", "importance_scale"):
+        scales = getattr(ours[0], name).tolist()
+        assert [block for block, scale in enumerate(scales) if scale == codec.NONFINITE] == [1], name
+
+
 def check_magnitudes(backend: Backend, device: torch.device) -> None:
     """8-bit states of gradients over all exponents: tiny blocks, blocks at the code's end, zero blocks."""
     exponents = torch.arange(-150, 129, dtype=torch.float64).repeat_interleave(codec.BLOCK)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from epi_kernels.kernels_report import sass
 from epi_kernels.kernels_report.cuda_kernels import build_support
 from python_tests import cuda_emulation
 
@@ -60,16 +61,9 @@ class Compiled:
             found[block.split("'")[0]] = (int(registers[1]), sum(spills))
         return found
 
-    def sass(self) -> dict[str, list[str]]:
-        """Opcodes of every kernel, in order."""
-        dump = subprocess.run(
-            [disassembler() or "", "--dump-sass", str(self.binary)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        opcode = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-        return {part.split("\n", 1)[0]: opcode.findall(part) for part in dump.split("Function : ")[1:]}
+    def kernels(self) -> dict[str, sass.Kernel]:
+        """What the disassembler makes of every kernel, by short name."""
+        return {short(kernel.name): kernel for kernel in sass.read_cubin(self.binary, disassembler() or "")}
 
 
 def _cached(source: Path, command: list[str], suffix: str) -> tuple[Path, str]:
@@ -116,7 +110,7 @@ def compiled() -> dict[tuple[str, str], Compiled]:
 
 def short(mangled: str) -> str:
     """step_kernel<f, t, Shared> from _ZN3epi4cuda...: t is uint16_t, a bfloat16's word."""
-    match = re.search(r"\d+((?:[a-z]+_)+kernel)(?:I([ft])([ft])(f|t|NS0_16SharedImportanceE)E)?", mangled)
+    match = re.search(r"\d+((?:[a-z]+_)+kernel)(?:I([ft])([fth])(f|t|h|NS0_16SharedImportanceE)E)?", mangled)
     assert match, mangled
     if match[2] is None:
         return match[1]
@@ -144,29 +138,28 @@ def test_no_kernel_spills(compiled):
     assert [row for row in rows if row[-1] != 0] == []
 
 
-WIDTH = {"f": 4, "t": 2}
+WIDTH = {"f": 4, "t": 2, "h": 1}
 
 
 @pytest.mark.skipif(disassembler() is None, reason="no cuobjdump, neither the toolkit's nor Triton's")
+@pytest.mark.parametrize("source", ["step", "step_codes"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_full_chunks_move_16_bytes_at_a_time(arch, compiled):
-    if ("step", arch) not in compiled:
+def test_full_chunks_move_16_bytes_at_a_time(arch, source, compiled):
+    if (source, arch) not in compiled:
         pytest.skip(f"this nvcc cannot compile for sm_{arch}")
-    kernels = {short(name): ops for name, ops in compiled["step", arch].sass().items()}
+    kernels = compiled[source, arch].kernels()
     assert len(kernels) == 24
-    for name, ops in kernels.items():
+    for name, kernel in kernels.items():
         param, state, importance = re.search(r"<(.), (.), (\w+)>", name).groups()
         tensors = [param, param, state, state] + [importance] * (importance != "Shared")
-        elements = 8 if "t" in tensors else 4
+        elements = 16 // min(WIDTH[t] for t in tensors)
         accesses = sum(elements * WIDTH[t] // 16 for t in tensors)
-        memory = [op for op in ops if re.match(r"(LD|ST)[GL]?\.", op)]
-        assert not [op for op in memory if re.match(r"(LD|ST)L?\.", op)], f"{name}: local or generic accesses"
-        wide = [i for i, op in enumerate(memory) if op.endswith("E.128")]
-        loop = memory[wide[0] : wide[-1] + 1]
-        # the tables are read before the loop, single elements after it; between them: the mask byte
-        assert set(loop) <= {"LDG.E.128", "STG.E.128", "LDG.E.U8"}, f"{name}: {sorted(set(loop))}"
-        assert loop.count("LDG.E.128") % accesses == 0 == loop.count("STG.E.128") % accesses, name
-        assert loop.count("LDG.E.128") >= accesses and loop.count("STG.E.128") >= accesses, name
+        assert not {i.base for i in kernel.instructions} & {"LD", "ST", "LDL", "STL"}, name
+        loads, stores = (dict(sass.widths(kernel.hot_loop, base)) for base in ("LDG", "STG"))
+        # beside them: the mask's bytes, the scales of codes
+        assert loads.keys() == {128, 8}, f"{name}: loads {loads}"
+        assert stores.keys() == ({128, 8} if "h" in tensors else {128}), f"{name}: stores {stores}"
+        assert loads[128] % accesses == 0 == stores[128] % accesses and loads[128] and stores[128], name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

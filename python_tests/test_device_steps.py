@@ -54,16 +54,44 @@ def test_a_device_that_counts_skips_steps_without_a_word_to_the_host(device_targ
             found = torch.tensor(float(number in skipped_at), device=device_target.device)
             on_device = backend != "reference"
             optimizer.found_inf = found.as_subclass(Unread) if on_device else found
-            optimizer.grad_scale = torch.tensor(2.0, device=device_target.device)
+            scale = torch.tensor(2.0, device=device_target.device)
+            optimizer.grad_scale = scale.as_subclass(Unread) if on_device else scale
             # a host that does not know what was skipped may have to look where a refresh could be due
             Unread.forbidden = on_device and not optimizer._refresh_may_follow()
             optimizer.step()
             Unread.forbidden = False
             report = optimizer.isolation_report()
             reports.append(None if report is None else report.as_dict())
-        runs.append((reports, repr(optimizer.state_dict()), [p.detach().clone() for p in params.values()]))
-    assert runs[0][:2] == runs[1][:2]
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
+        saved = optimizer.state_dict()
+        assert saved["param_groups"][0]["isolation_step"] == 19 - len(skipped_at)
+        states = [value.cpu() for state in saved["state"].values() for _, value in sorted(state.items())]
+        runs.append((reports, [*states, *(p.detach().cpu() for p in params.values())]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_a_host_that_looks_would_be_noticed():
+    params = small_model()
+    optimizer = make(params, backend="reference")
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    optimizer.found_inf = torch.tensor(0.0).as_subclass(Unread)
+    with pytest.raises(AssertionError, match="waited for the device"):
+        optimizer.step()
+
+
+def test_a_step_that_fails_is_no_skipped_step(device_target: Target):
+    """T stands where it stood, though found_inf said to skip."""
+    params = small_model(device=device_target.device)
+    optimizer = make(params, mask_interval=100, backend=device_target.backend)
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.found_inf = torch.tensor(1.0, device=device_target.device)
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["isolation_step"] == 1
 
 
 def test_the_host_looks_once_where_a_refresh_may_be_due(device_target: Target):

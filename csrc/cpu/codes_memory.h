@@ -17,95 +17,46 @@ EPI_INLINE Pair pair(CodeF x) {
   return {x.a, x.b};
 }
 
-// Where a block's tensors lie. S: uint8_t where the moments are codes.
+// Where a block's tensors lie. S: uint8_t where the moments are codes. At most one of the importances is
+// there.
 template <class P, class S>
-struct CodedPointers {
-  P* param;
-  P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
+struct CodedPointers : StepPointers<P, S> {
+  uint8_t* importance_u8;
   uint8_t* exp_avg_scale;
   uint8_t* exp_avg_sq_scale;
-  // at most one of the three is there: the parameter's own importance
-  float* importance_f32;
-  uint16_t* importance_bf16;
-  uint8_t* importance_u8;
   uint8_t* importance_scale;
 
   // What comes after the block that starts at element i.
   template <bool kOwn>
   EPI_INLINE void prefetch(int64_t i) const {
-    ahead(param + i), ahead(grad + i), ahead(exp_avg + i), ahead(exp_avg_sq + i);
-    if constexpr (kOwn) {
-      if (importance_f32 != nullptr) ahead(importance_f32 + i);
-      if (importance_bf16 != nullptr) ahead(importance_bf16 + i);
-      if (importance_u8 != nullptr) ahead(importance_u8 + i);
-    }
-  }
-  template <class T>
-  static EPI_INLINE void ahead(const T* p) {
-    const char* line = reinterpret_cast<const char*>(p) + kPrefetchBytes;
-    for (size_t i = 0; i < kCodeBlock * sizeof(T); i += 64) __builtin_prefetch(line + i);
+    StepPointers<P, S>::template prefetch<kOwn, kCodeBlock>(i);
+    if (kOwn && importance_u8 != nullptr) this->template ahead<kCodeBlock>(importance_u8 + i);
   }
 };
 
 template <class P, class S>
 EPI_INLINE CodedPointers<P, S> coded_pointers(TableRow row) {
-  const int64_t flags = row[kFlags];
-  const bool u8 = (flags & kImportanceInt8) != 0, bf16 = (flags & kImportanceBf16) != 0;
-  return {pointer<P>(row, kParam),
-          pointer<P>(row, kGrad),
-          pointer<S>(row, kExpAvg),
-          pointer<S>(row, kExpAvgSq),
-          pointer<uint8_t>(row, kExpAvgScale),
-          pointer<uint8_t>(row, kExpAvgSqScale),
-          u8 || bf16 ? nullptr : pointer<float>(row, kImportance),
-          bf16 ? pointer<uint16_t>(row, kImportance) : nullptr,
-          u8 ? pointer<uint8_t>(row, kImportance) : nullptr,
+  const bool own = (row[kFlags] & kImportanceInt8) != 0;
+  return {step_pointers<P, S>(row), own ? pointer<uint8_t>(row, kImportance) : nullptr,
+          pointer<uint8_t>(row, kExpAvgScale), pointer<uint8_t>(row, kExpAvgSqScale),
           pointer<uint8_t>(row, kImportanceScale)};
 }
 
-// The last, incomplete block: copied here, followed by zeros, updated as a whole, copied back. Zeros
-// stay zeros, and no block's largest value is one of them.
+// The last, incomplete block. Zeros stay zeros, and no block's largest value is one of them.
 template <class P, class S>
 struct CodedTail {
-  P param[kCodeBlock] = {}, grad[kCodeBlock] = {};
-  S exp_avg[kCodeBlock] = {}, exp_avg_sq[kCodeBlock] = {};
-  float importance_f32[kCodeBlock] = {};
-  uint16_t importance_bf16[kCodeBlock] = {};
+  StepTail<P, S, kCodeBlock> tensors;
   uint8_t importance_u8[kCodeBlock] = {};
 
-  __attribute__((noinline)) CodedPointers<P, S> load(const CodedPointers<P, S>& p, int64_t i, int count) {
+  CodedPointers<P, S> load(const CodedPointers<P, S>& p, int64_t i, int count) {
     const int64_t block = i / kCodeBlock;
-    copy(param, p.param + i, count);
-    copy(grad, p.grad + i, count);
-    copy(exp_avg, p.exp_avg + i, count);
-    copy(exp_avg_sq, p.exp_avg_sq + i, count);
-    CodedPointers<P, S> here{param,
-                             grad,
-                             exp_avg,
-                             exp_avg_sq,
-                             p.exp_avg_scale + block,
-                             p.exp_avg_sq_scale + block,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             p.importance_scale + block};
-    if (p.importance_f32 != nullptr) copy(here.importance_f32 = importance_f32, p.importance_f32 + i, count);
-    if (p.importance_bf16 != nullptr)
-      copy(here.importance_bf16 = importance_bf16, p.importance_bf16 + i, count);
+    CodedPointers<P, S> here{tensors.load(p, i, count), nullptr, p.exp_avg_scale + block,
+                             p.exp_avg_sq_scale + block, p.importance_scale + block};
     if (p.importance_u8 != nullptr) copy(here.importance_u8 = importance_u8, p.importance_u8 + i, count);
     return here;
   }
-
-  __attribute__((noinline)) void store(const CodedPointers<P, S>& p, int64_t i, int count,
-                                       bool with_grad) const {
-    copy(p.param + i, param, count);
-    if (with_grad) copy(p.grad + i, grad, count);
-    copy(p.exp_avg + i, exp_avg, count);
-    copy(p.exp_avg_sq + i, exp_avg_sq, count);
-    if (p.importance_f32 != nullptr) copy(p.importance_f32 + i, importance_f32, count);
-    if (p.importance_bf16 != nullptr) copy(p.importance_bf16 + i, importance_bf16, count);
+  void store(const CodedPointers<P, S>& p, int64_t i, int count, bool with_grad) const {
+    tensors.store(p, i, count, with_grad);
     if (p.importance_u8 != nullptr) copy(p.importance_u8 + i, importance_u8, count);
   }
 };

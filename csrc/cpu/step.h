@@ -151,7 +151,7 @@ void step_range(TableRow row, int64_t start, int64_t stop, const StepArguments& 
     }
     for (; i < end; i += kPair) {
       const int count = end - i < kPair ? static_cast<int>(end - i) : kPair;
-      StepTail<P, S> tail;
+      StepTail<P, S, kPair> tail;
       step_pair<kOwn, kSplit, kStochastic>(x, tail.load(p, i, count), 0, mask_bits(mask, i, count), index);
       index = index + x.pace;
       tail.store(p, i, count, a.has_grad_multiplier);

@@ -41,29 +41,28 @@ struct StepPointers {
   template <int kElements, class T>
   static EPI_INLINE void ahead(const T* p) {
     const char* line = reinterpret_cast<const char*>(p) + kPrefetchBytes;
-    __builtin_prefetch(line);
-    if constexpr (sizeof(T) * kElements > 64) __builtin_prefetch(line + 64);
+    for (size_t i = 0; i < sizeof(T) * kElements; i += 64) __builtin_prefetch(line + i);
   }
 };
 
 template <class P, class S>
 EPI_INLINE StepPointers<P, S> step_pointers(TableRow row) {
-  const bool own_bf16 = (row[kFlags] & kImportanceBf16) != 0;
+  const bool bf16 = (row[kFlags] & kImportanceBf16) != 0, int8 = (row[kFlags] & kImportanceInt8) != 0;
   return {pointer<P>(row, kParam),
           pointer<P>(row, kGrad),
           pointer<S>(row, kExpAvg),
           pointer<S>(row, kExpAvgSq),
-          own_bf16 ? nullptr : pointer<float>(row, kImportance),
-          own_bf16 ? pointer<uint16_t>(row, kImportance) : nullptr};
+          bf16 || int8 ? nullptr : pointer<float>(row, kImportance),
+          bf16 ? pointer<uint16_t>(row, kImportance) : nullptr};
 }
 
-// The last, incomplete pair of vectors: copied here, updated as a whole, copied back.
-template <class P, class S>
+// The last, incomplete unit of a range: copied here, followed by zeros, updated as a whole, copied back.
+template <class P, class S, int kElements>
 struct StepTail {
-  P param[kPair] = {}, grad[kPair] = {};
-  S exp_avg[kPair] = {}, exp_avg_sq[kPair] = {};
-  float importance_f32[kPair] = {};
-  uint16_t importance_bf16[kPair] = {};
+  P param[kElements] = {}, grad[kElements] = {};
+  S exp_avg[kElements] = {}, exp_avg_sq[kElements] = {};
+  float importance_f32[kElements] = {};
+  uint16_t importance_bf16[kElements] = {};
 
   __attribute__((noinline)) StepPointers<P, S> load(const StepPointers<P, S>& p, int64_t i, int count) {
     copy(param, p.param + i, count);

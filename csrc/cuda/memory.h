@@ -9,8 +9,6 @@
 
 namespace epi::cuda {
 
-namespace math = epi::scalar;
-
 #if defined(__CUDACC__)
 using Pair = uint2;
 using Quad = uint4;
@@ -133,9 +131,9 @@ template <bool kSigned, class T, int N>
 EPI_KERNEL Pack<float, N> values(const Pack<T, N>& r, uint32_t scale) {
   Pack<float, N> x;
   if constexpr (kCodes<T>) {
-    const float factor = math::code_factor<kSigned>(scale);
+    const float factor = math::Block<kSigned>::of_scale(scale).factor();
 #pragma unroll
-    for (int i = 0; i < N; ++i) x.v[i] = math::decode<kSigned>(r.v[i], factor);
+    for (int i = 0; i < N; ++i) x.v[i] = decode<kSigned>(r.v[i], factor);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) x.v[i] = widen(r.v[i]);

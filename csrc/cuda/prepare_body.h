@@ -30,8 +30,8 @@ EPI_KERNEL void prepare_row(const PrepareArgs& args, int64_t r) {
   const double lr = hyper[0], beta1 = hyper[1], beta2 = hyper[2], eps = hyper[3];
   const double root = sqrt(1.0 - power(beta2, t));
   float* scalars = args.scalars + r * math::kStepScalars;
-  scalars[6] = static_cast<float>(eps * root);
-  scalars[8] = static_cast<float>(lr * root / (1.0 - power(beta1, t)));
+  scalars[math::kEpsScalar] = static_cast<float>(eps * root);
+  scalars[math::kStepSizeScalar] = static_cast<float>(lr * root / (1.0 - power(beta1, t)));
 
   const uint32_t rng_id = static_cast<uint32_t>(row[kRngKey]);
   row[kRngKey] = math::mix<float>(math::mix<float>(args.mixed_seed ^ static_cast<uint32_t>(t)) ^ rng_id);

@@ -74,15 +74,15 @@ EPI_KERNEL void store_state(const Block& block, T* p, uint8_t* scales, int64_t s
     uint32_t top = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const uint32_t magnitude = math::magnitude_word<kSigned>(x.v[j]);
+      const uint32_t magnitude = magnitude_word<kSigned>(x.v[j]);
       if ((kWide || j < count) && magnitude > top) top = magnitude;
     }
-    const math::CodeScale<kSigned> scale(block.group_max(top));
+    const auto scaling = math::Block<kSigned>::of_values(block.group_max(top));
 #pragma unroll
-    for (int j = 0; j < N; ++j) r.v[j] = static_cast<T>(math::encode<kSigned>(x.v[j], random(j), scale));
-    x = values<kSigned>(r, scale.stored());
+    for (int j = 0; j < N; ++j) r.v[j] = static_cast<T>(encode<kSigned>(x.v[j], random(j), scaling));
+    x = values<kSigned>(r, scaling.scale());
     if (count > 0 && block.thread() % kGroup == 0) {
-      scales[start / math::kCodeBlock] = static_cast<uint8_t>(scale.stored());
+      scales[start / math::kCodeBlock] = static_cast<uint8_t>(scaling.scale());
     }
   } else {
 #pragma unroll

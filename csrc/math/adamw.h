@@ -18,7 +18,7 @@ struct StepConstants {
   F decay;      // 1 - lr * weight_decay
   F step_size;  // lr * sqrt(1 - beta2^t) / (1 - beta1^t)
 };
-constexpr int kStepScalars = 9;
+constexpr int kStepScalars = 9, kEpsScalar = 6, kStepSizeScalar = 8;
 
 template <class F>
 EPI_INLINE StepConstants<F> step_constants(const float* s) {

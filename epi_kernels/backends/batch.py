@@ -57,13 +57,13 @@ class StepBatch:
     """Parameters with gradients, stepped by one backend on one device.
 
     It may be kept while every tensor but the gradients stays where it is: give it the new ``grads`` then; ``hyper``
-    and ``layer`` of ``tensors`` are read anew at every step. Tensors that share one ``HyperParameters`` object in a row must go on
-    sharing one.
+    and ``layer`` of ``tensors`` are read anew at every step. Neighbours that share one ``HyperParameters`` object
+    must go on sharing one.
     """
 
     def __init__(self, tensors: Sequence[ParamTensors]) -> None:
         self.tensors = list(tensors)
-        self.grads = [item.grad for item in self.tensors]
+        self.grads: Sequence[Tensor | None] = [item.grad for item in self.tensors]
         self.counts = StepCounts([item.step for item in self.tensors if item.step is not None])
         self.rng_ids = np.array([item.rng_id for item in self.tensors], dtype=np.int64)
         # tensors[start:stop] share their hyper-parameters

@@ -184,10 +184,11 @@ class CudaBackend:
         device = batch.tensors[0].param.device
         none = torch.empty(0, device=device)
         multiplier = none if grad_scale is None else torch.empty(1, device=device)
+        constants = batch.constants()
         for kind, chosen in _by_dtypes(pointers.rows):
-            constants = tuple(part[chosen] for part in batch.constants())
+            of_kind = tuple(part[chosen] for part in constants)
             work = self._work(
-                device, pointers.rows[chosen], constants, _STEP_POINTERS, by_layer=stats is not None
+                device, pointers.rows[chosen], of_kind, _STEP_POINTERS, by_layer=stats is not None
             )
             self._ops.cuda_prepare(
                 work.rows,
@@ -298,10 +299,20 @@ class CudaBackend:
         rows[:, table_.FLAGS] |= np.where(aligned(rows, pointers), ALIGNED, 0)
         runs = np.zeros(len(rows), dtype=np.int64)
         runs[: len(layout.runs)] = layout.runs
-        words = [_as_words(part[order]) for part in constants] or [np.empty(0, np.int64)] * 2
-        parts = upload(device, [rows, layout.programs, runs, layout.run_slots, *words])
-        scalars, hyper = parts[4].view(torch.float32), parts[5].view(torch.float64)
-        return DeviceWork(layout, *parts[:4], scalars, hyper)
+        words = [_as_words(part[order]) for part in constants]
+        device_rows, programs, device_runs, run_slots, *step_only = upload(
+            device, [rows, layout.programs, runs, layout.run_slots, *words]
+        )
+        scalars, hyper = step_only or (device_rows[:0], device_rows[:0])
+        return DeviceWork(
+            layout,
+            device_rows,
+            programs,
+            device_runs,
+            run_slots,
+            scalars.view(torch.float32),
+            hyper.view(torch.float64),
+        )
 
     def _merge(self, work: DeviceWork, partials: Tensor, stats: LayerStats) -> None:
         self._ops.cuda_merge_stats(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epi_kernels.optim.moments import read_moment
-from epi_kernels.optim.state import bare_name
+from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.moments import read_moment, write_moment
+from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, shares_importance
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,25 @@ def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> 
         raise ValueError("the source carries no importance: it has no state for any of these parameters")
     labels = names if names is not None else [f"param_{i}" for i in range(len(params))]
     return [_take(entry, param, label) for entry, param, label in zip(matched, params, labels, strict=True)]
+
+
+def fresh_states(
+    entries: Sequence[Entry],
+    carried: Sequence[Carried | None],
+    state_of: Mapping[Tensor, Mapping[str, Any]],
+    config: IsolationConfig,
+) -> list[dict[str, Any]]:
+    """States to start a stage from: carried importance, masks as they are, exp_avg zero."""
+    fresh = []
+    for (group, param, _, _), taken in zip(entries, carried, strict=True):
+        old = state_of.get(param, {})
+        state: dict[str, Any] = {key: old[key] for key in MASK_KEYS if key in old}
+        if taken is not None or state:
+            complete_state(state, param, group, config)
+        if taken is not None:
+            shared = shares_importance(group)
+            write_moment(state, "exp_avg_sq" if shared else "importance", taken.importance)
+            if shared:
+                state["step"].copy_(taken.step)
+        fresh.append(state)
+    return fresh

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import choose
+from epi_kernels.optim.arguments import check_parameter
 from epi_kernels.optim.moments import INT8, MOMENT_KEYS, SCALE_OF
 from epi_kernels.optim.state import MASK_KEYS, shares_importance
 from epi_kernels.reference.bits import packed_bytes
@@ -23,6 +24,31 @@ class Entry(NamedTuple):
     param: Tensor
     name: str
     rng_id: int  # CRC-32 of the name, or the position when unnamed
+
+
+def check_parameters(
+    params: Any, names: dict[str, Tensor], *, requested_backend: str, needs_names: bool
+) -> None:
+    """What a group brings, before it joins: tensors or (name, tensor) pairs. ``names``: those taken.
+
+    Raises:
+        ValueError: a dtype that no backend steps, a name that is taken, or missing where names are needed.
+    """
+    for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
+        named = isinstance(entry, tuple) and len(entry) == 2
+        name, param = entry if named else (f"param_{position}", entry)
+        if isinstance(param, Tensor):  # torch itself refuses what is not
+            check_parameter(param, str(name))
+            choose(requested_backend, param.device, param.dtype)
+            if named and names.setdefault(str(name), param) is not param:
+                raise ValueError(
+                    f"two parameters are named {name!r}: names choose layers, random numbers and what importance "
+                    "is carried; prefix the names of one model"
+                )
+        if needs_names and not named:
+            raise ValueError(
+                "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
+            )
 
 
 def check_gradient(entry: Entry, requested_backend: str) -> None:

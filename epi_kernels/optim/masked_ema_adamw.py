@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from epi_kernels.backends import choose
 from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.clock import SkippedSteps
-from epi_kernels.optim.entries import Entry, check_state, param_tensors
-from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, write_moment
+from epi_kernels.optim.entries import Entry, check_parameters
+from epi_kernels.optim.masks import check_mask, install_mask
 from epi_kernels.optim.plan import StepPlan
-from epi_kernels.optim.refresh import Partition, StatsByDevice, refresh
+from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
 from epi_kernels.optim.report import IsolationReport, callers_level
+from epi_kernels.optim.skipped import SkippedSteps
 from epi_kernels.policies.layers import LayerTable, build_layers
 from epi_kernels.policies.schedule import may_be_due, refresh_due
 from epi_kernels.reference import bits
@@ -161,31 +160,15 @@ class MaskedEMAAdamW(Optimizer):
         arguments.check_param_group(group)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
-        self._check_parameters(group["params"])
+        check_parameters(
+            group["params"],
+            {entry.name: entry.param for entry in self._parameters()},
+            requested_backend=self._config.backend,
+            needs_names=self._config.layer_key is not None,
+        )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[_VERSION] = state_.STATE_VERSION
         super().add_param_group(group)
-
-    def _check_parameters(self, params: Any) -> None:
-        entries = [params] if isinstance(params, Tensor) else params
-        names = {entry.name: entry.param for entry in self._parameters()}
-        for position, entry in enumerate(entries):
-            named = isinstance(entry, tuple) and len(entry) == 2
-            name, param = entry if named else (f"param_{position}", entry)
-            if isinstance(param, Tensor):  # torch itself refuses what is not
-                arguments.check_parameter(param, name)
-                choose(self._config.backend, param.device, param.dtype)
-            if named and isinstance(param, Tensor):
-                owner = names.setdefault(name, param)
-                if owner is not param:
-                    raise ValueError(
-                        f"two parameters are named {name!r}: names choose layers, random numbers and what importance "
-                        "is carried; prefix the names of one model"
-                    )
-            if self._config.layer_key is not None and not named:
-                raise ValueError(
-                    "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
-                )
 
     def _parameters(self) -> Iterator[Entry]:
         """Every parameter in order; unnamed ones go by position."""
@@ -227,15 +210,12 @@ class MaskedEMAAdamW(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        plan = self._step_plan(params, grads)
-        if found_inf is not None:
-            if plan.counts_on_device and not self._refresh_may_follow():
-                self._skipped.note(found_inf)
-            else:
-                self._settle()
-                if bool(found_inf):
-                    return loss
-                found_inf = None
+        plan = self._step_plan(params, grads, written=grad_scale is not None)
+        if found_inf is not None and (self._refresh_may_follow() or not plan.counts_on_device):
+            self._settle()
+            if bool(found_inf):
+                return loss
+            found_inf = None
 
         config, step = self._config, self._isolation_step + 1
         due = found_inf is None and refresh_due(
@@ -245,15 +225,18 @@ class MaskedEMAAdamW(Optimizer):
         stats = None if layers is None else StatsByDevice(len(layers.names), config)
         plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
         self._set_isolation_step(step)
+        if found_inf is not None:  # the device knows whether it was a step
+            self._skipped.note(found_inf)
         if layers is not None and stats is not None:
             self._refresh(layers, stats, covered=plan.covered())
         return loss
 
-    def _step_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> StepPlan:
+    def _step_plan(self, params: list[Tensor], grads: list[Tensor | None], *, written: bool) -> StepPlan:
         """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
         if self._plan is None or not self._plan.fits(params, grads, self.state):
             self._plan = None
-            self._plan = StepPlan(list(self._parameters()), self.state, self._config)
+            entries = list(self._parameters())
+            self._plan = StepPlan(entries, self.state, self._config, written=written)
         return self._plan
 
     # ---------------------------------------------------------------- T, where a device may skip steps
@@ -262,7 +245,8 @@ class MaskedEMAAdamW(Optimizer):
         """Whether a refresh follows the step at hand, for any number of steps that were skipped unread."""
         last = self._isolation_step + 1
         first = last - self._skipped.unread
-        return may_be_due(first, last, interval=self._config.mask_interval, warmup=self._config.mask_warmup)
+        interval, warmup = self._config.mask_interval, self._config.mask_warmup
+        return self._config.isolation_ratio > 0 and may_be_due(first, last, interval=interval, warmup=warmup)
 
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
@@ -286,26 +270,10 @@ class MaskedEMAAdamW(Optimizer):
 
     def _refresh(self, layers: LayerTable, stats: StatsByDevice, covered: set[Tensor]) -> IsolationReport:
         """Stages 2 to 4; ``covered`` are the parameters whose stats the step has already reduced."""
-        stateless = [0] * len(layers.names)
-        partitions: dict[tuple[str, torch.device], Partition] = {}
         entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
-        for entry in entries:
-            check_state(entry, self.state.get(entry.param, {}))
-        for group, param, _, _ in entries:
-            row, state = layers.row_of[param], self.state.get(param)
-            if not state:
-                stateless[row] += param.numel() if group["isolate"] else 0
-                continue
-            state_.complete_state(state, param, group, self._config)
-            backend = choose(self._config.backend, param.device, param.dtype).backend
-            key = (backend.name, param.device)
-            part = partitions.setdefault(key, Partition(param.device, backend, [], []))
-            tensors = param_tensors(param, state, group, row)
-            part.tensors.append(tensors)
-            if group["isolate"] and param not in covered:
-                part.stats_pending.append(tensors)
+        partitions, stateless = partition(entries, self.state, layers, covered, self._config)
         step = self._isolation_step
-        self._report = refresh(list(partitions.values()), layers, stateless, stats, self._config, step)
+        self._report = refresh(partitions, layers, stateless, stats, self._config, step)
         self._warn_after_refresh(self._report, layers)
         return self._report
 
@@ -358,27 +326,10 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
         group = self._group_of(param)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.shape != param.shape:
-            raise ValueError(
-                f"mask must have the parameter's shape {list(param.shape)}, got {list(mask.shape)}"
-            )
-        if mask.device != param.device:
-            raise ValueError(f"mask must be on the parameter's device {param.device}, got {mask.device}")
-        state, packed = self.state[param], bits.pack(mask)
+        check_mask(mask, param)
+        state = self.state[param]
         state_.complete_state(state, param, group, self._config)
-        current = state.setdefault("isolation_mask", state_.zero_mask(param))
-        lasting = state.pop("persistent_mask", None)
-        if persistent:
-            others = current if lasting is None else current & ~lasting
-            state["isolation_mask"] = others | packed
-            if bool(packed.any()):
-                state["persistent_mask"] = packed
-        elif lasting is None:
-            state["isolation_mask"] = packed
-        else:
-            state["isolation_mask"], state["persistent_mask"] = packed | lasting, lasting
+        install_mask(state, param, mask, persistent=persistent)
 
     @torch.no_grad()
     def carry_importance(self, source: Optimizer | dict[str, Any]) -> None:
@@ -398,18 +349,7 @@ class MaskedEMAAdamW(Optimizer):
         named = all("param_names" in group for group in self.param_groups)
         names = [name for _, _, name, _ in entries] if named else None
         carried = carry.match_source(source, params, names)
-        fresh: list[dict[str, Any]] = []
-        for (group, param, _, _), taken in zip(entries, carried, strict=True):
-            old = self.state.get(param, {})
-            state = {key: old[key] for key in state_.MASK_KEYS if key in old}
-            if taken is not None or state:
-                state_.complete_state(state, param, group, self._config)
-            if taken is not None:
-                shared = state_.shares_importance(group)
-                write_moment(state, "exp_avg_sq" if shared else "importance", taken.importance)
-                if shared:
-                    state["step"].copy_(taken.step)
-            fresh.append(state)
+        fresh = carry.fresh_states(entries, carried, self.state, self._config)
         for param, state in zip(params, fresh, strict=True):
             if state:
                 self.state[param] = state
@@ -422,15 +362,7 @@ class MaskedEMAAdamW(Optimizer):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters."""
-        kinds = (*MOMENT_KEYS, *state_.MASK_KEYS)
-        kind_of = {key: key for key in kinds} | {scale: key for key, scale in SCALE_OF.items()}
-        sizes: dict[str, int] = dict.fromkeys((*kinds, "other"), 0)
-        for state in self.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    sizes[kind_of.get(key, "other")] += value.numel() * value.element_size()
-        sizes["total"] = sum(sizes.values())
-        return sizes
+        return state_.bytes_by_kind(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here."""

@@ -47,21 +47,19 @@ def read_moment(entry: Mapping[str, Any], key: str, shape: torch.Size, what: str
     if isinstance(value, Tensor) and value.shape == shape:
         if value.is_floating_point() and scales is None:
             return value.detach()
-        if value.dtype == INT8 and _fits_codes(scales, value):
+        n_scales = codec.scale_bytes(value.numel())
+        if (
+            value.dtype == INT8
+            and isinstance(scales, Tensor)
+            and scales.dtype == torch.uint8
+            and scales.shape == (n_scales,)
+        ):
             codes = value.detach().reshape(-1)
             return codec.decode(codes, scales.to(codes.device), signed=key == "exp_avg").view(shape)
     got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
     raise ValueError(
         f"{what}: {key} must be floats of shape {list(shape)}, or uint8 codes with {SCALE_OF[key]} "
         f"(uint8, one a block of {codec.BLOCK}), got {got}"
-    )
-
-
-def _fits_codes(scales: Any, codes: Tensor) -> bool:
-    return (
-        isinstance(scales, Tensor)
-        and scales.dtype == torch.uint8
-        and scales.shape == (codec.scale_bytes(codes.numel()),)
     )
 
 

@@ -6,7 +6,7 @@ once, notes what it relied on, and serves until one comparison with the notes fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -44,12 +44,19 @@ class StepPlan:
     """
 
     def __init__(
-        self, entries: Sequence[Entry], state_of: Mapping[Tensor, dict[str, Any]], config: IsolationConfig
+        self,
+        entries: Sequence[Entry],
+        state_of: Mapping[Tensor, dict[str, Any]],
+        config: IsolationConfig,
+        *,
+        written: bool,  # a loss scale will be divided out of the gradients
     ) -> None:
         self._all_params = [entry.param for entry in entries]
         stepped = [entry for entry in entries if entry.param.grad is not None]
         for entry in stepped:
             check_gradient(entry, config.backend)
+            if written:
+                check_written_gradient(entry)
             check_state(entry, state_of.get(entry.param, {}))
         groups = list({id(entry.group): entry.group for entry in stepped}.values())
         # before there is state: a value that cannot be computed with must leave none behind
@@ -64,7 +71,6 @@ class StepPlan:
         batches: dict[tuple[str, torch.device], tuple[Backend, list[ParamTensors], list[int]]] = {}
         counted: dict[torch.device, list[dict[str, Any]]] = {}
         backends: list[Backend] = []
-        grads: list[Tensor | None] = []
         for (group, param, _, _), state in zip(stepped, states, strict=True):
             complete_state(state, param, group, config)
             backend = choose(config.backend, param.device, param.dtype).backend
@@ -73,15 +79,15 @@ class StepPlan:
             counted.setdefault(device, []).append(state)
         for device, states_there in counted.items():
             share_steps(states_there, device)
-        for (group, param, _, rng_id), state, backend in zip(stepped, states, backends, strict=True):
+        for position, (entry, state, backend) in enumerate(zip(stepped, states, backends, strict=True)):
+            group, param, _, rng_id = entry
             tensors = param_tensors(param, state, group, layer=-1)
             tensors.step, tensors.rng_id = state["step"], rng_id
             tensors.hyper, tensors.maximize = hyper_of[id(group)], group["maximize"]
             rows_of[id(group)].append(tensors)
             _, batch, positions = batches.setdefault((backend.name, param.device), (backend, [], []))
-            positions.append(len(grads))
+            positions.append(position)
             batch.append(tensors)
-            grads.append(param.grad)
         self._batches = [
             _Share(device, backend, StepBatch(batch), positions)
             for (_, device), (backend, batch, positions) in batches.items()
@@ -89,7 +95,7 @@ class StepPlan:
         # what the plan relies on
         self._fixed = self._switches()
         self._missing = [param.grad is None for param in self._all_params]
-        self._state_tensors = list(_values(state_of))
+        self._state_addresses = _state_addresses(state_of)
         self._addresses = _addresses(self._params)
         on_cpu = all(param.is_cpu for param in self._params)
         attributes = (_DTYPE, _IS_CPU if on_cpu else _DEVICE, _SHAPE, _LAYOUT)
@@ -97,8 +103,8 @@ class StepPlan:
 
     @property
     def counts_on_device(self) -> bool:
-        """No part of the step reads a scalar on the host."""
-        return all(share.backend.counts_on_device for share in self._batches)
+        """There is a step, and no part of it reads a scalar on the host."""
+        return len(self._batches) > 0 and all(share.backend.counts_on_device for share in self._batches)
 
     def fits(
         self,
@@ -113,12 +119,11 @@ class StepPlan:
         if [grad is None for grad in grads] != self._missing:
             return False
         present = [grad for grad in grads if grad is not None]
-        states = list(_values(state_of))
         return (
-            len(states) == len(self._state_tensors)
-            and all(map(is_, states, self._state_tensors))
-            and self._switches() == self._fixed
+            self._switches() == self._fixed
             and np.array_equal(_addresses(self._params), self._addresses)
+            # what was replaced or moved lies elsewhere, for what the plan holds is still alive
+            and np.array_equal(_state_addresses(state_of), self._state_addresses)
             and all(list(map(of, present)) == like for of, like in self._like)
         )
 
@@ -165,14 +170,11 @@ class StepPlan:
         return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
 
     def _take_hyper_parameters(self) -> None:
-        fresh = [
-            (rows, hyper)
-            for group, rows in self._group_rows
-            if (hyper := _hyper_parameters(group)) != rows[0].hyper
-        ]
+        fresh = [(rows, _hyper_parameters(group, rows[0].hyper)) for group, rows in self._group_rows]
         for rows, hyper in fresh:
-            for tensors in rows:
-                tensors.hyper = hyper
+            if hyper != rows[0].hyper:
+                for tensors in rows:
+                    tensors.hyper = hyper
 
     def _switches(self) -> list[tuple[bool, bool]]:
         return [(group["maximize"], shares_importance(group)) for group, _ in self._group_rows]
@@ -200,8 +202,8 @@ def share_steps(states: Sequence[dict[str, Any]], device: torch.device) -> None:
             state["step"] = step
 
 
-def _hyper_parameters(group: Mapping[str, Any]) -> HyperParameters:
-    """Checked: a schedule may have set them to anything."""
+def _hyper_parameters(group: Mapping[str, Any], known: HyperParameters | None = None) -> HyperParameters:
+    """What the group says now; checked where it is not what is ``known``, for a schedule may have set anything."""
     try:
         beta1, beta2 = group["betas"]
         beta_u = beta2 if group["importance_beta"] is None else group["importance_beta"]
@@ -209,14 +211,18 @@ def _hyper_parameters(group: Mapping[str, Any]) -> HyperParameters:
         hyper = HyperParameters(*map(float, values))
     except (TypeError, ValueError):
         hyper = None
-    if hyper is None or not hyper.in_range:
+    if hyper is None or hyper != known:
         check_group_options({key: group[key] for key in _HYPER_KEYS})
-        raise ValueError(f"a param group has hyper-parameters that cannot be computed with: {values}")
+    assert hyper is not None, "options that pass the check are numbers"
     return hyper
 
 
-def _values(state_of: Mapping[Tensor, dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(map(dict.values, state_of.values()))
+def _state_addresses(state_of: Mapping[Tensor, dict[str, Any]]) -> np.ndarray:
+    values = list(chain.from_iterable(map(dict.values, state_of.values())))
+    try:
+        return _addresses(values)
+    except TypeError:  # somebody keeps things of their own there
+        return _addresses([value for value in values if isinstance(value, Tensor)])
 
 
 def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from epi_kernels.backends import choose
 from epi_kernels.backends.protocol import Backend
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.entries import Entry, check_state, param_tensors
 from epi_kernels.optim.report import IsolationReport
+from epi_kernels.optim.state import complete_state
 from epi_kernels.policies import selection
 from epi_kernels.policies.layers import LayerTable
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
@@ -27,6 +31,37 @@ class Partition:
     backend: Backend
     tensors: list[ParamTensors]
     stats_pending: list[ParamTensors]  # eligible, and not covered by the step that led here
+
+
+def partition(
+    entries: Sequence[Entry],
+    state_of: Mapping[Tensor, dict[str, Any]],
+    layers: LayerTable,
+    covered: set[Tensor],  # parameters whose stats the step has already reduced
+    config: IsolationConfig,
+) -> tuple[list[Partition], list[int]]:
+    """Parameters with state by backend and device; per layer, the eligible elements without any.
+
+    Raises:
+        RuntimeError: a state does not fit its parameter.
+    """
+    for entry in entries:
+        check_state(entry, state_of.get(entry.param, {}))
+    stateless = [0] * len(layers.names)
+    partitions: dict[tuple[str, torch.device], Partition] = {}
+    for group, param, _, _ in entries:
+        row, state = layers.row_of[param], state_of.get(param)
+        if not state:
+            stateless[row] += param.numel() if group["isolate"] else 0
+            continue
+        complete_state(state, param, group, config)
+        backend = choose(config.backend, param.device, param.dtype).backend
+        part = partitions.setdefault((backend.name, param.device), Partition(param.device, backend, [], []))
+        tensors = param_tensors(param, state, group, row)
+        part.tensors.append(tensors)
+        if group["isolate"] and param not in covered:
+            part.stats_pending.append(tensors)
+    return list(partitions.values()), stateless
 
 
 class StatsByDevice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -93,6 +93,19 @@ def _load_param_state(
             state[key] = load_mask(saved[key], param, f"state of {name}, {key}")
     complete_state(state, param, group, config)
     return state
+
+
+def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes of these states, scales with what they scale; ``other`` are the step counters."""
+    kinds = (*MOMENT_KEYS, *MASK_KEYS)
+    kind_of = {key: key for key in kinds} | {scale: key for key, scale in SCALE_OF.items()}
+    sizes: dict[str, int] = dict.fromkeys((*kinds, "other"), 0)
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                sizes[kind_of.get(key, "other")] += value.numel() * value.element_size()
+    sizes["total"] = sum(sizes.values())
+    return sizes
 
 
 def bare_name(name: str) -> str:

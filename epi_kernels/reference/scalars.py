@@ -17,16 +17,6 @@ class HyperParameters(NamedTuple):
     eps: float
     weight_decay: float
 
-    @property
-    def in_range(self) -> bool:
-        lr, beta1, beta2, beta_u, eps, weight_decay = self
-        return (
-            0.0 <= beta1 < 1.0
-            and 0.0 <= beta2 < 1.0
-            and 0.0 <= beta_u < 1.0
-            and all(0.0 <= value < math.inf for value in (lr, eps, weight_decay))
-        )
-
 
 class StepScalars(NamedTuple):
     """What the step needs to know of one parameter's hyper-parameters at its step ``t``.

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtypes", checks.DTYPES, ids=checks.names)
+@pytest.mark.parametrize("dtypes", checks.DTYPES + checks.DTYPES_INT8, ids=checks.names)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_step_and_its_stats(dtypes, shift, stochastic, backend, device):
     checks.check_step(backend, device, dtypes, shift, stochastic)
@@ -22,10 +22,11 @@ def test_step_and_its_stats(dtypes, shift, stochastic, backend, device):
 
 def test_step_of_mixed_dtypes_in_one_call(backend, device):
     checks.check_mixed_step(backend, device)
+    checks.check_tails(backend, device, (1, 17, 63, 64, 65, 4099))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtype", [checks.F32, checks.BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [checks.F32, checks.BF16, checks.INT8], ids=["f32", "bf16", "int8"])
 @pytest.mark.parametrize(("normalization", "factor"), checks.NORMALIZATIONS)
 @pytest.mark.parametrize("domains", [1, 3])
 def test_refresh(domains, factor, normalization, dtype, shift, backend, device):

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from epi_kernels.backends import table
 from epi_kernels.backends.triton.common import mix
+from epi_kernels.reference.scalars import StepScalars
 
 # A tensor's row: the columns of backends/table.py; the float32 scalars, two to a column (StepScalars in its order
 # and the gradient's multiplier); lr, beta1, beta2 and eps as float64.
@@ -24,6 +25,9 @@ _STEP, _RNG_KEY, _FLAGS = tl.constexpr(table.STEP), tl.constexpr(table.RNG_KEY),
 _SKIPPED = tl.constexpr(table.SKIPPED)
 _SCALARS, _HYPER, _ROW = tl.constexpr(SCALARS), tl.constexpr(HYPER), tl.constexpr(ROW)
 _DIGITS = tl.constexpr(POWERING_STEPS)
+_EPS = tl.constexpr(StepScalars._fields.index("eps"))
+_STEP_SIZE = tl.constexpr(StepScalars._fields.index("step_size"))
+_MULTIPLIER = tl.constexpr(table.SCALAR_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["n", "mixed_seed"])
@@ -60,11 +64,11 @@ def prepare_kernel(
         digits = digits >> 1
     root = tl.sqrt(1.0 - power2)
     scalars = (row + _SCALARS).to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(scalars + 6, (eps * root).to(tl.float32), mask=there)
-    tl.store(scalars + 8, (lr * root / (1.0 - power1)).to(tl.float32), mask=there)
+    tl.store(scalars + _EPS, (eps * root).to(tl.float32), mask=there)
+    tl.store(scalars + _STEP_SIZE, (lr * root / (1.0 - power1)).to(tl.float32), mask=there)
     if UNSCALE:
         multiplier = (1.0 / tl.load(grad_scale).to(tl.float64)).to(tl.float32)
-        tl.store(scalars + 9, multiplier + tl.zeros([BLOCK], tl.float32), mask=there)
+        tl.store(scalars + _MULTIPLIER, multiplier + tl.zeros([BLOCK], tl.float32), mask=there)
 
     rng_id = tl.load(row + _RNG_KEY, mask=there, other=0).to(tl.uint32)
     seed = mixed_seed.to(tl.uint32)

@@ -162,6 +162,8 @@ def step_kernel(
             low = first_index + offsets.to(tl.uint32)
             w0 = mix(low ^ tl.where(low < first_index, next_key, key))
             w1 = mix(w0 + 0x9E3779B9)
+        # behind the arithmetic, where it costs no register, but not behind a store, which no load may pass
+        bits = load_row_bits(mask_bytes, begin // 8 + rows * (WIDTH // 8), n_mask_bytes, WIDTH)
         # one row of a block of 64 stores its scale
         stores_scale = row_in_bounds & (rows % (_BLOCK // WIDTH) == 0)
         _store_values(
@@ -173,7 +175,6 @@ def step_kernel(
             STATE, False, STOCHASTIC, FULL, ROWS, WIDTH,
         )  # fmt: skip
         new_raw = _stored(new, w0 & 0xFFFF, PARAM, STOCHASTIC)
-        bits = load_row_bits(mask_bytes, begin // 8 + rows * (WIDTH // 8), n_mask_bytes, WIDTH)
         isolated = ((bits >> columns) & 1) != 0
         store_block(param + offsets, tl.where(isolated, theta_raw, new_raw), in_bounds, FULL)
         if IMPORTANCE != _SHARED:
