@@ -100,7 +100,7 @@ def step_pair(request: pytest.FixtureRequest, plan: Plan) -> Pair:
     ours = our_optimizer(case, params, plan.backend, mask_interval=None)
     torchs = torch.optim.AdamW(params, **HYPER, fused=True)
     torchs.step()
-    for param in params:
+    for param in params if not case.has_codes else ():  # one set of moments for both, where they are alike
         for key in ("exp_avg", "exp_avg_sq"):
             assert torchs.state[param][key].dtype == ours.state[param][key].dtype
             torchs.state[param][key] = ours.state[param][key]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from epi_kernels.reference import codec
+
 STEP_LAYERS = 10
 MANY_TENSORS, ELEMENTS_OF_EACH = 300, 1_000
 
@@ -44,6 +46,7 @@ class Target(NamedTuple):
 STEP_FLOAT32 = Target("ratio.p50", 1.02)
 STEP_BFLOAT16 = Target("ratio.p50", 0.75)
 STEP_BFLOAT16_STOCHASTIC = Target("ratio.p50", 0.9)
+STEP_INT8 = Target("ratio.p50", 0.9)
 REFRESH = Target("ratio.p50", 1.0)
 # Linear cost: every timed call finds cold caches, so that no size profits from them.
 LINE = Target("line.deviation", 0.3)
@@ -57,7 +60,7 @@ class Case:
 
     name: str
     group: str  # step | refresh | linear | tensors
-    dtype: torch.dtype  # of weights, gradients and exp_avg, exp_avg_sq
+    dtype: torch.dtype  # of weights and gradients, and of exp_avg and exp_avg_sq unless the options say int8
     elements: int
     tensors: int
     options: dict[str, Any] = field(default_factory=dict)  # of MaskedEMAAdamW
@@ -69,15 +72,19 @@ class Case:
         return [share + (i < rest) for i in range(self.tensors)]
 
     @property
-    def state_itemsize(self) -> int:
-        return torch.empty((), dtype=self.dtype).element_size()
+    def has_codes(self) -> bool:
+        return self.options.get("state_dtype") == "int8"
+
+    @property
+    def state_itemsize(self) -> float:
+        return 1 + 1 / codec.BLOCK if self.has_codes else self.dtype.itemsize
 
     @property
     def importance_itemsize(self) -> int:
         """Bytes of an own importance's element, 0 where exp_avg_sq serves."""
         if self.options.get("importance_beta") is None:
             return 0
-        return torch.empty((), dtype=self.options.get("importance_dtype", torch.float32)).element_size()
+        return self.options.get("importance_dtype", torch.float32).itemsize
 
     @property
     def mask_bytes(self) -> float:
@@ -86,11 +93,12 @@ class Case:
     @property
     def step_bytes(self) -> float:
         """Read and written per element: weight, gradient (read only), two states, own importance, mask."""
-        return 7 * self.state_itemsize + 2 * self.importance_itemsize + self.mask_bytes
+        weights = 3 * self.dtype.itemsize
+        return weights + 4 * self.state_itemsize + 2 * self.importance_itemsize + self.mask_bytes
 
     @property
     def torch_step_bytes(self) -> float:
-        return 7.0 * self.state_itemsize
+        return 7.0 * self.dtype.itemsize
 
     def refresh_bytes(self, *, stand_alone: bool) -> float:
         """Least per element: u once to count and once to select, the mask read and written.
@@ -145,11 +153,13 @@ def scientific(n: int) -> str:
 def step_cases(plan: Plan) -> list[Case]:
     """Steps with isolation on (a mask from a refresh, none due) beside torch's fused step."""
     f32, bf16 = torch.float32, torch.bfloat16
-    own = {"importance_beta": 0.99}
+    own, int8 = {"importance_beta": 0.99}, {"state_dtype": "int8"}
     rows: list[tuple[str, torch.dtype, dict[str, Any], Target | None]] = [
         ("step-f32", f32, {}, STEP_FLOAT32),
         ("step-bf16", bf16, {"stochastic_rounding": False}, STEP_BFLOAT16),
         ("step-bf16-stochastic", bf16, {"stochastic_rounding": True}, STEP_BFLOAT16_STOCHASTIC),
+        ("step-bf16-int8", bf16, int8 | {"stochastic_rounding": False}, None),
+        ("step-bf16-int8-stochastic", bf16, int8, STEP_INT8),
         ("step-f32-own-importance", f32, own, None),
         ("step-f32-ratio-0", f32, {"isolation_ratio": 0.0}, None),
     ]

@@ -58,6 +58,8 @@ STEP_TITLES = {
     "step-f32": "float32",
     "step-bf16": "bfloat16, rounding to nearest",
     "step-bf16-stochastic": "bfloat16, stochastic rounding",
+    "step-bf16-int8": "bfloat16, 8-bit states, rounding to nearest",
+    "step-bf16-int8-stochastic": "bfloat16, 8-bit states, stochastic rounding",
     "step-f32-own-importance": "float32, importance of its own",
     "step-f32-ratio-0": "float32, ratio 0",
     "tensors-f32-300": "float32, 300 tensors of 1,000",

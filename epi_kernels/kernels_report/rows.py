@@ -11,8 +11,7 @@ from epi_kernels.text import columns
 # What an H200 has time for while it moves the 28 bytes of a float32 element is about 200.
 MAX_INSTRUCTIONS = 100
 # Where a state is 8-bit. On sm_90 bfloat16 weights and states take 88; codes instead of bfloat16 add 21, an importance
-# of codes of its own 18 more, zscore's float64 sums 19. Three quarters of the 88 are the exact division and root, the
-# random words, and loads and stores, which no codec saves.
+# of codes of its own 18 more, zscore's float64 sums 19.
 MAX_INSTRUCTIONS_INT8 = 135
 FULL_WIDTH = 128  # bits
 MASK_WIDTH = 8  # a packed mask is read byte by byte; nothing else here has an element of 8 bits
