@@ -1,169 +1,200 @@
 // Stage 1, step: the masked update over a range of one parameter whose states are floats.
+//
+// A block of elements takes two loops, moments and weights. In one the chain of root, division and rounding
+// is longer than what a processor looks ahead, and the random words wait behind it. What is between the loops
+// lies in the first cache.
 
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/random.h"
 #include "cpu/stats.h"
-#include "cpu/step_memory.h"
 #include "math/adamw.h"
 #include "math/rounding.h"
 
 namespace epi::EPI_ISA {
 
 struct StepContext {
-  StepConstants<StepF> c;
-  StepF multiplier;
+  StepConstants<Pair> c;
+  Pair multiplier;
   bool has_multiplier;
-  // random bits: the logical index of the range's element i is first + i; its low word may wrap
-  uint32_t first_low;
-  bool wraps;
-  StepU key, key_after_wrap;
-  StepU to_second, pace, golden;  // constants of the random words
+  RandomKeys keys;
+  PairU golden;  // a constant of the random words
 };
 
-template <bool kSplit>
-EPI_INLINE StepContext step_context(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  using L = Lanes<StepF>;
-  const uint64_t first = static_cast<uint64_t>(row[kIndexOffset] + start);
-  const uint32_t key = static_cast<uint32_t>(row[kRngKey]);
-  const uint32_t high = static_cast<uint32_t>(first >> 32);
-  const uint64_t last = first + static_cast<uint64_t>(stop - start - 1);
-  StepContext x{step_constants<StepF>(a.scalars),
-                L::f32(a.grad_multiplier),
-                a.has_grad_multiplier,
-                static_cast<uint32_t>(first),
-                last >> 32 != first >> 32,
-                L::u32(mix<float>(key ^ high)),
-                L::u32(mix<float>(key ^ (high + 1))),
-                kept(L::u32(kSplit ? 1 : kStepWidth)),
-                kept(L::u32(kPair)),
-                kept(L::u32(kGolden))};
+EPI_INLINE StepContext step_context(TableRow row, int64_t start, const StepArguments& a) {
+  using L = Lanes<Pair>;
+  StepContext x{step_constants<Pair>(a.scalars), L::f32(a.grad_multiplier), a.has_grad_multiplier,
+                random_keys(row, start), twice(kept(Lanes<StepF>::u32(kGolden)))};
   // c * (-g) == (-c) * g to the bit, and g * g never sees the sign
   if ((row[kFlags] & kMaximize) != 0) x.c.one_minus_beta1 = L::f32(-a.scalars[1]);
   return x;
 }
 
-// Low words of the logical indices of a range's first Pair: 0, 2, ... of its elements in `a`, the next
-// ones in `b` (kSplit), or the first half and the second. They advance by kPair.
-template <bool kSplit>
-EPI_INLINE StepU first_indices(const StepContext& x) {
-  const StepU lane = Lanes<StepF>::iota(0);
-  return (kSplit ? lane + lane : lane) + Lanes<StepF>::u32(x.first_low);
-}
-
-EPI_INLINE RandomWord<StepU> random_word0_of(const StepContext& x, StepU index_low) {
-  StepU key = x.key;
-  if (x.wraps) [[unlikely]] {
-    key = select(index_low < Lanes<StepF>::u32(x.first_low), x.key_after_wrap, x.key);
-  }
-  return random_word0<StepF>(key, index_low);
-}
-
-struct StepValues {
-  Pair theta, old_theta, exp_avg, exp_avg_sq, importance;
+// What a Pair's weights are made of. `random`: the first words of random bits.
+struct NewPair {
+  Pair exp_avg, denom;
+  PairU random;
 };
+// The same of a block, Pair after Pair.
+struct NewMoments {
+  alignas(64) float exp_avg[kBlock];
+  alignas(64) float denom[kBlock];
+  alignas(64) float random[kBlock];
+};
+EPI_INLINE void put(float* p, Pair x) {
+  store(p, x.a);
+  store(p + kStepWidth, x.b);
+}
+template <bool kStochastic>
+EPI_INLINE NewPair load_new(const NewMoments& next, int64_t k) {
+  return {load_in_order(next.exp_avg + k), load_in_order(next.denom + k),
+          kStochastic ? bits_of(load_in_order(next.random + k)) : PairU{}};
+}
+
+// The gradient as the update sees it.
+template <bool kSplit, class T>
+EPI_INLINE Pair load_grad(const StepContext& x, T* grad) {
+  Pair g = load_pair<kSplit>(grad);
+  if (x.has_multiplier) {
+    g = g * x.multiplier;
+    store_pair<kSplit, false, true>(grad, g, PairU{});  // rounded to nearest in memory
+  }
+  return g;
+}
 
 template <bool kOwn, bool kSplit, bool kStochastic, bool kSpecial, class P, class S>
-EPI_INLINE void store_step(const StepPointers<P, S>& p, int64_t i, uint32_t isolated, const StepValues& next,
-                           const RandomPair& w0, const RandomPair& w1) {
-  store_pair<kSplit, kStochastic, kSpecial>(p.exp_avg + i, next.exp_avg, high_halves(w0));
-  store_pair<kSplit, kStochastic, kSpecial>(p.exp_avg_sq + i, next.exp_avg_sq,
-                                            kOwn ? low_halves(w1) : low_halves_alone(w1));
+EPI_INLINE void store_moments(const StepPointers<P, S>& p, int64_t i, Pair m, Pair v, Pair u,
+                              const PairWord& w0, const PairWord& w1) {
+  store_pair<kSplit, kStochastic, kSpecial>(p.exp_avg + i, m, w0.high());
+  store_pair<kSplit, kStochastic, kSpecial>(p.exp_avg_sq + i, v,
+                                            kOwn ? low_half(w1.word()) : folded_halves(w1.mixed));
   if constexpr (kOwn) {
     if (p.importance_f32 != nullptr) {
-      store_pair<kSplit, kStochastic, kSpecial>(p.importance_f32 + i, next.importance, high_halves(w1));
+      store_pair<kSplit, kStochastic, kSpecial>(p.importance_f32 + i, u, w1.high());
     }
     if constexpr (kSplit) {
       if (p.importance_bf16 != nullptr) {
-        store_pair<kSplit, kStochastic, kSpecial>(p.importance_bf16 + i, next.importance, high_halves(w1));
+        store_pair<kSplit, kStochastic, kSpecial>(p.importance_bf16 + i, u, w1.high());
       }
     }
   }
-  store_pair_but<kSplit, kStochastic, kSpecial>(p.param + i, isolated, next.theta, next.old_theta,
-                                                low_halves(w0));
 }
 
-// The Pair of elements from `i` on; `isolated`: their mask bits, `index`: as first_indices() says.
-template <bool kOwn, bool kSplit, bool kStochastic, class P, class S>
-EPI_INLINE void step_pair(const StepContext& x, const StepPointers<P, S>& p, int64_t i, uint32_t isolated,
-                          StepU index) {
-  Pair g = load_pair<kSplit>(p.grad + i);
-  if (x.has_multiplier) {
-    g = {g.a * x.multiplier, g.b * x.multiplier};
-    // rounded to nearest in memory; the update sees the product itself
-    store_pair<kSplit, false, true>(p.grad + i, g, RandomBits{});
-  }
-  const Pair theta = load_pair<kSplit>(p.param + i);
-  const Pair m = load_pair<kSplit>(p.exp_avg + i), v = load_pair<kSplit>(p.exp_avg_sq + i);
-  const Pair g2{g.a * g.a, g.b * g.b};
-  const auto a = adamw(x.c, theta.a, g.a, g2.a, m.a, v.a);
-  const auto b = adamw(x.c, theta.b, g.b, g2.b, m.b, v.b);
-  StepValues next{{a.theta, b.theta}, theta, {a.exp_avg, b.exp_avg}, {a.exp_avg_sq, b.exp_avg_sq}, {}};
+// The Pair of elements from `i` on, which starts at the range's element `at` and at the block's element `k`:
+// its moments and its importance.
+template <bool kAligned, bool kOwn, bool kSplit, bool kStochastic, class P, class S>
+EPI_INLINE NewPair moments_of_pair(const StepContext& x, const StepPointers<P, S>& p, int64_t i, int64_t at) {
+  const Pair g = load_grad<kSplit>(x, p.grad + i), g2 = g * g;
+  const Pair m = exp_avg_ema(x.c, load_pair<kSplit>(p.exp_avg + i), g);
+  const Pair v = exp_avg_sq_ema(x.c, load_pair<kSplit>(p.exp_avg_sq + i), g2);
+  Pair u{};
   if constexpr (kOwn) {
-    Pair u{};
     if (p.importance_f32 != nullptr) u = load_pair<kSplit>(p.importance_f32 + i);
     if constexpr (kSplit) {
       if (p.importance_bf16 != nullptr) u = load_pair<kSplit>(p.importance_bf16 + i);
     }
-    next.importance = {importance_ema(x.c, u.a, g2.a), importance_ema(x.c, u.b, g2.b)};
+    u = importance_ema(x.c, u, g2);
   }
-
-  RandomPair w0{}, w1{};
+  PairWord w0{}, w1{};
   if constexpr (kStochastic) {
-    w0 = {random_word0_of(x, index), random_word0_of(x, index + x.to_second)};
-    if (kOwn || sizeof(S) == 2) {
-      w1 = {random_word1<StepF>(w0.a.word(), x.golden), random_word1<StepF>(w0.b.word(), x.golden)};
-    }
+    w0 = x.keys.template word0<kAligned>(at);
+    if (kOwn || sizeof(S) == 2) w1 = random_word1<Pair>(w0.word(), x.golden);
   }
+  const NewPair next{m, denominator(x.c, v), kStochastic ? w0.word() : PairU{}};
   // A NaN from bfloat16 values or from arithmetic has a low half of zeros: rounding adds too little to
   // it for a carry, as to an infinity. Only float32 values can hand on another.
-  if constexpr (kSplit && (kOwn || sizeof(P) != 2 || sizeof(S) != 2)) {
-    // a moment that is no number makes the weight so
-    auto special = unordered(a.theta, b.theta);
-    if constexpr (kOwn) special = special | unordered(next.importance.a, next.importance.b);
+  if constexpr (kSplit && (kOwn || (sizeof(P) == 4 && sizeof(S) == 2))) {
+    auto special = unordered(m.a, v.a) | unordered(m.b, v.b);
+    if constexpr (kOwn) special = special | unordered(u.a, u.b);
     if (any(special)) [[unlikely]] {
-      return store_step<kOwn, kSplit, kStochastic, true>(p, i, isolated, next, w0, w1);
+      store_moments<kOwn, kSplit, kStochastic, true>(p, i, m, v, u, w0, w1);
+      return next;
     }
   }
-  store_step<kOwn, kSplit, kStochastic, false>(p, i, isolated, next, w0, w1);
+  store_moments<kOwn, kSplit, kStochastic, false>(p, i, m, v, u, w0, w1);
+  return next;
+}
+
+// Its weights. `isolated`: their mask bits; S: the moments' type in memory.
+template <bool kSplit, bool kStochastic, class S, class P>
+EPI_INLINE void weights_of_pair(const StepContext& x, P* param, uint32_t isolated, const NewPair& next) {
+  const Pair old = load_pair<kSplit>(param);
+  const Pair theta = updated_weight(x.c, old, next.exp_avg, next.denom);
+  const PairU random = low_half(next.random);
+  if constexpr (sizeof(P) == 2 && sizeof(S) == 4) {  // as in moments_of_pair()
+    if (any(unordered(theta.a, theta.b))) [[unlikely]] {
+      return store_pair_but<kSplit, kStochastic, true>(param, isolated, theta, old, random);
+    }
+  }
+  store_pair_but<kSplit, kStochastic, false>(param, isolated, theta, old, random);
+}
+
+// The elements from `i` on, `n` of them, whole pairs, which start at the range's element `at`. `mask`: their
+// packed bits.
+template <bool kAligned, bool kOwn, bool kSplit, bool kStochastic, class P, class S>
+EPI_INLINE void step_pairs(const StepContext& x, const StepPointers<P, S>& p, int64_t i, int64_t n,
+                           int64_t at, const uint8_t* mask, NewMoments& next) {
+  constexpr bool kTwoLoops = kSplit;
+  constexpr int kLine = kSplit ? 32 : kPair;  // elements prefetched together: whole cache lines
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < n; k += kPair) {
+    if (k % kLine == 0) p.template prefetch<kOwn, kLine>(i + k);
+    const NewPair pair = moments_of_pair<kAligned, kOwn, kSplit, kStochastic>(x, p, i + k, at + k);
+    if constexpr (kTwoLoops) {
+      put(next.exp_avg + k, pair.exp_avg);
+      put(next.denom + k, pair.denom);
+      if (kStochastic) put(next.random + k, float_of(pair.random));
+    } else {
+      weights_of_pair<kSplit, kStochastic, S>(x, p.param + i + k, mask_word<PairBits>(mask, i + k), pair);
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t k = 0; kTwoLoops && k < n; k += kPair) {
+    weights_of_pair<kSplit, kStochastic, S>(x, p.param + i + k, mask_word<PairBits>(mask, i + k),
+                                            load_new<kStochastic>(next, k));
+  }
+}
+// The same wherever the range starts.
+template <bool kOwn, bool kSplit, bool kStochastic, class P, class S>
+__attribute__((noinline)) void step_pairs_of_any(const StepContext& x, const StepPointers<P, S>& p, int64_t i,
+                                                 int64_t n, int64_t at, const uint8_t* mask,
+                                                 NewMoments& next) {
+  step_pairs<false, kOwn, kSplit, kStochastic>(x, p, i, n, at, mask, next);
 }
 
 template <bool kParam16, bool kState16, bool kOwn, bool kSplit, bool kStochastic>
 void step_range(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
   using P = stored_t<kParam16>;
   using S = stored_t<kState16>;
-  constexpr int kLine = kSplit ? 32 : kPair;  // elements prefetched together: whole cache lines
-  const StepContext x = step_context<kSplit>(row, start, stop, a);
+  const StepContext x = step_context(row, start, a);
   const uint8_t* mask = pointer<const uint8_t>(row, kIsolationMask);
   const StepPointers<P, S> p = step_pointers<P, S>(row);
+  const bool aligned = !kStochastic || x.keys.aligned();
   StatsSums<F16> sums = empty_sums<F16>();
-  StepU index = first_indices<kSplit>(x);
-  for (int64_t block = start; block < stop; block += kBlock) {
-    const int64_t end = block + kBlock < stop ? block + kBlock : stop;
-    int64_t i = block;
-    for (; i + kLine <= end; i += kLine) {
-      p.template prefetch<kOwn, kLine>(i);
-#pragma GCC unroll 1
-      for (int64_t j = i; j < i + kLine; j += kPair) {
-        step_pair<kOwn, kSplit, kStochastic>(x, p, j, mask_word<PairBits>(mask, j), index);
-        index = index + x.pace;
-      }
+  NewMoments next;
+  for (int64_t i = start; i < stop; i += kBlock) {
+    const int64_t n = stop - i < kBlock ? stop - i : kBlock, whole = n / kPair * kPair;
+    if (aligned) [[likely]] {
+      step_pairs<true, kOwn, kSplit, kStochastic>(x, p, i, whole, i - start, mask, next);
+    } else {
+      step_pairs_of_any<kOwn, kSplit, kStochastic>(x, p, i, whole, i - start, mask, next);
     }
-    for (; i < end; i += kPair) {
-      const int count = end - i < kPair ? static_cast<int>(end - i) : kPair;
+    if (whole < n) [[unlikely]] {
+      const int64_t rest = i + whole;
+      const int count = static_cast<int>(n - whole);
+      const uint32_t isolated = mask_bits(mask, rest, count);
       StepTail<P, S, kPair> tail;
-      step_pair<kOwn, kSplit, kStochastic>(x, tail.load(p, i, count), 0, mask_bits(mask, i, count), index);
-      index = index + x.pace;
-      tail.store(p, i, count, a.has_grad_multiplier);
+      step_pairs_of_any<kOwn, kSplit, kStochastic>(x, tail.load(p, rest, count), 0, kPair, rest - start,
+                                                   reinterpret_cast<const uint8_t*>(&isolated), next);
+      tail.store(p, rest, count, a.has_grad_multiplier);
     }
     if (a.stats != nullptr) {  // the block's importances, as stored, are still in the first cache
-      const int64_t n = end - block;
       if (p.importance_f32 != nullptr) {
-        add_range(sums, p.importance_f32 + block, n, a.moments);
+        add_range(sums, p.importance_f32 + i, n, a.moments);
       } else if (p.importance_bf16 != nullptr) {
-        add_range(sums, p.importance_bf16 + block, n, a.moments);
+        add_range(sums, p.importance_bf16 + i, n, a.moments);
       } else {
-        add_range(sums, p.exp_avg_sq + block, n, a.moments);
+        add_range(sums, p.exp_avg_sq + i, n, a.moments);
       }
     }
   }

@@ -9,32 +9,18 @@
 #pragma once
 
 #include "cpu/codes_memory.h"
-#include "cpu/step.h"
 
 namespace epi::EPI_ISA {
 
-using CodeConstants = StepConstants<CodeF>;
-EPI_INLINE CodeConstants side_by_side(const StepConstants<StepF>& c) {
-  return {twice(c.beta1),    twice(c.one_minus_beta1),  twice(c.beta2), twice(c.one_minus_beta2),
-          twice(c.beta_u),   twice(c.one_minus_beta_u), twice(c.eps),   twice(c.decay),
-          twice(c.step_size)};
-}
-
 // The pair of elements from `i` on, whose new values lie at position `k`: its moments, its importance and its
-// first random words. `key`: see BlockKeys.
+// first random words. `key`: RandomKeys::folded() of its block.
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
                                 const CodedFactors& factors, int64_t i, int64_t k, StepU key, NewValues& next,
                                 Tops& tops) {
-  const CodeConstants c = side_by_side(x.c);
-  CodeF g = side_by_side(load_pair<true>(p.grad + i));
-  if (x.has_multiplier) {
-    g = g * twice(x.multiplier);
-    store_pair<true, false, true>(p.grad + i, pair(g), RandomBits{});
-  }
-  const CodeF g2 = g * g;
-  const CodeF m = exp_avg_ema(c, load_decoded<true>(p.exp_avg + i, factors.exp_avg), g);
-  const CodeF v = exp_avg_sq_ema(c, load_decoded<false>(p.exp_avg_sq + i, factors.exp_avg_sq), g2);
+  const Pair g = load_grad<true>(x, p.grad + i), g2 = g * g;
+  const Pair m = exp_avg_ema(x.c, load_decoded<true>(p.exp_avg + i, factors.exp_avg), g);
+  const Pair v = exp_avg_sq_ema(x.c, load_decoded<false>(p.exp_avg_sq + i, factors.exp_avg_sq), g2);
   put(next.exp_avg + k, m);
   put(next.exp_avg_sq + k, v);
   if constexpr (sizeof(S) == 1) {
@@ -42,34 +28,37 @@ EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>&
     tops.exp_avg_sq = top_of<false>(tops.exp_avg_sq, v);
   }
   if constexpr (kOwn) {
-    CodeF u{};
+    Pair u{};
     if (p.importance_u8 != nullptr) u = load_decoded<false>(p.importance_u8 + i, factors.importance);
-    if (p.importance_f32 != nullptr) u = side_by_side(load_pair<true>(p.importance_f32 + i));
-    if (p.importance_bf16 != nullptr) u = side_by_side(load_pair<true>(p.importance_bf16 + i));
-    u = importance_ema(c, u, g2);
+    if (p.importance_f32 != nullptr) u = load_pair<true>(p.importance_f32 + i);
+    if (p.importance_bf16 != nullptr) u = load_pair<true>(p.importance_bf16 + i);
+    u = importance_ema(x.c, u, g2);
     put(next.importance + k, u);
     tops.importance = top_of<false>(tops.importance, u);
   }
-  if constexpr (kStochastic) put(next.random + k, float_of(code_word0(key, k % kCodeBlock).mixed));
+  if constexpr (kStochastic) {
+    const PairWord w0{mix_folded<Pair>(twice(key) ^ positions(k % kCodeBlock))};
+    put(next.random + k, float_of(w0.word()));
+  }
 }
 
 // Writes a state that is codes, or floats.
 template <bool kSigned, bool kStochastic, bool kSpecial, class T>
-EPI_INLINE void store_state(T* p, CodeF x, const Grid<CodeF>& grid, CodeU random) {
+EPI_INLINE void store_state(T* p, Pair x, const Grid<Pair>& grid, PairU random) {
   if constexpr (sizeof(T) == 1) {
     encode<kStochastic, kSigned>(p, x, grid, random);
   } else {
-    store_pair<true, kStochastic, kSpecial>(p, pair(x), random_bits(random));
+    store_pair<true, kStochastic, kSpecial>(p, x, random);
   }
 }
 
 template <bool kOwn, bool kStochastic, bool kSpecial, class P, class S>
-EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grids& grids, CodeF m, CodeF v,
-                             CodeF u, const CodeWord& w0) {
-  const CodeWord w1 = kStochastic ? code_word1(w0) : CodeWord{};
-  store_state<true, kStochastic, kSpecial>(p.exp_avg + i, m, grids.exp_avg, w0.high());
+EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grids& grids, Pair m, Pair v,
+                             Pair u, PairU word0) {
+  const PairWord w1 = kStochastic ? random_word1<Pair>(word0, Lanes<Pair>::u32(kGolden)) : PairWord{};
+  store_state<true, kStochastic, kSpecial>(p.exp_avg + i, m, grids.exp_avg, word0 >> 16);
   store_state<false, kStochastic, kSpecial>(p.exp_avg_sq + i, v, grids.exp_avg_sq,
-                                            kOwn ? low_half(w1) : folded_halves(w1.mixed));
+                                            kOwn ? low_half(w1.word()) : folded_halves(w1.mixed));
   if constexpr (kOwn) {
     const auto store = [&](auto* importance) __attribute__((always_inline)) {
       if (importance == nullptr) return;
@@ -83,39 +72,23 @@ EPI_INLINE void store_states(const CodedPointers<P, S>& p, int64_t i, const Grid
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int64_t k,
                                const Grids& grids, NewValues& next) {
-  const CodeWord w0{kStochastic ? bits_of(get(next.random + k)) : CodeU{}};
-  const CodeF m = get(next.exp_avg + k), v = get(next.exp_avg_sq + k);
-  const CodeF u = kOwn ? get(next.importance + k) : CodeF{};
-  put(next.denom + k, denominator(side_by_side(x.c), v));
+  const PairU word0 = kStochastic ? bits_of(load_in_order(next.random + k)) : PairU{};
+  const Pair m = load_in_order(next.exp_avg + k), v = load_in_order(next.exp_avg_sq + k);
+  const Pair u = kOwn ? load_in_order(next.importance + k) : Pair{};
+  put(next.denom + k, denominator(x.c, v));
   // as in step_pair(): only float32 values can hand on a NaN that rounding would spoil
   if constexpr (kOwn || sizeof(S) > 1) {
     auto special = unordered(m.a, m.b) | unordered(v.a, v.b);
     if constexpr (kOwn) special = special | unordered(u.a, u.b);
     if (any(special)) [[unlikely]] {
-      return store_states<kOwn, kStochastic, true>(p, i, grids, m, v, u, w0);
+      return store_states<kOwn, kStochastic, true>(p, i, grids, m, v, u, word0);
     }
   }
-  store_states<kOwn, kStochastic, false>(p, i, grids, m, v, u, w0);
+  store_states<kOwn, kStochastic, false>(p, i, grids, m, v, u, word0);
 }
 
-// Its weights. `isolated`: their mask bits.
-template <bool kStochastic, class P, class S>
-EPI_INLINE void weights_of_pair(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int64_t k,
-                                uint32_t isolated, const NewValues& next) {
-  const Pair old = load_pair<true>(p.param + i);
-  const CodeF theta =
-      updated_weight(side_by_side(x.c), side_by_side(old), get(next.exp_avg + k), get(next.denom + k));
-  RandomBits random{};
-  if constexpr (kStochastic) random = random_bits(low_half(CodeWord{bits_of(get(next.random + k))}));
-  if constexpr (sizeof(P) == 2 && sizeof(S) == 4) {
-    if (any(unordered(theta.a, theta.b))) [[unlikely]] {
-      return store_pair_but<true, kStochastic, true>(p.param + i, isolated, pair(theta), old, random);
-    }
-  }
-  store_pair_but<true, kStochastic, false>(p.param + i, isolated, pair(theta), old, random);
-}
-
-// The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `key_of(i)`: see BlockKeys.
+// The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `key_of(i)`: see
+// RandomKeys.
 template <bool kOwn, bool kStochastic, class P, class S, class KeyOf>
 EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int n,
                             const uint8_t* mask, const KeyOf& key_of, NewValues& next) {
@@ -143,7 +116,8 @@ EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, 
   }
 #pragma GCC unroll 1
   for (int64_t k = 0; k < n; k += kPair) {
-    weights_of_pair<kStochastic>(x, p, i + k, k, mask_word<PairBits>(mask, i + k), next);
+    weights_of_pair<true, kStochastic, S>(x, p.param + i + k, mask_word<PairBits>(mask, i + k),
+                                          load_new<kStochastic>(next, k));
   }
 }
 
@@ -164,22 +138,22 @@ EPI_INLINE void add_stored(StatsSums<F16>& sums, const CodedPointers<P, S>& p, i
 
 template <class P, class S, bool kOwn, bool kStochastic>
 void step_coded_range(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
-  const StepContext x = step_context<true>(row, start, stop, a);
+  const StepContext x = step_context(row, start, a);
   const uint8_t* mask = pointer<const uint8_t>(row, kIsolationMask);
   const CodedPointers<P, S> p = coded_pointers<P, S>(row);
   StatsSums<F16> sums = empty_sums<F16>();
   NewValues next;
-  const BlockKeys keys = block_keys(row, start);
   for (int64_t i = start; i < stop; i += kBlock) {
     const int n = stop - i < kBlock ? static_cast<int>(stop - i) : kBlock;
     const int whole = n / kCodeBlock * kCodeBlock;
-    const auto key_of = [&](int64_t at) __attribute__((always_inline)) { return keys.of(at - start); };
+    const auto key_of = [&](int64_t at) __attribute__((always_inline)) { return x.keys.folded(at - start); };
     step_blocks<kOwn, kStochastic>(x, p, i, whole, mask, key_of, next);
     if (whole < n) [[unlikely]] {
       const int64_t at = i + whole;
       CodedTail<P, S> tail;
       const uint64_t isolated = mask_bits<uint64_t>(mask, at, n - whole);
-      const auto key_of_tail = [&](int64_t) __attribute__((always_inline)) { return keys.of(at - start); };
+      const auto key_of_tail = [&](int64_t)
+                                   __attribute__((always_inline)) { return x.keys.folded(at - start); };
       step_blocks<kOwn, kStochastic>(x, tail.load(p, at, n - whole), 0, kCodeBlock,
                                      reinterpret_cast<const uint8_t*>(&isolated), key_of_tail, next);
       tail.store(p, at, n - whole, a.has_grad_multiplier);

@@ -10,6 +10,7 @@ namespace epi::EPI_ISA {
 // The step takes a Pair of vectors at once: thirty-two elements or sixteen, as many as the instruction
 // set's registers hold with all that is computed from them (vec_*.h).
 using StepU = Lanes<StepF>::U;
+using PairU = Lanes<Pair>::U;
 constexpr int kPair = 2 * kStepWidth;
 using PairBits = PairBitsOf<kPair>::type;  // a pair's mask bits
 
@@ -106,27 +107,6 @@ EPI_INLINE Pair as_in_memory(Pair x) {
   return kSplit ? in_order(x) : x;
 }
 
-// Sixteen random bits an element, in the low halves.
-struct RandomBits {
-  StepU a, b;
-};
-// Two words of them an element.
-struct RandomPair {
-  RandomWord<StepU> a, b;
-};
-
-EPI_INLINE RandomBits high_halves(const RandomPair& r) {
-  return {r.a.high(), r.b.high()};
-}
-EPI_INLINE RandomBits low_halves(const RandomPair& r) {
-  const StepU low = Lanes<StepF>::u32(0xFFFFu);
-  return {r.a.word() & low, r.b.word() & low};
-}
-// The same where nothing else is wanted of the words.
-EPI_INLINE RandomBits low_halves_alone(const RandomPair& r) {
-  return {folded_halves(r.a.mixed), folded_halves(r.b.mixed)};
-}
-
 // kSpecial: some value may be no number.
 template <bool kStochastic, bool kSpecial>
 EPI_INLINE StepU rounded_word(StepF x, StepU random_bits) {
@@ -138,13 +118,13 @@ EPI_INLINE StepU rounded_word(StepF x, StepU random_bits) {
 }
 
 template <bool kSplit, bool kStochastic, bool kSpecial>
-EPI_INLINE void store_pair(float* p, Pair x, RandomBits) {
+EPI_INLINE void store_pair(float* p, Pair x, PairU) {
   const Pair y = as_in_memory<kSplit>(x);
   store(p, y.a);
   store(p + kStepWidth, y.b);
 }
 template <bool kSplit, bool kStochastic, bool kSpecial>
-EPI_INLINE void store_pair(uint16_t* p, Pair x, RandomBits r) {
+EPI_INLINE void store_pair(uint16_t* p, Pair x, PairU r) {
   static_assert(kSplit);
   store_halves(p, rounded_word<kStochastic, kSpecial>(x.a, r.a),
                rounded_word<kStochastic, kSpecial>(x.b, r.b));
@@ -152,11 +132,11 @@ EPI_INLINE void store_pair(uint16_t* p, Pair x, RandomBits r) {
 
 // Elements whose bit in `keep` is set retain their bits.
 template <bool kSplit, bool kStochastic, bool kSpecial>
-EPI_INLINE void store_pair_but(float* p, uint32_t keep, Pair x, Pair old, RandomBits) {
+EPI_INLINE void store_pair_but(float* p, uint32_t keep, Pair x, Pair old, PairU) {
   store_but(p, keep, as_in_memory<kSplit>(x), as_in_memory<kSplit>(old));
 }
 template <bool kSplit, bool kStochastic, bool kSpecial>
-EPI_INLINE void store_pair_but(uint16_t* p, uint32_t keep, Pair x, Pair old, RandomBits r) {
+EPI_INLINE void store_pair_but(uint16_t* p, uint32_t keep, Pair x, Pair old, PairU r) {
   store_halves_but(p, keep, rounded_word<kStochastic, kSpecial>(x.a, r.a),
                    rounded_word<kStochastic, kSpecial>(x.b, r.b), old);
 }

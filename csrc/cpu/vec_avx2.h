@@ -205,9 +205,8 @@ EPI_INLINE U8 folded_halves(U8 x) {
 // Sixteen elements at once. bfloat16 values lie two to a word: splitting them into the even and the
 // odd elements takes one operation each way where widening in order takes two, and no element cares
 // beside which others it is computed.
-struct Pair {
-  F8 a, b;  // in order: 0..7, 8..15; split: 0, 2, .. 14 and 1, 3, .. 15
-};
+// Halves in order: 0..7, 8..15; split: 0, 2, .. 14 and 1, 3, .. 15.
+using Pair = Twice<F8>;
 
 EPI_INLINE Pair load_in_order(const float* p) {
   return {load8(p), load8(p + 8)};

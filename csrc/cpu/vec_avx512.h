@@ -149,9 +149,8 @@ EPI_INLINE U16 folded_halves(U16 x) {
 // Thirty-two elements at once. bfloat16 values lie two to a word: splitting them into the even and
 // the odd elements takes one operation each way where widening in order takes two, and no element
 // cares beside which others it is computed.
-struct Pair {
-  F16 a, b;  // in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31
-};
+// Halves in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31.
+using Pair = Twice<F16>;
 
 EPI_INLINE Pair load_in_order(const float* p) {
   return {load<F16>(p), load<F16>(p + 16)};

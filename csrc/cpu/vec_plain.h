@@ -204,9 +204,8 @@ EPI_INLINE U16 folded_halves(U16 x) {
 // Thirty-two elements at once. bfloat16 values lie two to a word (the low half first: every target
 // is little-endian): splitting them into the even and the odd elements takes one operation each way
 // where widening in order takes more, and no element cares beside which others it is computed.
-struct Pair {
-  F16 a, b;  // in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31
-};
+// Halves in order: 0..15, 16..31; split: 0, 2, .. 30 and 1, 3, .. 31.
+using Pair = Twice<F16>;
 
 EPI_INLINE U16 shifted_left(U16 a, int count) {
   EPI_EACH(U16, a.v[q] << count);
