@@ -77,10 +77,10 @@ EPI_INLINE void copy(T* to, const T* from, int count) {
   for (int i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// The last `count` elements of a range, followed by zeros.
-template <class T>
-EPI_INLINE const T* padded(T* space, const T* from, int count) {
-  for (int i = 0; i < kWidth; ++i) space[i] = i < count ? from[i] : T{};
+// The last `count` elements of a range, followed by `filler`.
+template <class T, size_t kSize>
+EPI_INLINE const T* padded(T (&space)[kSize], const T* from, int count, T filler = {}) {
+  for (int i = 0; i < static_cast<int>(kSize); ++i) space[i] = i < count ? from[i] : filler;
   return space;
 }
 

@@ -22,67 +22,84 @@ EPI_INLINE StatsSums<F> empty_sums() {
   return {Lanes<F>::f32(infinity), Lanes<F>::f32(-infinity), zero_d16(), zero_d16(), 0, no_words()};
 }
 
-template <bool kMoments, class F>
-EPI_INLINE void add_lanes(StatsSums<F>& sums, F u, typename Lanes<F>::M in_bounds, int count) {
-  using L = Lanes<F>;
-  const auto good = is_finite(u) & in_bounds;
+// `n`: a multiple of kWords, as many as are taken at once.
+constexpr int kWords = 32;
+template <class F>
+__attribute__((noinline)) void add_extrema(StatsSums<F>& sums, const float* u, int64_t n) {
   const float infinity = float_of(0x7F800000u);
-  sums.minimum = min(sums.minimum, select(good, u, L::f32(infinity)));
-  sums.maximum = max(sums.maximum, select(good, u, L::f32(-infinity)));
-  sums.nonfinite += count - __builtin_popcount(to_bits(good));
-  if constexpr (kMoments) add_moments(sums.sum, sums.sum_of_squares, select(good, u, L::f32(0.0f)));
-}
-
-template <bool kMoments, class F, class T>
-__attribute__((noinline)) void add_values(StatsSums<F>& sums, const T* u, int64_t n) {
-  using M = typename Lanes<F>::M;
-  StatsSums<F> local = sums;
-  const M all = from_bits<M>(0xFFFFu);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) add_lanes<kMoments>(local, load<F>(u + i), all, kWidth);
-  if (i < n) {
-    const int count = static_cast<int>(n - i);
-    T rest[kWidth];
-    const M in_bounds = from_bits<M>((1u << count) - 1);
-    add_lanes<kMoments>(local, load<F>(padded(rest, u + i, count)), in_bounds, count);
+  const F none_below = Lanes<F>::f32(infinity), none_above = Lanes<F>::f32(-infinity);
+  F minimum = sums.minimum, maximum = sums.maximum;
+  int64_t finite = 0;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const F x = load<F>(u + i);
+    const auto good = is_finite(x);
+    minimum = min(minimum, select(good, x, none_below));
+    maximum = max(maximum, select(good, x, none_above));
+    finite += __builtin_popcount(to_bits(good));
   }
-  sums = local;
-}
-
-template <class F>
-__attribute__((noinline)) void add_word_range(StatsSums<F>& sums, const uint16_t* u, int64_t n) {
-  WordExtrema local = sums.words;
-  int64_t finite = 0, i = 0;
-  for (; i + 32 <= n; i += 32) finite += add_words(local, u + i);
-  if (i < n) {
-    uint16_t rest[32];
-    for (int j = 0; j < 32; ++j) rest[j] = i + j < n ? u[i + j] : uint16_t{kBfloat16Nan};
-    finite += add_words(local, rest);
-  }
+  sums.minimum = minimum;
+  sums.maximum = maximum;
   sums.nonfinite += n - finite;
-  sums.words = local;
-}
-
-template <class F>
-EPI_INLINE void add_range(StatsSums<F>& sums, const float* u, int64_t n, bool moments) {
-  moments ? add_values<true>(sums, u, n) : add_values<false>(sums, u, n);
 }
 template <class F>
-EPI_INLINE void add_range(StatsSums<F>& sums, const uint16_t* u, int64_t n, bool moments) {
-  moments ? add_values<true>(sums, u, n) : add_word_range(sums, u, n);
+__attribute__((noinline)) void add_extrema(StatsSums<F>& sums, const uint16_t* u, int64_t n) {
+  WordExtrema words = sums.words;
+  int64_t finite = 0;
+  for (int64_t i = 0; i < n; i += kWords) finite += add_words(words, u + i);
+  sums.words = words;
+  sums.nonfinite += n - finite;
 }
 
-// 8-bit importances. Blocks' extrema are those of their codes; where not all of a block is there, or
-// moments are wanted, every value is looked at.
-template <bool kMoments, class F>
-EPI_INLINE void add_decoded(StatsSums<F>& sums, const uint8_t* codes, F factor, int n) {
-  using M = typename Lanes<F>::M;
-  for (int i = 0; i < n; i += kWidth) {
-    const int count = n - i < kWidth ? n - i : kWidth;
-    uint8_t rest[kWidth];
-    const uint8_t* at = count == kWidth ? codes + i : padded(rest, codes + i, count);
-    add_lanes<kMoments>(sums, load_codes_in_order<F>(at) * factor, from_bits<M>((1u << count) - 1), count);
+// Moments of the finite values; kFinite: all of them are. Lane i takes the elements with position % 16 == i,
+// and a zero adds nothing.
+template <bool kFinite, class F, class T>
+__attribute__((noinline)) void add_moments_of(StatsSums<F>& sums, const T* u, int64_t n) {
+  D16 sum = sums.sum, sum_of_squares = sums.sum_of_squares;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const F x = load<F>(u + i);
+    add_moments(sum, sum_of_squares, kFinite ? x : select(is_finite(x), x, Lanes<F>::f32(0.0f)));
   }
+  sums.sum = sum;
+  sums.sum_of_squares = sum_of_squares;
+}
+
+template <class F, class T>
+EPI_INLINE void add_whole_words(StatsSums<F>& sums, const T* u, int64_t n, bool moments) {
+  if (!moments) return add_extrema(sums, u, n);
+  for (int64_t i = 0; i < n; i += kBlock) {  // the second reading is from the first cache
+    const int64_t count = n - i < kBlock ? n - i : kBlock, nonfinite = sums.nonfinite;
+    add_extrema(sums, u + i, count);
+    sums.nonfinite == nonfinite ? add_moments_of<true>(sums, u + i, count)
+                                : add_moments_of<false>(sums, u + i, count);
+  }
+}
+
+EPI_INLINE float infinity_of(const float*) {
+  return float_of(0x7F800000u);
+}
+EPI_INLINE uint16_t infinity_of(const uint16_t*) {
+  return kBfloat16Infinity;
+}
+template <class F, class T>
+EPI_INLINE void add_range(StatsSums<F>& sums, const T* u, int64_t n, bool moments) {
+  const int64_t whole = n / kWords * kWords;
+  add_whole_words(sums, u, whole, moments);
+  if (whole == n) return;
+  T rest[kWords];  // what is no number of the range is not finite, and not counted
+  add_whole_words(sums, padded(rest, u + whole, static_cast<int>(n - whole), infinity_of(u)), kWords,
+                  moments);
+  sums.nonfinite -= whole + kWords - n;
+}
+
+// 8-bit importances. A block's extrema are those of its codes.
+EPI_INLINE CodeExtrema code_extrema(const uint8_t* codes, int n) {
+  if (n == kCodeBlock) return code_extrema(codes);
+  CodeExtrema e{codes[0], codes[0]};
+  for (int i = 1; i < n; ++i) {
+    e.low = codes[i] < e.low ? codes[i] : e.low;
+    e.high = codes[i] > e.high ? codes[i] : e.high;
+  }
+  return e;
 }
 
 template <class F>
@@ -91,25 +108,30 @@ __attribute__((noinline)) void add_codes(StatsSums<F>& sums, const uint8_t* code
   using L = Lanes<F>;
   const float infinity = float_of(0x7F800000u);
   float minimum = infinity, maximum = -infinity;
+  D16 sum = sums.sum, sum_of_squares = sums.sum_of_squares;
   for (int64_t i = 0; i < n; i += kCodeBlock) {
     const auto block = Block<false>::of_scale(scales[i / kCodeBlock]);
     const int count = n - i < kCodeBlock ? static_cast<int>(n - i) : kCodeBlock;
     if (!block.finite) {
       sums.nonfinite += count;
-    } else if (moments) {
-      add_decoded<true>(sums, codes + i, L::f32(block.factor()), count);
-    } else if (count < kCodeBlock) {
-      add_decoded<false>(sums, codes + i, L::f32(block.factor()), count);
-    } else {
-      const CodeExtrema e = code_extrema(codes + i);
-      const float low = half_of_code<float>(e.low << 19) * block.factor();
-      const float high = half_of_code<float>(e.high << 19) * block.factor();
-      minimum = low < minimum ? low : minimum;
-      maximum = high > maximum ? high : maximum;
+      continue;
+    }
+    const CodeExtrema e = code_extrema(codes + i, count);
+    const float low = half_of_code<float>(e.low << 19) * block.factor();
+    const float high = half_of_code<float>(e.high << 19) * block.factor();
+    minimum = low < minimum ? low : minimum;
+    maximum = high > maximum ? high : maximum;
+    for (int j = 0; moments && j < count; j += kWidth) {
+      uint8_t rest[kWidth];
+      const uint8_t* at = codes + i + j;
+      const F x = load_codes_in_order<F>(count - j < kWidth ? padded(rest, at, count - j) : at);
+      add_moments(sum, sum_of_squares, x * L::f32(block.factor()));
     }
   }
   sums.minimum = min(sums.minimum, L::f32(minimum));
   sums.maximum = max(sums.maximum, L::f32(maximum));
+  sums.sum = sum;
+  sums.sum_of_squares = sum_of_squares;
 }
 
 // The number whose ordered word this is: what add_words() compares.
