@@ -24,11 +24,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo bench tables gpu env lint format typecheck clean
+.PHONY: help build test demo bench side-by-side tables gpu env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | bench | gpu | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | bench | side-by-side | gpu | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -68,6 +68,10 @@ env: build
 
 bench: build
 	$(PY) -m bench.run $(BENCH_ARGS)
+
+# Beside torch's optimizers, EPI as published and whichever peers are installed.
+side-by-side: build
+	$(PY) -m bench.side_by_side $(BENCH_ARGS)
 
 # The README's tables, from the rows under bench/results/.
 tables: build

@@ -3,8 +3,9 @@
 python -m bench.report             rewrites README.md
 python -m bench.report --check     exits 1 when README.md is out of date
 
-<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), memory (counted
-<!-- bench:end NAME -->            from real optimizers, here and now), gpu-status (bench.status)
+<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side (of
+<!-- bench:end NAME -->            bench.side_by_side), memory (counted from real optimizers, here and
+                                   now), gpu-status (bench.status)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import results, side_by_side_table
+from bench.markdown import Row, count, ratio, table
 
 README = results.ROOT / "README.md"
 BLOCK = re.compile(
@@ -25,33 +27,13 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 
-Row = dict[str, Any]
-
-
-def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
-    """Markdown; ``align``: one of l, r a column."""
-    rule = ["---:" if side == "r" else "---" for side in align.ljust(len(header), "l")]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
-
-
 # ---------------------------------------------------------------- cpu
-
-
-def _ratio(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    ratio = row["ratio"]
-    return f"{ratio['p50']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
 
 
 def _verdict(row: Row) -> str:
     if row["target"] is None:
         return "-"
     return f"{row['target']['high']:g} {'met' if row['met'] else '**missed**'}"
-
-
-def _count(n: int) -> str:
-    return f"{n:,}"
 
 
 STEP_TITLES = {
@@ -71,10 +53,10 @@ def _step_table(rows: list[Row]) -> str:
     lines = [
         [
             title,
-            _count(row["elements"]),
+            count(row["elements"]),
             f"{row['ours_ms']['p50']:.3g}",
             f"{row['beside_ms']['p50']:.3g}",
-            _ratio(row),
+            ratio(row),
             _verdict(row),
             f"{row['gbps']:.1f} ({100 * row['copy_share']:.0f} %)",
         ]
@@ -102,7 +84,7 @@ def _refresh_table(rows: list[Row]) -> str:
     lines = []
     for variant in variants:
         cells = [
-            _ratio(named.get(f"refresh-{dtype}-{variant}-{kind}"))
+            ratio(named.get(f"refresh-{dtype}-{variant}-{kind}"))
             for dtype in ("f32", "bf16")
             for kind in ("after-step", "stand-alone")
         ]
@@ -135,7 +117,7 @@ def _linear_table(rows: list[Row]) -> str:
         torch_ns = 1e6 * row["beside_ms"]["p50"] / row["elements"]
         lines.append(
             [
-                _count(row["elements"]),
+                count(row["elements"]),
                 f"{row['ns_per_element']:.2f}",
                 f"{torch_ns:.2f}",
                 "-" if refresh is None else f"{refresh['ns_per_element']:.2f}",
@@ -171,7 +153,7 @@ def _memory_line(rows: list[Row]) -> str:
         return ""
     worst = max(row["extra_mib"]["refresh"] for row in peaks)
     verdict = "met" if all(row["met"] for row in peaks) else "**missed**"
-    return f"Peak memory of a refresh over {_count(peaks[0]['elements'])} elements: {worst:.2f} MiB above a step's (at most 1: {verdict})."
+    return f"Peak memory of a refresh over {count(peaks[0]['elements'])} elements: {worst:.2f} MiB above a step's (at most 1: {verdict})."
 
 
 def cpu(folder: Path = results.RESULTS) -> str:
@@ -254,7 +236,12 @@ def gpu_status() -> str:
     return importlib.import_module("bench.status").line()
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"cpu": cpu, "memory": memory, "gpu-status": gpu_status}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
+    "memory": memory,
+    "side-by-side": side_by_side_table.text,
+    "gpu-status": gpu_status,
+}
 
 
 def rewrite(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
@@ -280,8 +267,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
+    made = {
+        "cpu": lambda: cpu(args.results),
+        "side-by-side": lambda: side_by_side_table.text(args.results),
+    }
     old = args.readme.read_text()
-    new = rewrite(old, SECTIONS | {"cpu": lambda: cpu(args.results)})
+    new = rewrite(old, SECTIONS | made)
     if new == old:
         print(f"{args.readme.name} is up to date")
         return 0

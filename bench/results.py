@@ -181,12 +181,12 @@ def machine_slug(facts: dict[str, Any]) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}-{facts['cores']}-cores"
 
 
-def append(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
+def append(rows: Sequence[dict[str, Any]], folder: Path, prefix: str = "cpu") -> Path:
     """Writes a run as a new file; a file that exists is never written to."""
     for row in rows:
         check_row(row)
     first = rows[0]
-    stem = f"cpu-{machine_slug(first['machine'])}-{first['date'][:10]}-{first['commit']}"
+    stem = f"{prefix}-{machine_slug(first['machine'])}-{first['date'][:10]}-{first['commit']}"
     folder.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"  # a row a line
     for attempt in range(1, 1000):
@@ -209,8 +209,8 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def newest_complete(folder: Path) -> list[dict[str, Any]] | None:
+def newest_complete(folder: Path, prefix: str = "cpu") -> list[dict[str, Any]] | None:
     """Rows of the newest run that measured everything, at the sizes the targets are for."""
-    runs: Iterable[list[dict[str, Any]]] = (load(path) for path in sorted(folder.glob("cpu-*.json")))
+    runs: Iterable[list[dict[str, Any]]] = (load(path) for path in sorted(folder.glob(f"{prefix}-*.json")))
     complete = [run for run in runs if run and all(row["complete"] for row in run)]
     return max(complete, key=lambda run: run[0]["date"], default=None)

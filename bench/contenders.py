@@ -1,0 +1,141 @@
+"""Who steps beside whom in bench.side_by_side: our configurations, torch's optimizers, EPI as published, peers.
+
+A peer that is not installed, or cannot run on the device, becomes a row that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.published_epi import PublishedEPI
+from epi_kernels import MaskedEMAAdamW
+
+LR = 1e-6  # small, so that a thousand rounds leave the weights where they are
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    weights: torch.dtype  # of weights and gradients
+    make: Make
+    isolates: bool
+    note: str  # what is unlike the others
+    refresh: str | None = None  # the method that selects anew
+
+    @property
+    def slug(self) -> str:
+        kept = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        return "-".join(part for part in kept.split("-") if part)
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+REFERENCE = {F32: "torch fused, float32", BF16: "torch fused, bfloat16"}
+
+
+def _ours(**options: Any) -> Make:
+    return lambda params: MaskedEMAAdamW(params, lr=LR, mask_interval=None, **options)
+
+
+def _torch(**options: Any) -> Make:
+    return lambda params: torch.optim.AdamW(params, lr=LR, **options)
+
+
+def _bitsandbytes(params: list[Tensor]) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(params, lr=LR)
+
+
+def _torchao(bits: int) -> Make:
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        from torchao import optim
+
+        kind = {8: optim.AdamW8bit, 4: optim.AdamW4bit}[bits]
+        return kind(params, lr=LR, bf16_stochastic_round=True)
+
+    return make
+
+
+def _flashoptim(params: list[Tensor]) -> torch.optim.Optimizer:
+    import flashoptim
+
+    return flashoptim.FlashAdamW(params, lr=LR)
+
+
+def _optimi(params: list[Tensor]) -> torch.optim.Optimizer:
+    import optimi
+
+    return optimi.AdamW(params, lr=LR, kahan_sum=True)
+
+
+def _deepspeed(params: list[Tensor]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(params, lr=LR)
+
+
+REFRESH = "refresh_isolation_mask"
+CONTENDERS = [
+    Contender(REFERENCE[F32], F32, _torch(fused=True), False, "isolates nothing"),
+    Contender("torch foreach, float32", F32, _torch(foreach=True), False, "isolates nothing"),
+    Contender("ours, float32", F32, _ours(), True, "importance is exp_avg_sq", REFRESH),
+    Contender(
+        "ours, float32, own importance",
+        F32,
+        _ours(importance_beta=0.99),
+        True,
+        "one more float32 EMA",
+        REFRESH,
+    ),
+    Contender(
+        "EPI as published, float32",
+        F32,
+        lambda params: PublishedEPI(params, lr=LR),
+        True,
+        "plain PyTorch: float32 EMA, bool mask, top-k over all scores",
+        "refresh",
+    ),
+    Contender("DeepSpeed CPUAdam, float32", F32, _deepspeed, False, "isolates nothing; CPU only"),
+    Contender(REFERENCE[BF16], BF16, _torch(fused=True), False, "isolates nothing; states round to nearest"),
+    Contender(
+        "torch foreach, bfloat16",
+        BF16,
+        _torch(foreach=True),
+        False,
+        "isolates nothing; states round to nearest",
+    ),
+    Contender("ours, bfloat16", BF16, _ours(), True, "stochastic rounding", REFRESH),
+    Contender(
+        "ours, bfloat16, 8-bit states", BF16, _ours(state_dtype="int8"), True, "stochastic rounding", REFRESH
+    ),
+    Contender(
+        "ours, bfloat16, 8-bit states and own importance",
+        BF16,
+        _ours(state_dtype="int8", importance_beta=0.99, importance_dtype="int8"),
+        True,
+        "stochastic rounding; one more 8-bit EMA",
+        REFRESH,
+    ),
+    Contender(
+        "EPI as published, bfloat16",
+        BF16,
+        lambda params: PublishedEPI(params, lr=LR),
+        True,
+        "plain PyTorch: float32 states, bool mask; weights round to nearest",
+        "refresh",
+    ),
+    Contender("bitsandbytes 8-bit", BF16, _bitsandbytes, False, "isolates nothing; weights round to nearest"),
+    Contender("torchao 8-bit", BF16, _torchao(8), False, "isolates nothing; weights round stochastically"),
+    Contender("torchao 4-bit", BF16, _torchao(4), False, "isolates nothing; weights round stochastically"),
+    Contender(
+        "flashoptim, 24-bit weights", BF16, _flashoptim, False, "isolates nothing; 8-bit weight correction"
+    ),
+    Contender("optimi with Kahan", BF16, _optimi, False, "isolates nothing; 16-bit weight correction"),
+    Contender("DeepSpeed CPUAdam, bfloat16", BF16, _deepspeed, False, "isolates nothing; CPU only"),
+]

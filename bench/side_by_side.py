@@ -1,0 +1,259 @@
+"""make side-by-side: every configuration of ours beside torch's, the peers' and EPI as published, in one run.
+
+    python -m bench.side_by_side                 the lists that fit, on the CPU or, where there is one, the GPU
+    python -m bench.side_by_side --quick         a smoke run: tiny lists, nothing written
+    python -m bench.side_by_side --only peers    contenders whose name holds a word
+
+Every contender steps in turn with torch's fused AdamW over the same weights and gradients; ratios are taken pair by
+pair. A peer that is not installed, or cannot run here, becomes a row that says why. Peers install with
+
+    python -m pip install flashoptim torchao bitsandbytes torch-optimi deepspeed
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import results
+from bench.bench_memory import peak_mib
+from bench.contenders import CONTENDERS, REFERENCE, Contender
+from bench.gpu_device import CpuDevice, Device, open_device
+from bench.gpu_timing import Effort, copy_gbps
+from bench.shapes import parameter_lists
+
+GROUP, PREFIX = "side-by-side", "side-by-side"
+
+
+@dataclass(frozen=True)
+class Plan:
+    elements: int = 100_000_000  # of one tensor, and the most of an architecture's list
+    small_tensors: int = 1_000
+    small_elements: int = 4_096
+    seconds: float = 4.0  # a contender and list, about
+    min_pairs: int = 3
+    max_pairs: int = 60
+    copy_bytes: int = 800_000_000
+
+    def lists(self) -> dict[str, list[tuple[int, ...]]]:
+        return {
+            "one-tensor": [(self.elements,)],
+            "small-tensors": [(self.small_elements,)] * self.small_tensors,
+            **parameter_lists(self.elements),
+        }
+
+
+QUICK = Plan(65_536, small_tensors=3, seconds=0.0, min_pairs=1, max_pairs=1, copy_bytes=1 << 16)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def stored_bytes(value: Any) -> int:
+    """Bytes of the tensors in an optimizer's state; a subclass that wraps others counts those."""
+    if isinstance(value, Mapping):
+        return sum(map(stored_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(stored_bytes, value))
+    if not isinstance(value, Tensor):
+        return 0
+    if hasattr(value, "__tensor_flatten__") and type(value) is not torch.nn.Parameter:
+        inner, _ = value.__tensor_flatten__()
+        return sum(stored_bytes(getattr(value, name)) for name in inner)
+    return value.numel() * value.element_size()
+
+
+def peak_bytes(device: Device, call: Callable[[], Any]) -> int | None:
+    """What a call holds at most beyond what was there; on a CPU the resident set's rise, None off Linux."""
+    if isinstance(device, CpuDevice):
+        return int(peak_mib(call) * 2**20) if sys.platform == "linux" else None
+    return device.peak_bytes(call)
+
+
+# ---------------------------------------------------------------- one contender, one list
+
+
+def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: Device) -> list[Tensor]:
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        made = {"generator": generator, "device": device.torch_device, "dtype": dtype}
+        param = torch.nn.Parameter(torch.randn(shape, **made).mul_(0.02))
+        param.grad = torch.randn(shape, **made).mul_(1e-3)
+        params.append(param)
+    return params
+
+
+def time_pair(
+    device: Device, first: Callable[[], Any], second: Callable[[], Any], *, swap: bool
+) -> tuple[float, float]:
+    """Milliseconds of both; ``swap``: the second goes first, so that neither always follows the other."""
+    if swap:
+        second_ms, first_ms = device.time_round([second, first])
+    else:
+        first_ms, second_ms = device.time_round([first, second])
+    return first_ms, second_ms
+
+
+def measure(
+    contender: Contender, params: list[Tensor], reference: Callable[[], Any], device: Device, plan: Plan
+) -> dict[str, Any]:
+    """Figures of one contender, or ``skipped``: why there are none."""
+    try:
+        optimizer = contender.make(params)
+        optimizer.step()
+        if contender.refresh is not None:
+            getattr(optimizer, contender.refresh)()
+        optimizer.step()  # whatever a first step compiles or allocates is there now
+        device.synchronize()
+    except Exception as error:  # a peer may fail in any way; the row says how
+        return {
+            "skipped": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        }
+    start = time.perf_counter()
+    device.time_round([reference, optimizer.step])
+    pairs = min(max(int(plan.seconds / (time.perf_counter() - start)), plan.min_pairs), plan.max_pairs)
+    gc.collect()
+    gc.disable()
+    try:
+        times = [time_pair(device, reference, optimizer.step, swap=bool(i % 2)) for i in range(pairs)]
+    finally:
+        gc.enable()
+    beside, ours = zip(*times)
+    elements = sum(param.numel() for param in params)
+    state = stored_bytes(optimizer.state)
+    found: dict[str, Any] = {
+        "rounds": pairs,
+        "ours_ms": results.percentiles(ours),
+        "beside_ms": results.percentiles(beside),
+        "ratio": results.percentiles(results.paired_ratios(ours, beside)),
+        "state_bytes_per_element": state / elements,
+        "step_peak_bytes": peak_bytes(device, optimizer.step),
+    }
+    itemsize = params[0].element_size()
+    # the least a step moves: weight in and out, gradient in, states in and out
+    found["bytes_per_element"] = 3 * itemsize + 2 * state / elements
+    found["ns_per_element"] = 1e6 * found["ours_ms"]["p50"] / elements
+    found["gbps"] = found["bytes_per_element"] / found["ns_per_element"]
+    if contender.refresh is not None:
+        refresh = getattr(optimizer, contender.refresh)
+        found["refresh_ms"] = results.percentiles([device.time_round([refresh])[0] for _ in range(3)])
+        found["refresh_peak_bytes"] = peak_bytes(device, refresh)
+    return found
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: bool) -> list[dict[str, Any]]:
+    copy = copy_gbps(device, Effort(copy_bytes=plan.copy_bytes, warm_up=2))
+    shared = results.provenance() | {
+        "group": GROUP,
+        "device": device.facts(),
+        "copy_gbps": copy["p50"],
+        "threads": torch.get_num_threads(),
+        "backend": "auto",
+        "options": {},
+        "target": None,
+        "met": None,
+        "load_before": None,
+        "complete": complete,
+        "preempted_per_round": None,
+    }
+    rows = []
+    lists = plan.lists()
+    progress = tqdm(total=len(lists) * len(contenders), unit="row", disable=None)
+    for list_name, shapes in lists.items():
+        for dtype in REFERENCE:
+            entered = [contender for contender in contenders if contender.weights == dtype]
+            params = parameters(shapes, dtype, device) if entered else []
+            if entered:
+                reference = torch.optim.AdamW(params, lr=1e-6, fused=True)
+                reference.step()
+            for contender in entered:
+                progress.set_description(f"{list_name}: {contender.name}")
+                row = {
+                    "name": f"{list_name}-{contender.slug}",
+                    "list": list_name,
+                    "contender": contender.name,
+                    "isolates": contender.isolates,
+                    "note": contender.note,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "elements": sum(math.prod(shape) for shape in shapes),
+                    "tensors": len(shapes),
+                    "beside": REFERENCE[dtype],
+                }
+                found = measure(contender, params, reference.step, device, plan)
+                if "gbps" in found:
+                    found["copy_share"] = found["gbps"] / copy["p50"]
+                rows.append(row | found | shared)
+                release()
+                progress.update()
+            params = []
+            reference = None
+            release()
+    progress.close()
+    return rows
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if "skipped" in row:
+            figures = f"not run: {row['skipped']}"
+        else:
+            figures = (
+                f"{row['ours_ms']['p50']:10.2f} ms  {row['ratio']['p50']:7.2f} of torch fused  "
+                f"{row['gbps']:6.1f} GB/s  {row['state_bytes_per_element']:.3f} B"
+            )
+        lines.append(f"{row['list']:<14} {row['contender']:<50} {figures}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.side_by_side", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny lists, seconds; nothing is written")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
+    parser.add_argument("--elements", type=lambda text: int(float(text)), help="of one tensor (1e8)")
+    parser.add_argument("--only", metavar="WORD", help="contenders whose name holds it")
+    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (2)")
+    parser.add_argument("--out", type=Path, help="folder of the result file (whole runs: bench/results)")
+    args = parser.parse_args(argv)
+    device = open_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(device, str):
+        parser.error(device)
+    torch.set_num_threads(args.threads)
+    plan = QUICK if args.quick else Plan(**({"elements": args.elements} if args.elements else {}))
+    contenders = [c for c in CONTENDERS if args.only is None or args.only.lower() in c.name.lower()]
+    if not contenders:
+        parser.error(f"no contender's name holds {args.only!r}: {', '.join(c.name for c in CONTENDERS)}")
+    complete = plan == Plan() and args.only is None
+    rows = run(contenders, device, plan, complete)
+    print(summary(rows))
+    out = args.out or (results.RESULTS if complete else None)
+    if out is None:
+        print("not written: not the whole run (--out FOLDER writes it)")
+    else:
+        print(f"written: {results.append(rows, out, prefix=PREFIX)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

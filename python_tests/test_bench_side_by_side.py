@@ -1,0 +1,162 @@
+"""bench.side_by_side: EPI as published, what counts as state, contenders that cannot run, the README's table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import contenders, results, side_by_side, side_by_side_table
+from bench.contenders import Contender
+from bench.gpu_device import CpuDevice
+from bench.published_epi import PublishedEPI
+from epi_kernels import MaskedEMAAdamW, published
+
+F32 = torch.float32
+
+
+def made(n: int = 400, seed: int = 0) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.nn.Parameter(torch.randn(n, generator=generator))
+    param.grad = torch.randn(n, generator=generator)
+    return param
+
+
+# ---------------------------------------------------------------- EPI as published
+
+
+def test_published_epi_steps_as_adamw_does():
+    ours, torchs = made(), made()
+    epi, adamw = PublishedEPI([ours], lr=1e-2), torch.optim.AdamW([torchs], lr=1e-2)
+    for _ in range(5):
+        epi.step()
+        adamw.step()
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_published_epi_isolates_the_largest_normalised_importances():
+    small, large = made(seed=1), made(seed=2)
+    assert small.grad is not None and large.grad is not None
+    large.grad *= 100  # as important as `small` once normalised within each tensor
+    epi = PublishedEPI([small, large], ratio=0.05)
+    epi.step()
+    epi.refresh()
+    masks = [epi.state[param]["isolation_mask"] for param in (small, large)]
+    assert sum(int(mask.sum()) for mask in masks) == 40
+    for param, mask in zip((small, large), masks):
+        assert mask.any() and param.grad is not None
+        assert param.grad[mask].abs().min() > param.grad[~mask].abs().max()
+    before = [param.detach().clone() for param in (small, large)]
+    epi.step()
+    for param, mask, old in zip((small, large), masks, before):
+        assert torch.equal(param[mask], old[mask]) and (param[~mask] != old[~mask]).all()
+
+
+def test_published_epi_takes_what_published_says():
+    param = made()
+    epi = PublishedEPI([param])
+    epi.step()
+    assert side_by_side.stored_bytes(epi.state) == published.STATE_TOTAL_BYTES * param.numel()
+
+
+# ---------------------------------------------------------------- bytes and pairs
+
+
+class Wrapped(torch.Tensor):
+    """A quantised state as peers have it: a float32 tensor to the outside, two tensors within."""
+
+    def __new__(cls, codes, scale):
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=F32)
+        wrapped.codes, wrapped.scale = codes, scale
+        return wrapped
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_stored_bytes_count_what_a_wrapper_holds():
+    wrapped = Wrapped(torch.zeros(64, dtype=torch.uint8), torch.zeros(1))
+    assert side_by_side.stored_bytes({"a": [wrapped, torch.zeros(3)], "step": 7}) == 64 + 4 + 12
+
+
+def test_stored_bytes_are_our_own_account():
+    param = made(5000)
+    ours = MaskedEMAAdamW([param], state_dtype="int8")
+    ours.step()
+    assert side_by_side.stored_bytes(ours.state) == ours.state_bytes()["total"]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_both_of_a_pair_are_told_apart_whoever_goes_first(swap):
+    order = []
+    first, second = side_by_side.time_pair(
+        CpuDevice(),
+        lambda: order.append("first"),
+        lambda: (order.append("second"), torch.randn(200_000).sort()),
+        swap=swap,
+    )
+    assert order == (["second", "first"] if swap else ["first", "second"])
+    assert first < second
+
+
+# ---------------------------------------------------------------- rows
+
+
+def refuses(params):
+    raise ImportError("No module named 'somebody'")
+
+
+def test_what_cannot_run_becomes_a_row_that_says_why():
+    contender = Contender("somebody", F32, refuses, False, "absent")
+    row = side_by_side.measure(contender, [made()], lambda: None, CpuDevice(), side_by_side.QUICK)
+    assert row == {"skipped": "ImportError: No module named 'somebody'"}
+
+
+def test_every_contender_has_a_reference_and_a_name_of_its_own():
+    names = [contender.name for contender in contenders.CONTENDERS]
+    slugs = {contender.slug for contender in contenders.CONTENDERS}
+    assert len(slugs) == len(set(names)) == len(names)
+    for dtype, reference in contenders.REFERENCE.items():
+        assert [c.weights for c in contenders.CONTENDERS if c.name == reference] == [dtype]
+
+
+def test_a_run_is_written_and_becomes_a_table(tmp_path, capsys):
+    before = torch.get_num_threads()
+    try:
+        status = side_by_side.main(
+            ["--quick", "--device", "cpu", "--only", "float32", "--out", str(tmp_path)]
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert status == 0
+    (path,) = tmp_path.glob("side-by-side-*.json")
+    rows = results.load(path)
+    wanted = [contender.name for contender in contenders.CONTENDERS if "float32" in contender.name]
+    for name in {row["list"] for row in rows}:
+        assert [row["contender"] for row in rows if row["list"] == name] == wanted
+    ran = {row["contender"]: row for row in rows if "skipped" not in row}
+    assert {"torch fused, float32", "ours, float32", "EPI as published, float32"} <= ran.keys()
+    assert ran["ours, float32"]["state_bytes_per_element"] == pytest.approx(8.125, abs=0.01)
+
+    assert "Not measured yet" in side_by_side_table.text(tmp_path), "a smoke run is no result"
+    path.write_text(json.dumps([row | {"complete": True} for row in rows]))
+    text = side_by_side_table.text(tmp_path)
+    for row in rows:
+        assert row["contender"] in text
+    assert "| **ours, float32** | yes |" in text and "| torch fused, float32 | no |" in text
+
+
+def test_an_unknown_word_names_the_contenders(capsys):
+    with pytest.raises(SystemExit):
+        side_by_side.main(["--quick", "--device", "cpu", "--only", "nobody"])
+    assert "torch fused, float32" in capsys.readouterr().err
+
+
+def test_committed_results_load():
+    for path in results.RESULTS.glob("side-by-side-*.json"):
+        assert results.load(path)
