@@ -24,11 +24,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo bench side-by-side tables gpu env lint format typecheck clean
+.PHONY: help build test demo bench side-by-side tables gpu gpu-large env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | bench | side-by-side | gpu | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | bench | side-by-side | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -80,13 +80,13 @@ tables: build
 # Needs no network and makes no environment: the interpreter of a GPU machine brings its own torch.
 # VENV's python serves where PYTHON has no torch.
 GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
-gpu: export PYTHONPATH := .
-gpu: export EPI_KERNELS_CUDA_ARCHS ?= native
-gpu:
+gpu gpu-large: export PYTHONPATH := .
+gpu gpu-large: export EPI_KERNELS_CUDA_ARCHS ?= native
+gpu gpu-large:
 	@$(GPU_PYTHON) -c 'import torch' || \
-	  { echo "make gpu: neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
+	  { echo "make $@: neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m bench.gpu $(strip $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(GPU_ARGS))
+	$(GPU_PYTHON) -m bench.$(subst -,_,$@) $(strip $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(GPU_ARGS))
 
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))

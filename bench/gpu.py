@@ -137,9 +137,13 @@ def timing_slices(
 
 
 def run_slices(
-    slices: list[Slice], done: dict[str, Any], save: Callable[[], None], limit: float | None
+    slices: list[Slice],
+    done: dict[str, Any],
+    save: Callable[[], None],
+    limit: float | None,
+    describe: Callable[[dict[str, Any]], str] | None = None,
 ) -> int:
-    """Runs what is not done yet; how many are left."""
+    """Runs what is not done yet; how many are left. ``describe``: a result in a line, ``outcome`` by default."""
     start, ran = time.monotonic(), 0
     for number, piece in enumerate(slices, 1):
         if piece.name in done:
@@ -160,7 +164,7 @@ def run_slices(
         done[piece.name] = {**result, "seconds": seconds}
         save()
         ran += 1
-        print(f"    {outcome(result)}  ({seconds} s)", flush=True)
+        print(f"    {(describe or outcome)(result)}  ({seconds} s)", flush=True)
     return sum(piece.name not in done for piece in slices)
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
+from epi_kernels.architectures import ARCHITECTURES
+
 # Llama 3.2 1B: vocab_size 128256, hidden_size 2048, intermediate_size 8192, 16 layers, 32 heads and 8
 # key-value heads of 64, tied embeddings. A test compares the list with transformers' own model.
 LLAMA_1B_CONFIG = {
@@ -46,4 +52,19 @@ def tiny_llama() -> list[tuple[int, ...]]:
 
 
 def parameter_lists(elements: int) -> dict[str, list[tuple[int, ...]]]:
-    return {}
+    """Of each architecture, as many whole decoder layers as ``elements`` hold, one at least; where the whole model
+    fits, that."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    lists = {}
+    for name in ("Llama-2-7B", "Llama-3-8B", "Mistral-7B", "Qwen2-7B", "Gemma-2-9B"):
+        config = ARCHITECTURES[name]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        shapes = [tuple(param.shape) for param in model.parameters()]
+        layers = [[tuple(param.shape) for param in layer.parameters()] for layer in model.model.layers]
+        if sum(map(math.prod, shapes)) > elements:
+            count = max(1, elements // sum(map(math.prod, layers[0])))
+            shapes = [shape for layer in layers[:count] for shape in layer]
+        lists[name] = shapes
+    return lists

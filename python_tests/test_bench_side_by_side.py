@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import contenders, results, side_by_side, side_by_side_table
+from bench import contenders, results, shapes, side_by_side, side_by_side_table
 from bench.contenders import Contender
 from bench.gpu_device import CpuDevice
 from bench.published_epi import PublishedEPI
@@ -149,6 +151,23 @@ def test_a_run_is_written_and_becomes_a_table(tmp_path, capsys):
     for row in rows:
         assert row["contender"] in text
     assert "| **ours, float32** | yes |" in text and "| torch fused, float32 | no |" in text
+
+
+def test_a_slow_contender_sits_out_the_other_lists():
+    plan = replace(side_by_side.QUICK, slow_seconds=0.0)
+    (contender,) = [c for c in contenders.CONTENDERS if c.name == "ours, float32"]
+    first, second = side_by_side.run([contender], CpuDevice(), plan, complete=False)
+    assert first["list"] == "one-tensor" and "ours_ms" in first
+    assert second["skipped"] == "0 s a step of one-tensor"
+
+
+def test_architectures_give_whole_layers_or_the_whole_model():
+    layers, whole = shapes.parameter_lists(100_000_000), shapes.parameter_lists(10**10)
+    assert (
+        layers.keys() == whole.keys() == {"Llama-2-7B", "Llama-3-8B", "Mistral-7B", "Qwen2-7B", "Gemma-2-9B"}
+    )
+    assert sum(map(math.prod, layers["Llama-3-8B"])) == 218_112_000
+    assert sum(map(math.prod, whole["Llama-3-8B"])) == 8_030_261_248
 
 
 def test_an_unknown_word_names_the_contenders(capsys):
