@@ -1,8 +1,9 @@
 // Stage 1, step: the masked update over a range of one parameter whose states are floats.
 //
-// A block of elements takes two loops, moments and weights. In one the chain of root, division and rounding
-// is longer than what a processor looks ahead, and the random words wait behind it. What is between the loops
-// lies in the first cache.
+// With bfloat16 a block of elements takes two loops, moments and weights: in one the chain of root, division
+// and rounding is longer than what a processor looks ahead. What is between the loops lies in the first
+// cache. On a Zen 4 core without AVX-512, ns an element: 0.91 in one loop and 0.73 in two with stochastic
+// rounding, 0.63 and 0.52 without. float32 alone waits for memory, 0.60 and 0.64, and takes one.
 
 #pragma once
 

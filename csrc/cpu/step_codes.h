@@ -76,7 +76,7 @@ EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& 
   const Pair m = load_in_order(next.exp_avg + k), v = load_in_order(next.exp_avg_sq + k);
   const Pair u = kOwn ? load_in_order(next.importance + k) : Pair{};
   put(next.denom + k, denominator(x.c, v));
-  // as in step_pair(): only float32 values can hand on a NaN that rounding would spoil
+  // as in moments_of_pair() of floats: only float32 values can hand on a NaN that rounding would spoil
   if constexpr (kOwn || sizeof(S) > 1) {
     auto special = unordered(m.a, m.b) | unordered(v.a, v.b);
     if constexpr (kOwn) special = special | unordered(u.a, u.b);

@@ -88,14 +88,4 @@ EPI_INLINE typename Lanes<F>::U switched_word(F x, typename Lanes<F>::U random_b
   return select(x != x, Lanes<F>::u32(kBfloat16Nan << 16), word + random_bits - (even & to_nearest));
 }
 
-// -> the bfloat16 in the low half of a word.
-template <class F>
-EPI_INLINE typename Lanes<F>::U round_nearest_bf16(F x) {
-  return nearest_word_of_any(x) >> 16;
-}
-template <class F>
-EPI_INLINE typename Lanes<F>::U round_stochastic_bf16(F x, typename Lanes<F>::U random_bits) {
-  return stochastic_word_of_any(x, random_bits) >> 16;
-}
-
 }  // namespace epi::EPI_ISA

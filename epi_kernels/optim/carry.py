@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.moments import read_moment, write_moment
-from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, shares_importance
+from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, read_step, shares_importance
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,15 @@ class Carried:
     step: Tensor
 
 
-def _entries(source: Any) -> tuple[list[str] | None, list[Mapping[str, Any]]]:
-    """(names or None, state entries in order) of an optimizer or its state dict."""
+class _Source(NamedTuple):
+    """One parameter's state in the source, and the group it is in."""
+
+    entry: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+
+def _entries(source: Any) -> tuple[list[str] | None, list[_Source]]:
+    """(names or None, states in order) of an optimizer or its state dict."""
     state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
@@ -32,21 +39,27 @@ def _entries(source: Any) -> tuple[list[str] | None, list[Mapping[str, Any]]]:
             f"got {type(source).__name__}"
         )
     groups = state_dict["param_groups"]
-    entries = [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
+    entries = [
+        _Source(state_dict["state"].get(key) or {}, group) for group in groups for key in group["params"]
+    ]
     if all("param_names" in group for group in groups):
         return [name for group in groups for name in group["param_names"]], entries
     return None, entries
 
 
-def _take(entry: Mapping[str, Any], param: Tensor, name: str) -> Carried | None:
+def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
+    entry, what = source.entry, f"the source's state of {name}"
     if not entry:
         return None  # the source never stepped it: its importance is 0
-    key = "importance" if "importance" in entry else "exp_avg_sq"
+    # a group that came to share its importance has an old one of its own lying about
+    shared = "importance" not in entry or (
+        "importance_beta" in source.group and shares_importance(source.group)
+    )
+    key = "exp_avg_sq" if shared else "importance"
     if key not in entry:
-        raise ValueError(f"the source's state of {name} has neither importance nor exp_avg_sq")
-    importance = read_moment(entry, key, param.shape, f"the source's state of {name}")
-    step = torch.as_tensor(entry.get("step", 0.0))
-    return Carried(importance, step.detach().reshape(()).to(device="cpu", dtype=torch.float32, copy=True))
+        raise ValueError(f"{what} has neither importance nor exp_avg_sq")
+    importance = read_moment(entry, key, param.shape, what)
+    return Carried(importance, read_step(entry.get("step", 0.0), what))
 
 
 def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:
@@ -69,10 +82,10 @@ def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> 
                 f"the source has {len(entries)} parameters, this optimizer {len(params)}, without names"
             )
         matched = entries
-    if not any(matched):
+    if not any(source.entry for source in matched):
         raise ValueError("the source carries no importance: it has no state for any of these parameters")
     labels = names if names is not None else [f"param_{i}" for i in range(len(params))]
-    return [_take(entry, param, label) for entry, param, label in zip(matched, params, labels, strict=True)]
+    return [_take(found, param, label) for found, param, label in zip(matched, params, labels, strict=True)]
 
 
 def fresh_states(

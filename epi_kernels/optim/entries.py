@@ -65,14 +65,23 @@ def check_gradient(entry: Entry, requested_backend: str) -> None:
             f"the gradient of {name} is {grad.dtype} {list(grad.shape)} on {grad.device}, "
             f"its parameter {param.dtype} {list(param.shape)} on {param.device}"
         )
+    if _is_expanded(param):
+        raise RuntimeError(
+            f"{name} is expanded (several elements share one place in memory), so they cannot take steps of their own: "
+            "use .contiguous() on it"
+        )
     choose(requested_backend, param.device, param.dtype)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape))
 
 
 def check_written_gradient(entry: Entry) -> None:
     """Refuses a gradient that a loss scale cannot be divided out of."""
     name, grad = entry.name, entry.param.grad
     assert grad is not None
-    if any(stride == 0 and n > 1 for stride, n in zip(grad.stride(), grad.shape)):
+    if _is_expanded(grad):
         raise RuntimeError(
             f"the gradient of {name} is expanded (several elements share one place in memory), so a loss scale cannot "
             "be divided out of it in place: use .contiguous() on it"

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.entries import Entry, check_parameters
+from epi_kernels.optim.entries import Entry, check_parameters, check_state
 from epi_kernels.optim.masks import check_mask, install_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
@@ -210,6 +210,8 @@ class MaskedEMAAdamW(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
+        # what a refresh may refuse is looked at before anything changes
+        layers = self._layers() if self._refresh_may_follow() else None
         plan = self._step_plan(params, grads, written=grad_scale is not None)
         if found_inf is not None and (self._refresh_may_follow() or not plan.counts_on_device):
             self._settle()
@@ -221,7 +223,7 @@ class MaskedEMAAdamW(Optimizer):
         due = found_inf is None and refresh_due(
             step, interval=config.mask_interval, warmup=config.mask_warmup
         )
-        layers = self._layers() if due and config.isolation_ratio > 0 else None
+        layers = layers if due else None
         stats = None if layers is None else StatsByDevice(len(layers.names), config)
         plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
         self._set_isolation_step(step)
@@ -256,10 +258,12 @@ class MaskedEMAAdamW(Optimizer):
     # ---------------------------------------------------------------- the refresh
 
     def _layers(self) -> LayerTable:
-        return build_layers(
-            ((param, name, group["isolate"]) for group, param, name, _ in self._parameters()),
-            self._config.layer_key,
-        )
+        entries = list(self._parameters())
+        for entry in entries:  # what a refresh would stumble over
+            arguments.check_group_options({"isolate": entry.group["isolate"]})
+            check_state(entry, self.state.get(entry.param, {}))
+        shares = ((param, name, group["isolate"]) for group, param, name, _ in entries)
+        return build_layers(shares, self._config.layer_key)
 
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
@@ -322,7 +326,7 @@ class MaskedEMAAdamW(Optimizer):
         ``isolation_ratio=0`` and ``isolate=False`` too. Installing an all-False persistent mask lifts it.
 
         Raises:
-            TypeError: the mask is no bool tensor.
+            TypeError: the mask is no dense bool tensor.
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
         group = self._group_of(param)

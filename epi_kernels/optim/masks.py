@@ -14,11 +14,13 @@ from epi_kernels.reference.bits import pack
 def check_mask(mask: Any, param: Tensor) -> None:
     """
     Raises:
-        TypeError: the mask is no bool tensor.
+        TypeError: the mask is no dense bool tensor.
         ValueError: its shape or device is not the parameter's.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"mask must be a dense bool tensor, got {mask.layout}: use .to_dense()")
     if mask.shape != param.shape:
         raise ValueError(f"mask must have the parameter's shape {list(param.shape)}, got {list(mask.shape)}")
     if mask.device != param.device:

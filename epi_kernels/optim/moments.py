@@ -44,7 +44,12 @@ def read_moment(entry: Mapping[str, Any], key: str, shape: torch.Size, what: str
         ValueError: it is none, has another shape, or codes without their scales.
     """
     value, scales = entry[key], entry.get(SCALE_OF[key])
-    if isinstance(value, Tensor) and value.shape == shape:
+    if (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.layout == torch.strided
+        and not value.is_meta
+    ):
         if value.is_floating_point() and scales is None:
             return value.detach()
         n_scales = codec.scale_bytes(value.numel())

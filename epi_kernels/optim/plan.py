@@ -17,7 +17,7 @@ from torch import Tensor
 
 from epi_kernels.backends import Backend, choose
 from epi_kernels.backends.batch import StepBatch, share_storage
-from epi_kernels.optim.arguments import IsolationConfig, check_group_options
+from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.entries import (
     Entry,
     check_gradient,
@@ -32,7 +32,6 @@ from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.tensors import ParamTensors
 
 _DTYPE, _DEVICE, _IS_CPU, _LAYOUT, _SHAPE = map(attrgetter, ("dtype", "device", "is_cpu", "layout", "shape"))
-_HYPER_KEYS = ("lr", "betas", "eps", "weight_decay", "importance_beta")
 
 
 class StepPlan:
@@ -176,8 +175,10 @@ class StepPlan:
                 for tensors in rows:
                     tensors.hyper = hyper
 
-    def _switches(self) -> list[tuple[bool, bool]]:
-        return [(group["maximize"], shares_importance(group)) for group, _ in self._group_rows]
+    def _switches(self) -> list[tuple[bool, bool, bool]]:
+        return [
+            (group["maximize"], group["isolate"], shares_importance(group)) for group, _ in self._group_rows
+        ]
 
 
 class _Share(NamedTuple):
@@ -212,7 +213,7 @@ def _hyper_parameters(group: Mapping[str, Any], known: HyperParameters | None = 
     except (TypeError, ValueError):
         hyper = None
     if hyper is None or hyper != known:
-        check_group_options({key: group[key] for key in _HYPER_KEYS})
+        check_group_options({key: group[key] for key in GROUP_OPTIONS})
     assert hyper is not None, "options that pass the check are numbers"
     return hyper
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from epi_kernels.backends import choose
 from epi_kernels.backends.protocol import Backend
 from epi_kernels.optim.arguments import IsolationConfig
-from epi_kernels.optim.entries import Entry, check_state, param_tensors
+from epi_kernels.optim.entries import Entry, param_tensors
 from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.state import complete_state
 from epi_kernels.policies import selection
@@ -40,13 +40,7 @@ def partition(
     covered: set[Tensor],  # parameters whose stats the step has already reduced
     config: IsolationConfig,
 ) -> tuple[list[Partition], list[int]]:
-    """Parameters with state by backend and device; per layer, the eligible elements without any.
-
-    Raises:
-        RuntimeError: a state does not fit its parameter.
-    """
-    for entry in entries:
-        check_state(entry, state_of.get(entry.param, {}))
+    """Parameters with state by backend and device; per layer, the eligible elements without any."""
     stateless = [0] * len(layers.names)
     partitions: dict[tuple[str, torch.device], Partition] = {}
     for group, param, _, _ in entries:

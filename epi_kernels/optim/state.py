@@ -63,6 +63,26 @@ def load_mask(value: Tensor, param: Tensor, what: str) -> Tensor:
     return mask
 
 
+def read_step(value: Any, what: str) -> Tensor:
+    """fp32 [] on the host: the steps a state has taken.
+
+    Raises:
+        ValueError: it is no whole number >= 0.
+    """
+    step = value.detach() if isinstance(value, Tensor) else value
+    number = float(step) if _is_one_number(step) else -1.0
+    if not number >= 0 or number % 1:  # inf % 1 and nan are nan, which is true
+        raise ValueError(f"{what}: step must be one whole number >= 0, got {value!r}")
+    return torch.tensor(number, dtype=torch.float32)
+
+
+def _is_one_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and not value.is_meta and not value.is_complex()
+        return plain and value.numel() == 1
+    return isinstance(value, (int, float))
+
+
 def _load_param_state(
     saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
 ) -> dict[str, Any]:
@@ -76,14 +96,7 @@ def _load_param_state(
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in saved]
     if missing:
         raise ValueError(f"state of {name} lacks {', '.join(missing)}")
-    state: dict[str, Any] = {}
-    step = saved["step"]
-    if not isinstance(step, (Tensor, int, float)):
-        raise ValueError(f"state of {name}: step must be one whole number >= 0, got {step!r}")
-    step = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step))
-    if step.numel() != 1 or not float(step) >= 0 or float(step) % 1:
-        raise ValueError(f"state of {name}: step must be one whole number >= 0, got {saved['step']!r}")
-    state["step"] = step.reshape(()).to(device="cpu", dtype=torch.float32, copy=True)
+    state: dict[str, Any] = {"step": read_step(saved["step"], f"state of {name}")}
     for key in MOMENT_KEYS:
         if key == "importance" and (key not in saved or shares_importance(group)):
             continue
@@ -117,6 +130,8 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
     if len(ours) != len(saved):
         raise ValueError(f"state dict has {len(saved)} param groups, this optimizer {len(ours)}")
     for number, (group, saved_group) in enumerate(zip(ours, saved, strict=True)):
+        if not isinstance(saved_group, Mapping) or "params" not in saved_group:
+            raise ValueError(f"param group {number} of the state dict is no dict with 'params'")
         if len(group["params"]) != len(saved_group["params"]):
             raise ValueError(
                 f"param group {number} of the state dict has {len(saved_group['params'])} parameters, "
