@@ -8,17 +8,7 @@ import torch
 
 from epi_kernels.architectures import ARCHITECTURES
 
-# Llama 3.2 1B: vocab_size 128256, hidden_size 2048, intermediate_size 8192, 16 layers, 32 heads and 8
-# key-value heads of 64, tied embeddings. A test compares the list with transformers' own model.
-LLAMA_1B_CONFIG = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
+LLAMA_1B_CONFIG = ARCHITECTURES["Llama-3.2-1B"]  # a test compares the list with transformers' own model
 
 
 def llama(config: dict) -> list[tuple[int, ...]]:

@@ -29,6 +29,9 @@ COMMANDS = {
         "measure which weights old abilities need, from data that stands for them",
     ),
     "finetune": Command("epi_kernels.finetune.command", "fine-tune a causal language model with isolation"),
+    "memory": Command(
+        "epi_kernels.memory", "what a model and each optimizer take, from the model's config alone"
+    ),
     "report": Command("epi_kernels.report.command", "a run's log as one self-contained HTML page"),
     "demo": Command("epi_kernels.demo.command", "learn a task, then another: with isolation and without"),
     "kernels": Command(

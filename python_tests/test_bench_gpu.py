@@ -211,7 +211,7 @@ def test_the_list_of_a_one_billion_llama_is_transformers():
     import transformers
 
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shapes.LLAMA_1B_CONFIG))
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.for_model(**shapes.LLAMA_1B_CONFIG))
     assert [tuple(p.shape) for p in model.parameters()] == shapes.llama_1b()
     assert sum(map(math.prod, shapes.llama_1b())) == 1_235_814_400
 

@@ -19,7 +19,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 
 # A module imports only from its own row or from rows above it in this table.
 LEVELS = [
-    ["reference", "published", "files", "text"],
+    ["reference", "architectures", "footprint", "published", "files", "text"],
     ["backends"],
     ["policies"],
     ["distributed"],
@@ -27,7 +27,7 @@ LEVELS = [
     ["training"],
     ["isolation", "integrations", "finetune", "report", "demo"],
     ["repro"],
-    ["cli", "env", "kernels_report", "__main__"],
+    ["cli", "env", "memory", "kernels_report", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -7,21 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from epi_kernels import published
+from epi_kernels import footprint, published
 from epi_kernels.policies.schedule import refresh_steps
-from epi_kernels.reference import codec
 from epi_kernels.text import columns, human_bytes
 
+from .model import TORCH_DTYPES
 from .options import Options
-
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-
-
-def _moment_bytes(dtype: str, count: int) -> int:
-    """Of one moment of ``count`` elements; tensors too small for 8-bit states keep float32."""
-    if dtype != "int8":
-        return ELEMENT_BYTES[dtype] * count
-    return 4 * count if count < codec.MIN_ELEMENTS else count + codec.scale_bytes(count)
 
 
 @dataclass(frozen=True)
@@ -40,25 +31,26 @@ class Memory:
 
 
 def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Options) -> Memory:
-    """Of a model whose parameters have these shapes and are held in `dtype`. A mask takes ceil(elements / 8) bytes a tensor."""
+    """Of a model whose parameters have these shapes and are held in `dtype`; step counters are left out."""
     sizes = [(tensor.numel(), tensor.requires_grad) for tensor in parameters]
     every = sum(count for count, _ in sizes)
     trained = [count for count, trains in sizes if trains]
-    width = dtype.itemsize
-    state_dtype = options.state_dtype or ("fp32" if width == 4 else "bf16")
-    own = options.importance_beta not in (None, options.beta2)
-    ours = sum(
-        2 * _moment_bytes(state_dtype, count)
-        + (_moment_bytes(options.importance_dtype, count) if own else 0)
-        + (-(-count // 8) if options.isolation_ratio > 0 else 0)
-        for count in trained
+    named = TORCH_DTYPES | {"int8": "int8"}
+    ours = footprint.masked_ema_adamw(
+        trained,
+        dtype,
+        betas=(options.beta1, options.beta2),
+        isolation_ratio=options.isolation_ratio,
+        importance_beta=options.importance_beta,
+        importance_dtype=named[options.importance_dtype],
+        state_dtype=named[options.state_dtype] if options.state_dtype else None,
     )
     total = sum(trained)
     return Memory(
-        weights=every * width,
-        gradients=total * width,
-        ours=ours,
-        adamw=2 * width * total,
+        weights=every * dtype.itemsize,
+        gradients=total * dtype.itemsize,
+        ours=ours["total"] - ours["other"],
+        adamw=2 * dtype.itemsize * total,
         epi_as_published=published.STATE_TOTAL_BYTES * total,
         parameters=total,
     )
