@@ -4,7 +4,8 @@ python -m bench.report             rewrites README.md
 python -m bench.report --check     exits 1 when README.md is out of date
 
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), memory (counted
-<!-- bench:end NAME -->            from real optimizers, here and now), gpu-status (bench.status)
+<!-- bench:end NAME -->            from real optimizers, here and now), quality (the newest run of
+                                   bench.quality), gpu-status (bench.status)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import quality_record, results
+from bench.markdown import table
 
 README = results.ROOT / "README.md"
 BLOCK = re.compile(
@@ -26,12 +28,6 @@ BLOCK = re.compile(
 )
 
 Row = dict[str, Any]
-
-
-def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
-    """Markdown; ``align``: one of l, r a column."""
-    rule = ["---:" if side == "r" else "---" for side in align.ljust(len(header), "l")]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 # ---------------------------------------------------------------- cpu
@@ -254,7 +250,12 @@ def gpu_status() -> str:
     return importlib.import_module("bench.status").line()
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"cpu": cpu, "memory": memory, "gpu-status": gpu_status}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
+    "memory": memory,
+    "quality": quality_record.section,
+    "gpu-status": gpu_status,
+}
 
 
 def rewrite(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
@@ -281,7 +282,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
     old = args.readme.read_text()
-    new = rewrite(old, SECTIONS | {"cpu": lambda: cpu(args.results)})
+    folder = args.results
+    measured = {"cpu": lambda: cpu(folder), "quality": lambda: quality_record.section(folder)}
+    new = rewrite(old, SECTIONS | measured)
     if new == old:
         print(f"{args.readme.name} is up to date")
         return 0
