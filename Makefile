@@ -70,7 +70,7 @@ env: build
 bench: build
 	$(PY) -m bench.run $(BENCH_ARGS)
 
-# Low precision against float32 in training runs: about twelve minutes on two cores.
+# Low precision against float32 in training runs: ten to twenty minutes on two cores.
 quality: build
 	$(PY) -m bench.quality $(QUALITY_ARGS)
 

@@ -1,6 +1,6 @@
 """make quality: what low-precision weights and states cost a training run, in held-out loss and in the mask.
 
-    python -m bench.quality            everything, about twelve minutes on two cores; writes one result file
+    python -m bench.quality            everything, ten to twenty minutes on two cores; writes one result file
     python -m bench.quality --quick    a smoke run: a few steps of one seed, nothing written
 
 A small Llama with random weights learns the demo's sums and string instructions together, with isolation
