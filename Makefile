@@ -5,7 +5,7 @@
 #   TORCH        what is installed as torch when VENV has none (torch==2.13.0)
 #   TORCH_INDEX  index to take torch from, and torch alone; pip's own configuration otherwise
 #   TIME_LIMIT   seconds for one slice of `make gpu`; the next call resumes
-#   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, BENCH_ARGS and GPU_ARGS to their programs
+#   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, BENCH_ARGS, QUALITY_ARGS and GPU_ARGS to their programs
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -16,6 +16,7 @@ JOBS        ?= 2
 TEST_ARGS   ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+QUALITY_ARGS ?=
 GPU_ARGS    ?=
 
 PY := $(VENV)/bin/python
@@ -24,11 +25,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo bench side-by-side tables gpu gpu-large env lint format typecheck clean
+.PHONY: help build test demo bench side-by-side quality tables gpu gpu-large env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | bench | side-by-side | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | bench | side-by-side | quality | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -72,6 +73,10 @@ bench: build
 # Beside torch's optimizers, EPI as published and whichever peers are installed.
 side-by-side: build
 	$(PY) -m bench.side_by_side $(BENCH_ARGS)
+
+# Low precision against float32 in training runs: ten to twenty minutes on two cores.
+quality: build
+	$(PY) -m bench.quality $(QUALITY_ARGS)
 
 # The README's tables, from the rows under bench/results/.
 tables: build

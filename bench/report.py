@@ -3,9 +3,9 @@
 python -m bench.report             rewrites README.md
 python -m bench.report --check     exits 1 when README.md is out of date
 
-<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side (of
-<!-- bench:end NAME -->            bench.side_by_side), memory (counted from real optimizers, here and
-                                   now), gpu-status (bench.status)
+<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
+<!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
+                                   from real optimizers, here and now), gpu-status (bench.status)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import results, side_by_side_table
+from bench import quality_record, results, side_by_side_table
 from bench.markdown import Row, count, ratio, table
 
 README = results.ROOT / "README.md"
@@ -239,6 +239,7 @@ def gpu_status() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "memory": memory,
+    "quality": quality_record.section,
     "side-by-side": side_by_side_table.text,
     "gpu-status": gpu_status,
 }
@@ -267,12 +268,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
-    made = {
+    measured: dict[str, Callable[[], str]] = {
         "cpu": lambda: cpu(args.results),
+        "quality": lambda: quality_record.section(args.results),
         "side-by-side": lambda: side_by_side_table.text(args.results),
     }
     old = args.readme.read_text()
-    new = rewrite(old, SECTIONS | made)
+    new = rewrite(old, SECTIONS | measured)
     if new == old:
         print(f"{args.readme.name} is up to date")
         return 0
