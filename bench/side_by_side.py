@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from bench.gpu_timing import Effort, copy_gbps
 from bench.shapes import parameter_lists
 
 GROUP, PREFIX = "side-by-side", "side-by-side"
+PEERS = ("flashoptim", "torchao", "bitsandbytes", "torch-optimi", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
         "complete": complete,
         "preempted_per_round": None,
     }
+    shared["versions"] |= {name: version for name in PEERS if (version := installed(name))}
     rows: list[dict[str, Any]] = []
     slow: dict[str, float] = {}
     lists = plan.lists()
@@ -216,6 +219,13 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
             release()
     progress.close()
     return rows
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def release() -> None:
