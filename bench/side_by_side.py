@@ -181,7 +181,8 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
     rows: list[dict[str, Any]] = []
     slow: dict[str, float] = {}
     lists = plan.lists()
-    progress = tqdm(total=len(lists) * len(contenders), unit="row", disable=None)
+    total = len(lists) * len(contenders)
+    progress = tqdm(total=total, unit="row", disable=None)
     for list_name, shapes in lists.items():
         for dtype in REFERENCE:
             entered = [contender for contender in contenders if contender.weights == dtype]
@@ -212,6 +213,8 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
                 if "gbps" in found:
                     found["copy_share"] = found["gbps"] / copy["p50"]
                 rows.append(row | found | shared)
+                if progress.disable:  # no terminal: a line a row instead
+                    print(f"[{len(rows)}/{total}] {summary(rows[-1:])}", flush=True)
                 release()
                 progress.update()
             params = []
@@ -267,7 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no contender's name holds {args.only!r}: {', '.join(c.name for c in CONTENDERS)}")
     complete = plan == Plan() and args.only is None
     rows = run(contenders, device, plan, complete)
-    print(summary(rows))
+    if sys.stderr.isatty():
+        print(summary(rows))
     out = args.out or (results.RESULTS if complete else None)
     if out is None:
         print("not written: not the whole run (--out FOLDER writes it)")

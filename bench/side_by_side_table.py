@@ -59,11 +59,13 @@ def text(folder: Path = results.RESULTS) -> str:
         "fused AdamW over the same weights and gradients; GB/s: of the bytes that a step must move at least."
     )
     parts = [caption, table(header, list(map(_contender_line, one)), "llrrrrrrr")]
-    notes = {row["contender"]: row["note"] for row in one}
-    skipped = [f"{row['contender']}: {row['skipped']}" for row in one if "skipped" in row]
-    parts.append("What is unlike: " + "; ".join(f"{name}: {note}" for name, note in notes.items()) + ".")
+    notes = {row["contender"]: row["note"].removeprefix("isolates nothing").removeprefix("; ") for row in one}
+    parts.append(
+        "What is unlike. " + "; ".join(f"{name}: {note}" for name, note in notes.items() if note) + "."
+    )
+    skipped = [f"{row['contender']}: {row['skipped'].rstrip('.')}" for row in one if "skipped" in row]
     if skipped:
-        parts.append("Did not run: " + "; ".join(skipped) + ".")
+        parts.append("Did not run. " + "; ".join(skipped) + ".")
     if len(lists) > 1:
         ratios: dict[str, list[str]] = {}
         for name in lists[1:]:
@@ -73,6 +75,9 @@ def text(folder: Path = results.RESULTS) -> str:
                 )
         sizes = {row["list"]: f"{row['list']} ({row['tensors']:,}: {row['elements']:.2g})" for row in rows}
         header = ["step, of torch fused", *(sizes[name] for name in lists[1:])]
-        parts.append("Other parameter lists (tensors: elements):")
+        parts.append(
+            "Other parameter lists (tensors: elements), of an architecture as many decoder layers as fit, one at least; what takes "
+            "seconds a step sits them out:"
+        )
         parts.append(table(header, list(ratios.values()), "l" + "r" * (len(lists) - 1)))
     return "\n\n".join(parts)

@@ -57,7 +57,12 @@ def complete_run(date: str = "2030-01-02T03:04:05Z", ms: float = 2.0) -> list[di
     cases += [library_case(name="copy", group="copy", target=None, bytes_per_element=8.0)]
     refresh = registry.REFRESH._asdict()
     cases += [
-        library_case(name=f"refresh-{dtype}-minmax-global-{kind}", group="refresh", target=refresh)
+        library_case(
+            name=f"refresh-{dtype}-minmax-global-{kind}",
+            group="refresh",
+            target=refresh,
+            bytes_per_element=8.25,
+        )
         for dtype in ("f32", "bf16")
         for kind in ("after-step", "stand-alone")
     ]

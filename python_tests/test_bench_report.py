@@ -93,3 +93,19 @@ def test_memory_table_counts_real_optimizers():
         ("ours, default, bfloat16 weights", "4.125"),
     ]:
         assert re.search(rf"^\| {re.escape(name)} \|.*\| \*\*{total}\*\* \|", text, re.MULTILINE), text
+
+
+def test_a_refresh_that_memory_could_not_serve_is_noise_and_not_met():
+    rows = complete_run()
+    after = [row for row in rows if row["name"] == "refresh-bf16-minmax-global-after-step"]
+    assert len(after) == 1
+    text = report._refresh_table(rows)
+    assert "noise" not in text
+    for share in (None, -0.1, 0.0, 2.5):
+        after[0]["copy_share"] = share
+        noisy = report._refresh_table(rows)
+        assert "| noise |" in noisy and "1 could not be told from the noise" in noisy
+        assert noisy.count("noise") == 2
+    named = {row["name"]: row for row in rows}
+    named["refresh-bf16-minmax-global-stand-alone"]["copy_share"] = 9.0
+    assert report._refresh_table(rows) == noisy, "a stand-alone refresh is timed itself"
