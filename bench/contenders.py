@@ -5,7 +5,7 @@ A peer that is not installed, or cannot run on the device, becomes a row that sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from bench.published_epi import PublishedEPI
 from epi_kernels import MaskedEMAAdamW
 
 LR = 1e-6  # small, so that a thousand rounds leave the weights where they are
-Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+Make = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ def _torch(**options: Any) -> Make:
     return lambda params: torch.optim.AdamW(params, lr=LR, **options)
 
 
-def _bitsandbytes(params: list[Tensor]) -> torch.optim.Optimizer:
-    import bitsandbytes
+def _bitsandbytes(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
 
     return bitsandbytes.optim.AdamW8bit(params, lr=LR)
 
 
 def _torchao(bits: int) -> Make:
-    def make(params: list[Tensor]) -> torch.optim.Optimizer:
-        from torchao import optim
+    def make(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        from torchao import optim  # pyright: ignore[reportMissingImports]
 
         kind = {8: optim.AdamW8bit, 4: optim.AdamW4bit}[bits]
         return kind(params, lr=LR, bf16_stochastic_round=True)
@@ -62,20 +62,20 @@ def _torchao(bits: int) -> Make:
     return make
 
 
-def _flashoptim(params: list[Tensor]) -> torch.optim.Optimizer:
-    import flashoptim
+def _flashoptim(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    import flashoptim  # pyright: ignore[reportMissingImports]
 
     return flashoptim.FlashAdamW(params, lr=LR)
 
 
-def _optimi(params: list[Tensor]) -> torch.optim.Optimizer:
-    import optimi
+def _optimi(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    import optimi  # pyright: ignore[reportMissingImports]
 
     return optimi.AdamW(params, lr=LR, kahan_sum=True)
 
 
-def _deepspeed(params: list[Tensor]) -> torch.optim.Optimizer:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+def _deepspeed(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
 
     return DeepSpeedCPUAdam(params, lr=LR)
 

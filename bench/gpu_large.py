@@ -143,7 +143,9 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_large", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_large", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", choices=ARCHITECTURES, default="Llama-3-8B")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"

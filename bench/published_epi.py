@@ -52,6 +52,7 @@ class PublishedEPI(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(param, dtype=torch.float32)
             state["isolation_mask"] = torch.zeros_like(param, dtype=torch.bool)
         state["step"] += 1
+        assert param.grad is not None
         (beta1, beta2), grad = group["betas"], param.grad.float()
         state["exp_avg"].lerp_(grad, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

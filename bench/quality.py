@@ -199,7 +199,9 @@ def measure(plan: Plan, workers: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; nothing is written")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes of one thread each (the cores, at most 8)"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from bench import results
 from bench.bench_memory import peak_mib
-from bench.contenders import CONTENDERS, REFERENCE, Contender
+from bench.contenders import CONTENDERS, LR, REFERENCE, Contender
 from bench.gpu_device import CpuDevice, Device, open_device
 from bench.gpu_timing import Effort, copy_gbps
 from bench.shapes import parameter_lists
@@ -74,8 +74,9 @@ def stored_bytes(value: Any) -> int:
         return sum(map(stored_bytes, value))
     if not isinstance(value, Tensor):
         return 0
-    if hasattr(value, "__tensor_flatten__") and type(value) is not torch.nn.Parameter:
-        inner, _ = value.__tensor_flatten__()
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is not None and type(value) is not torch.nn.Parameter:
+        inner, _ = flatten()
         return sum(stored_bytes(getattr(value, name)) for name in inner)
     return value.numel() * value.element_size()
 
@@ -113,7 +114,7 @@ def time_pair(
 
 
 def measure(
-    contender: Contender, params: list[Tensor], reference: Callable[[], Any], device: Device, plan: Plan
+    contender: Contender, params: Sequence[Tensor], reference: Callable[[], Any], device: Device, plan: Plan
 ) -> dict[str, Any]:
     """Figures of one contender, or ``skipped``: why there are none."""
     try:
@@ -186,10 +187,11 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
     for list_name, shapes in lists.items():
         for dtype in REFERENCE:
             entered = [contender for contender in contenders if contender.weights == dtype]
-            params = parameters(shapes, dtype, device) if entered else []
-            if entered:
-                reference = torch.optim.AdamW(params, lr=1e-6, fused=True)
-                reference.step()
+            if not entered:
+                continue
+            params = parameters(shapes, dtype, device)
+            step = torch.optim.AdamW(params, lr=LR, fused=True).step
+            step()
             for contender in entered:
                 progress.set_description(f"{list_name}: {contender.name}")
                 row = {
@@ -203,10 +205,11 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
                     "tensors": len(shapes),
                     "beside": REFERENCE[dtype],
                 }
+                found: dict[str, Any]
                 if contender.name in slow:
                     found = {"skipped": f"{slow[contender.name]:.0f} s a step of {rows[0]['list']}"}
                 else:
-                    found = measure(contender, params, reference.step, device, plan)
+                    found = measure(contender, params, step, device, plan)
                     seconds = found["ours_ms"]["p50"] / 1e3 if "ours_ms" in found else 0.0
                     if seconds > plan.slow_seconds:
                         slow[contender.name] = seconds
@@ -217,8 +220,7 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
                     print(f"[{len(rows)}/{total}] {summary(rows[-1:])}", flush=True)
                 release()
                 progress.update()
-            params = []
-            reference = None
+            del params, step  # before the next list is made
             release()
     progress.close()
     return rows
@@ -252,7 +254,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.side_by_side", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.side_by_side", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="tiny lists, seconds; nothing is written")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     parser.add_argument("--elements", type=lambda text: int(float(text)), help="of one tensor (1e8)")
