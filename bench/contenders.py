@@ -27,6 +27,7 @@ class Contender:
     isolates: bool
     note: str  # what is unlike the others
     refresh: str | None = None  # the method that selects anew
+    cpu_only: bool = False
 
     @property
     def slug(self) -> str:
@@ -44,6 +45,10 @@ def _ours(**options: Any) -> Make:
 
 def _torch(**options: Any) -> Make:
     return lambda params: torch.optim.AdamW(params, lr=LR, **options)
+
+
+def _published(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return PublishedEPI(params, lr=LR)
 
 
 def _bitsandbytes(params: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -96,12 +101,14 @@ CONTENDERS = [
     Contender(
         "EPI as published, float32",
         F32,
-        lambda params: PublishedEPI(params, lr=LR),
+        _published,
         True,
         "plain PyTorch: float32 EMA, bool mask, top-k over all scores",
         "refresh",
     ),
-    Contender("DeepSpeed CPUAdam, float32", F32, _deepspeed, False, "isolates nothing; CPU only"),
+    Contender(
+        "DeepSpeed CPUAdam, float32", F32, _deepspeed, False, "isolates nothing; CPU only", cpu_only=True
+    ),
     Contender(REFERENCE[BF16], BF16, _torch(fused=True), False, "isolates nothing; states round to nearest"),
     Contender(
         "torch foreach, bfloat16",
@@ -125,7 +132,7 @@ CONTENDERS = [
     Contender(
         "EPI as published, bfloat16",
         BF16,
-        lambda params: PublishedEPI(params, lr=LR),
+        _published,
         True,
         "plain PyTorch: float32 states, bool mask; weights round to nearest",
         "refresh",
@@ -137,5 +144,7 @@ CONTENDERS = [
         "flashoptim, 24-bit weights", BF16, _flashoptim, False, "isolates nothing; 8-bit weight correction"
     ),
     Contender("optimi with Kahan", BF16, _optimi, False, "isolates nothing; 16-bit weight correction"),
-    Contender("DeepSpeed CPUAdam, bfloat16", BF16, _deepspeed, False, "isolates nothing; CPU only"),
+    Contender(
+        "DeepSpeed CPUAdam, bfloat16", BF16, _deepspeed, False, "isolates nothing; CPU only", cpu_only=True
+    ),
 ]

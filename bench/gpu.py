@@ -29,6 +29,7 @@ from bench import gpu_timing, results
 from bench.gpu_device import Device, open_device, versions
 from bench.gpu_record import record, slug, summary, write_new
 from bench.status import kernel_hash
+from epi_kernels.files import write_whole
 
 SCHEMA = 1
 GPU_TESTS = results.ROOT / "python_tests" / "gpu"
@@ -136,6 +137,12 @@ def timing_slices(
     return slices
 
 
+def keep(done: dict[str, Any], state: Path) -> Callable[[], None]:
+    """Reads what was done before into ``done``; the call that is returned saves it."""
+    done.update(json.loads(state.read_text()) if state.exists() else {})
+    return lambda: write_whole(state, json.dumps(done))
+
+
 def run_slices(
     slices: list[Slice],
     done: dict[str, Any],
@@ -220,14 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = results.RESULTS if args.out is None else args.out.parent
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / f"gpu-{key}{'-smoke' if args.smoke else ''}.state.tmp"
-    done.update(json.loads(state.read_text()) if state.exists() else {})
+    save = keep(done, state)
     if done:
         print(f"{len(done)} slices were done before: {state.name}")
-
-    def save() -> None:
-        fresh = state.with_suffix(".new.tmp")
-        fresh.write_text(json.dumps(done))
-        fresh.replace(state)
 
     run_slices(chosen, done, save, args.time_limit)
     run = record(identity, [piece.name for piece in slices], done)

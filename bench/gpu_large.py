@@ -25,7 +25,7 @@ import torch
 
 from bench import results
 from bench.contenders import BF16, CONTENDERS, Contender
-from bench.gpu import Slice, run_slices
+from bench.gpu import Slice, keep, run_slices
 from bench.gpu_device import Device, open_device, versions
 from bench.gpu_record import slug
 from bench.side_by_side import peak_bytes, stored_bytes
@@ -45,9 +45,7 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-ENTERED = [
-    contender for contender in CONTENDERS if contender.weights == BF16 and "CPU only" not in contender.note
-]
+ENTERED = [contender for contender in CONTENDERS if contender.weights == BF16 and not contender.cpu_only]
 
 
 # ---------------------------------------------------------------- one optimizer, in its own process
@@ -59,7 +57,7 @@ def train(contender: Contender, config: dict[str, Any], device: Device, n_tokens
     try:
         model = build(config, device)
         made = sum(param.numel() for param in model.parameters())
-        return {"parameters": made, **_steps(contender, model, device, n_tokens)}
+        return {"parameters": made, **_steps(contender, model, device, config["vocab_size"], n_tokens)}
     except torch.OutOfMemoryError as error:
         return {"parameters": made, "skipped": f"out of memory: {str(error).splitlines()[0]}"[:200]}
     except Exception as error:  # a peer may fail in any way; the row says how
@@ -77,9 +75,10 @@ def build(config: dict[str, Any], device: Device) -> torch.nn.Module:
     return model.train()
 
 
-def _steps(contender: Contender, model: torch.nn.Module, device: Device, n_tokens: int) -> dict[str, Any]:
+def _steps(
+    contender: Contender, model: torch.nn.Module, device: Device, vocabulary: int, n_tokens: int
+) -> dict[str, Any]:
     generator = torch.Generator(device.torch_device).manual_seed(0)
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr, assignment]
     tokens = torch.randint(vocabulary, (1, n_tokens), generator=generator, device=device.torch_device)
     params = list(model.parameters())
     elements = sum(param.numel() for param in params)
@@ -174,20 +173,15 @@ def main(argv: list[str] | None = None) -> int:
         "model": "tiny" if args.smoke else args.model,
         "device": device.facts(),
         "kernel_hash": kernel_hash(),
-        "tokens": TOKENS,
+        "tokens": SMOKE_TOKENS if args.smoke else TOKENS,
         "smoke": args.smoke,
     }
     shared["versions"] |= versions()
     stem = f"large-{slug(shared['model'])}-{slug(shared['device']['name'])}-{shared['commit']}"
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / f"{stem}-{shared['kernel_hash']}.state.tmp"
-    done: dict[str, Any] = json.loads(state.read_text()) if state.exists() else {}
-
-    def save() -> None:
-        fresh = state.with_suffix(".new.tmp")
-        fresh.write_text(json.dumps(done))
-        fresh.replace(state)
-
+    done: dict[str, Any] = {}
+    save = keep(done, state)
     slices = [
         Slice(c.slug, SECONDS, lambda c=c: in_subprocess(c, args.model, args.device, args.smoke))
         for c in ENTERED
@@ -197,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"incomplete: {left} of {len(slices)} optimizers are left; the same command continues")
         return 0
     rows = [{"contender": c.name, "isolates": c.isolates, "note": c.note, **done[c.slug]} for c in ENTERED]
-    path = args.out / f"{stem}-{shared['date'][:10]}.json"
-    path.write_text(json.dumps({**shared, "rows": rows}, indent=1) + "\n")
+    text = json.dumps({**shared, "rows": rows}, indent=1) + "\n"
+    path = results.write_new(args.out, f"{stem}-{shared['date'][:10]}", text)
     state.unlink(missing_ok=True)
     print(f"written: {path}")
     failed = [row["contender"] for row in rows if not ran(row) and row["contender"].startswith("ours")]

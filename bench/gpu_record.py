@@ -52,18 +52,13 @@ def write_new(run: dict[str, Any], out: Path | None) -> Path:
     stem = f"gpu-{slug(run['device']['name'])}-{run['date'][:10]}-{run['commit']}" + (
         "-smoke" if run["smoke"] else ""
     )
-    folder = results.RESULTS if out is None else out.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, 1000):
-        path = folder / f"{stem}{'' if attempt == 1 else f'-{attempt}'}.json" if out is None else out
-        try:
-            with open(path, "x") as file:
-                file.write(json.dumps(run, indent=1) + "\n")
-            return path
-        except FileExistsError:
-            if out is not None:
-                raise
-    raise FileExistsError(f"{folder} holds 999 runs named {stem}")
+    text = json.dumps(run, indent=1) + "\n"
+    if out is None:
+        return results.write_new(results.RESULTS, stem, text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "x") as file:
+        file.write(text)
+    return out
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 
 from bench import results
 from bench.markdown import table
-from epi_kernels.files import write_whole
 
 BASE = "float32"  # the configuration that the others are compared with
 
@@ -99,19 +98,14 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def write_new(record: dict[str, Any], folder: Path) -> Path:
     """The whole record at a new path in ``folder``; a file that exists is never written to."""
     stem = f"quality-{results.machine_slug(record['machine'])}-{record['date'][:10]}-{record['commit']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{stem}.json", *(f"{stem}-{attempt}.json" for attempt in range(2, 1000))]
-    path = next((folder / name for name in names if not (folder / name).exists()), None)
-    if path is None:
-        raise FileExistsError(f"{folder} holds 999 runs named {stem}")
     lists = {key: record[key] for key in ("runs", "rows")}
     head = json.dumps({key: value for key, value in record.items() if key not in lists}, indent=1)
     tail = [
         f'"{key}": [\n' + ",\n".join(json.dumps(line) for line in lines) + "\n]"
         for key, lines in lists.items()
     ]
-    write_whole(path, ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n")  # a run a line
-    return path
+    text = ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n"  # a run a line
+    return results.write_new(folder, stem, text)
 
 
 def newest(folder: Path) -> dict[str, Any] | None:

@@ -75,17 +75,6 @@ def _step_table(rows: list[Row]) -> str:
     return table(header, lines, "lrrrrrr")
 
 
-# A refresh reads only, which may be faster than a copy, but not by more.
-READS_OVER_COPY = 2.0
-
-
-def _is_noise(row: Row | None) -> bool:
-    """What a refresh adds to a step is a difference of two steps: less than memory takes is their noise."""
-    if row is None or not row["name"].endswith("-after-step"):
-        return False
-    return row["copy_share"] is None or not 0 < row["copy_share"] <= READS_OVER_COPY
-
-
 def _refresh_table(rows: list[Row]) -> str:
     """Ratio to a step, after a step and stand-alone, of every variant."""
     named = {row["name"]: row for row in rows}
@@ -102,11 +91,13 @@ def _refresh_table(rows: list[Row]) -> str:
         lines.append(
             [
                 variant.replace("-", ", "),
-                *("noise" if _is_noise(row) else ratio(row) for row in cells),
+                *("noise" if row is not None and results.is_noise(row) else ratio(row) for row in cells),
             ]
         )
-    judged = [row for row in rows if row["group"] == "refresh" and row["met"] is not None]
-    refreshes = [row for row in judged if not _is_noise(row)]
+    judged = [
+        row for row in rows if row["group"] == "refresh" and (row["met"] is not None or results.is_noise(row))
+    ]
+    refreshes = [row for row in judged if not results.is_noise(row)]
     met = sum(row["met"] for row in refreshes)
     header = [
         "refresh / step",

@@ -187,8 +187,13 @@ def append(rows: Sequence[dict[str, Any]], folder: Path, prefix: str = "cpu") ->
         check_row(row)
     first = rows[0]
     stem = f"{prefix}-{machine_slug(first['machine'])}-{first['date'][:10]}-{first['commit']}"
-    folder.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"  # a row a line
+    return write_new(folder, stem, text)
+
+
+def write_new(folder: Path, stem: str, text: str) -> Path:
+    """STEM.json, or STEM-2.json and so on where that exists; a file that exists is never written to."""
+    folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, 1000):
         path = folder / (f"{stem}.json" if attempt == 1 else f"{stem}-{attempt}.json")
         try:
@@ -198,6 +203,17 @@ def append(rows: Sequence[dict[str, Any]], folder: Path, prefix: str = "cpu") ->
         except FileExistsError:
             continue
     raise FileExistsError(f"{folder} holds 999 runs named {stem}")
+
+
+# A refresh reads only, which may be faster than a copy, but not by more.
+READS_OVER_COPY = 2.0
+
+
+def is_noise(row: dict[str, Any]) -> bool:
+    """What a refresh adds to a step is a difference of two steps: less than memory takes is their noise."""
+    if not row["name"].endswith("-after-step") or "copy_share" not in row:
+        return False
+    return row["copy_share"] is None or not 0 < row["copy_share"] <= READS_OVER_COPY
 
 
 def load(path: Path) -> list[dict[str, Any]]:

@@ -149,7 +149,8 @@ def judge(rows: list[dict[str, Any]], judged: bool) -> None:
         if "gbps" in row:
             row["copy_share"] = row["gbps"] / copy_gbps if copy_gbps and row["gbps"] else None
         target = row["target"]
-        row["met"] = Target(**target).met(row) if judged and target is not None else None
+        judgeable = judged and target is not None and not results.is_noise(row)
+        row["met"] = Target(**target).met(row) if judgeable else None
 
 
 def measure(plan: Plan, groups: set[str], complete: bool) -> list[dict[str, Any]]:

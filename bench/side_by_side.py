@@ -46,7 +46,7 @@ class Plan:
     seconds: float = 3.0  # a contender and list, about
     min_pairs: int = 3
     max_pairs: int = 60
-    slow_seconds: float = 5.0  # a step of the first list: what takes longer sits out the others
+    slow_seconds: float = 5.0  # a step: what takes longer sits out the lists that follow
     copy_bytes: int = 800_000_000
     architectures: bool = True
 
@@ -180,7 +180,7 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
     }
     shared["versions"] |= {name: version for name in PEERS if (version := installed(name))}
     rows: list[dict[str, Any]] = []
-    slow: dict[str, float] = {}
+    slow: dict[str, str] = {}
     lists = plan.lists()
     total = len(lists) * len(contenders)
     progress = tqdm(total=total, unit="row", disable=None)
@@ -207,12 +207,12 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
                 }
                 found: dict[str, Any]
                 if contender.name in slow:
-                    found = {"skipped": f"{slow[contender.name]:.0f} s a step of {rows[0]['list']}"}
+                    found = {"skipped": slow[contender.name]}
                 else:
                     found = measure(contender, params, step, device, plan)
                     seconds = found["ours_ms"]["p50"] / 1e3 if "ours_ms" in found else 0.0
                     if seconds > plan.slow_seconds:
-                        slow[contender.name] = seconds
+                        slow[contender.name] = f"{seconds:.0f} s a step of {list_name}"
                 if "gbps" in found:
                     found["copy_share"] = found["gbps"] / copy["p50"]
                 rows.append(row | found | shared)

@@ -211,9 +211,10 @@ class MaskedEMAAdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         # what a refresh may refuse is looked at before anything changes
-        layers = self._layers() if self._refresh_may_follow() else None
+        may_refresh = self._refresh_may_follow()
+        layers = self._layers() if may_refresh else None
         plan = self._step_plan(params, grads, written=grad_scale is not None)
-        if found_inf is not None and (self._refresh_may_follow() or not plan.counts_on_device):
+        if found_inf is not None and (may_refresh or not plan.counts_on_device):
             self._settle()
             if bool(found_inf):
                 return loss
