@@ -149,8 +149,8 @@ def judge(rows: list[dict[str, Any]], judged: bool) -> None:
         if "gbps" in row:
             row["copy_share"] = row["gbps"] / copy_gbps if copy_gbps and row["gbps"] else None
         target = row["target"]
-        judgeable = judged and target is not None and not results.is_noise(row)
-        row["met"] = Target(**target).met(row) if judgeable else None
+        told = judged and not results.is_noise(row)
+        row["met"] = Target(**target).met(row) if told and target is not None else None
 
 
 def measure(plan: Plan, groups: set[str], complete: bool) -> list[dict[str, Any]]:

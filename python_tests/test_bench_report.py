@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results
+from bench import report, results, run
 from python_tests.bench_rows import complete_run
 
 # ---------------------------------------------------------------- files
@@ -109,3 +109,12 @@ def test_a_refresh_that_memory_could_not_serve_is_noise_and_not_met():
     named = {row["name"]: row for row in rows}
     named["refresh-bf16-minmax-global-stand-alone"]["copy_share"] = 9.0
     assert report._refresh_table(rows) == noisy, "a stand-alone refresh is timed itself"
+
+
+def test_noise_is_not_judged():
+    rows = complete_run()
+    (after,) = [row for row in rows if row["name"] == "refresh-f32-minmax-global-after-step"]
+    assert after["met"] is True
+    after["gbps"] = 100 * next(row["gbps"] for row in rows if row["name"] == "copy")
+    run.judge(rows, judged=True)
+    assert after["met"] is None
