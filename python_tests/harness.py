@@ -17,7 +17,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from python_tests import oracle, oracle_codec
+from python_tests import oracle, oracle_codec, oracle_master
 from python_tests.cases import Case, gradient, half, lay_out, optimizer_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,6 +262,14 @@ class Pair:
             assert state[name].shape == p.shape
             assert_same_bits(stored(state, name), getattr(expected, name), f"p{i}.{name}")
         assert ("importance" in state) == (not expected.hyper.shared)
+        assert ("weight_correction" in state) == (expected.master is not None)
+        if expected.master is not None:
+            correction = state["weight_correction"]
+            assert correction.shape == p.shape
+            bits = self.case.settings.master_weight_bits
+            expected_correction = oracle_master.correction(expected.master, bits)
+            assert_same_bits(logical(correction), expected_correction, f"p{i}.weight_correction")
+            assert_same_bits(logical(self.optimizer.master_weight(p)), expected.master, f"master weight of p{i}")
 
     def _check_report(self) -> None:
         actual, expected = self.optimizer.isolation_report(), self.oracle.report

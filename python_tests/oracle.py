@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from python_tests import oracle_codec
+from python_tests import oracle_codec, oracle_master
 
 F32 = np.float32
 FLOAT_DTYPES = {
@@ -86,6 +86,7 @@ class Settings:
     layer_key: Callable[[str], Hashable] | None = None
     hysteresis: float = 0.0
     state_dtype: str | None = None
+    master_weight_bits: int = 16
     stochastic_rounding: bool | None = None
     seed: int = 0
 
@@ -114,6 +115,7 @@ class Param:
     hyper: Hyper
     name: str | None = None
     step: int = 0  # t
+    master: np.ndarray | None = None  # [n]; what theta is the nearest bfloat16 to, where more is kept
     exp_avg: np.ndarray | None = None  # [n]; None until the first step with a gradient
     exp_avg_sq: np.ndarray | None = None
     importance: np.ndarray | None = None  # [n], own importance only
@@ -206,6 +208,8 @@ class Run:
             p.exp_avg, p.exp_avg_sq = np.zeros(n, state_real), np.zeros(n, state_real)
             if not h.shared:
                 p.importance = np.zeros(n, F32)
+            if p.dtype == "bfloat16" and s.master_weight_bits > 16:
+                p.master = p.theta
         p.step += 1
         t = p.step
         beta1, beta2 = h.betas
@@ -224,13 +228,20 @@ class Run:
             if not h.shared:
                 u = real(h.importance_beta) * p.importance.astype(real) + real(1 - h.importance_beta) * gg
             denom = np.sqrt(v) + real(h.eps * root2)
-            new = real(1 - h.lr * h.weight_decay) * p.theta - real(h.lr * root2 / bias1) * (m / denom)
+            theta = p.theta if p.master is None else p.master
+            new = real(1 - h.lr * h.weight_decay) * theta - real(h.lr * root2 / bias1) * (m / denom)
 
         ident = position if p.name is None else zlib.crc32(p.name.encode())
         w0, w1 = random_words(s.seed, t, ident, np.arange(n, dtype=np.uint64) if p.index is None else p.index)
         low, high = (lambda w: w & np.uint32(0xFFFF)), (lambda w: w >> np.uint32(16))
         state_dtype = self._state_dtype(p, s.state_dtype)
-        p.theta = np.where(p.mask, p.theta, self._store(new, p.dtype, low(w0)))
+        if p.master is None:
+            p.theta = np.where(p.mask, p.theta, self._store(new, p.dtype, low(w0)))
+        else:
+            random = None if s.stochastic_rounding is False else low(w0)
+            new = oracle_master.narrowed(new, s.master_weight_bits, random)
+            p.master = np.where(p.mask, p.master, new)
+            p.theta = np.where(p.mask, p.theta, oracle_master.nearest_bfloat16(new))
         p.exp_avg = self._store(m, state_dtype, high(w0), signed=True)
         p.exp_avg_sq = self._store(v, state_dtype, low(w1))
         if not h.shared:

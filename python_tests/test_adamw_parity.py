@@ -104,6 +104,7 @@ def test_signature_begins_like_adamw():
         "layer_key": None,
         "hysteresis": 0.0,
         "state_dtype": None,
+        "master_weight_bits": 16,
         "stochastic_rounding": None,
         "seed": 0,
         "backend": "auto",

@@ -123,6 +123,7 @@ def runs(draw, max_elements: int) -> tuple[Case, list[list[str | None]], list[bo
         layer_key=draw(st.sampled_from([None, lambda name: int(name[1:]) % 2])) if named else None,
         hysteresis=draw(st.sampled_from([0.0, 0.1, 0.75])),
         state_dtype=draw(st.sampled_from([None, "float32", "bfloat16"])),
+        master_weight_bits=draw(st.sampled_from([16, 24, 32])),
         stochastic_rounding=draw(st.sampled_from([None, True, False])),
         seed=draw(st.integers(0, 2**40)),
     )

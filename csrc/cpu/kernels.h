@@ -25,6 +25,7 @@ enum Column {
   kExpAvgSqScale,
   kImportanceScale,
   kStep,
+  kWeightCorrection,
   kColumns,
 };
 enum Flag : int64_t {
@@ -36,6 +37,7 @@ enum Flag : int64_t {
   kStateInt8 = 32,
   kImportanceInt8 = 64,
   kUInt8 = 128,
+  kCorrectionInt8 = 1024,
 };
 
 using TableRow = const int64_t*;  // [kColumns]

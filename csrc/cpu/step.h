@@ -7,50 +7,10 @@
 
 #pragma once
 
-#include "cpu/random.h"
 #include "cpu/stats.h"
-#include "math/adamw.h"
-#include "math/rounding.h"
+#include "cpu/step_weights.h"
 
 namespace epi::EPI_ISA {
-
-struct StepContext {
-  StepConstants<Pair> c;
-  Pair multiplier;
-  bool has_multiplier;
-  RandomKeys keys;
-  PairU golden;  // a constant of the random words
-};
-
-EPI_INLINE StepContext step_context(TableRow row, int64_t start, const StepArguments& a) {
-  using L = Lanes<Pair>;
-  StepContext x{step_constants<Pair>(a.scalars), L::f32(a.grad_multiplier), a.has_grad_multiplier,
-                random_keys(row, start), twice(kept(Lanes<StepF>::u32(kGolden)))};
-  // c * (-g) == (-c) * g to the bit, and g * g never sees the sign
-  if ((row[kFlags] & kMaximize) != 0) x.c.one_minus_beta1 = L::f32(-a.scalars[1]);
-  return x;
-}
-
-// What a Pair's weights are made of. `random`: the first words of random bits.
-struct NewPair {
-  Pair exp_avg, denom;
-  PairU random;
-};
-// The same of a block, Pair after Pair.
-struct NewMoments {
-  alignas(64) float exp_avg[kBlock];
-  alignas(64) float denom[kBlock];
-  alignas(64) float random[kBlock];
-};
-EPI_INLINE void put(float* p, Pair x) {
-  store(p, x.a);
-  store(p + kStepWidth, x.b);
-}
-template <bool kStochastic>
-EPI_INLINE NewPair load_new(const NewMoments& next, int64_t k) {
-  return {load_in_order(next.exp_avg + k), load_in_order(next.denom + k),
-          kStochastic ? bits_of(load_in_order(next.random + k)) : PairU{}};
-}
 
 // The gradient as the update sees it.
 template <bool kSplit, class T>
@@ -116,20 +76,6 @@ EPI_INLINE NewPair moments_of_pair(const StepContext& x, const StepPointers<P, S
   return next;
 }
 
-// Its weights. `isolated`: their mask bits; S: the moments' type in memory.
-template <bool kSplit, bool kStochastic, class S, class P>
-EPI_INLINE void weights_of_pair(const StepContext& x, P* param, uint32_t isolated, const NewPair& next) {
-  const Pair old = load_pair<kSplit>(param);
-  const Pair theta = updated_weight(x.c, old, next.exp_avg, next.denom);
-  const PairU random = low_half(next.random);
-  if constexpr (sizeof(P) == 2 && sizeof(S) == 4) {  // as in moments_of_pair()
-    if (any(unordered(theta.a, theta.b))) [[unlikely]] {
-      return store_pair_but<kSplit, kStochastic, true>(param, isolated, theta, old, random);
-    }
-  }
-  store_pair_but<kSplit, kStochastic, false>(param, isolated, theta, old, random);
-}
-
 // The elements from `i` on, `n` of them, whole pairs, which start at the range's element `at`. `mask`: their
 // packed bits.
 template <bool kAligned, bool kOwn, bool kSplit, bool kStochastic, class P, class S>
@@ -149,11 +95,7 @@ EPI_INLINE void step_pairs(const StepContext& x, const StepPointers<P, S>& p, in
       weights_of_pair<kSplit, kStochastic, S>(x, p.param + i + k, mask_word<PairBits>(mask, i + k), pair);
     }
   }
-#pragma GCC unroll 1
-  for (int64_t k = 0; kTwoLoops && k < n; k += kPair) {
-    weights_of_pair<kSplit, kStochastic, S>(x, p.param + i + k, mask_word<PairBits>(mask, i + k),
-                                            load_new<kStochastic>(next, k));
-  }
+  if constexpr (kTwoLoops) weights_of_pairs<kStochastic, S>(x, p, i, n, mask, next);
 }
 // The same wherever the range starts.
 template <bool kOwn, bool kSplit, bool kStochastic, class P, class S>

@@ -114,11 +114,7 @@ EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, 
     }
     mark_nonfinite<kOwn>(p, block);
   }
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < n; k += kPair) {
-    weights_of_pair<true, kStochastic, S>(x, p.param + i + k, mask_word<PairBits>(mask, i + k),
-                                          load_new<kStochastic>(next, k));
-  }
+  weights_of_pairs<kStochastic, S>(x, p, i, n, mask, next);
 }
 
 template <class P, class S>

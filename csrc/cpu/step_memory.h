@@ -19,6 +19,13 @@ using PairBits = PairBitsOf<kPair>::type;  // a pair's mask bits
 // 1.07 with 1024, 1.14 with 2048 (CPU time, medians of 15 pairs).
 constexpr int64_t kPrefetchBytes = 512;
 
+// What bfloat16 weights are short of (math/master.h); at most one of the two is there.
+struct Corrections {
+  uint16_t* of_16;
+  uint8_t* of_8;
+  EPI_INLINE bool any() const { return of_16 != nullptr || of_8 != nullptr; }
+};
+
 template <class P, class S>
 struct StepPointers {
   P* param;
@@ -29,6 +36,7 @@ struct StepPointers {
   // goes one way, and half the instances to compile
   float* importance_f32;
   uint16_t* importance_bf16;
+  Corrections corrections;
 
   template <bool kOwn, int kElements>
   EPI_INLINE void prefetch(int64_t i) const {
@@ -49,12 +57,15 @@ struct StepPointers {
 template <class P, class S>
 EPI_INLINE StepPointers<P, S> step_pointers(TableRow row) {
   const bool bf16 = (row[kFlags] & kImportanceBf16) != 0, int8 = (row[kFlags] & kImportanceInt8) != 0;
+  const bool eight_bits = (row[kFlags] & kCorrectionInt8) != 0;
   return {pointer<P>(row, kParam),
           pointer<P>(row, kGrad),
           pointer<S>(row, kExpAvg),
           pointer<S>(row, kExpAvgSq),
           bf16 || int8 ? nullptr : pointer<float>(row, kImportance),
-          bf16 ? pointer<uint16_t>(row, kImportance) : nullptr};
+          bf16 ? pointer<uint16_t>(row, kImportance) : nullptr,
+          {eight_bits ? nullptr : pointer<uint16_t>(row, kWeightCorrection),
+           eight_bits ? pointer<uint8_t>(row, kWeightCorrection) : nullptr}};
 }
 
 // The last, incomplete unit of a range: copied here, followed by zeros, updated as a whole, copied back.
@@ -64,19 +75,24 @@ struct StepTail {
   S exp_avg[kElements] = {}, exp_avg_sq[kElements] = {};
   float importance_f32[kElements] = {};
   uint16_t importance_bf16[kElements] = {};
+  uint16_t correction_16[kElements] = {};
+  uint8_t correction_8[kElements] = {};
 
   __attribute__((noinline)) StepPointers<P, S> load(const StepPointers<P, S>& p, int64_t i, int count) {
     copy(param, p.param + i, count);
     copy(grad, p.grad + i, count);
     copy(exp_avg, p.exp_avg + i, count);
     copy(exp_avg_sq, p.exp_avg_sq + i, count);
-    StepPointers<P, S> here{param, grad, exp_avg, exp_avg_sq, nullptr, nullptr};
+    StepPointers<P, S> here{param, grad, exp_avg, exp_avg_sq, nullptr, nullptr, {nullptr, nullptr}};
     if (p.importance_f32 != nullptr) {
       copy(here.importance_f32 = importance_f32, p.importance_f32 + i, count);
     }
     if (p.importance_bf16 != nullptr) {
       copy(here.importance_bf16 = importance_bf16, p.importance_bf16 + i, count);
     }
+    const Corrections& c = p.corrections;
+    if (c.of_16 != nullptr) copy(here.corrections.of_16 = correction_16, c.of_16 + i, count);
+    if (c.of_8 != nullptr) copy(here.corrections.of_8 = correction_8, c.of_8 + i, count);
     return here;
   }
 
@@ -88,6 +104,8 @@ struct StepTail {
     copy(p.exp_avg_sq + i, exp_avg_sq, count);
     if (p.importance_f32 != nullptr) copy(p.importance_f32 + i, importance_f32, count);
     if (p.importance_bf16 != nullptr) copy(p.importance_bf16 + i, importance_bf16, count);
+    if (p.corrections.of_16 != nullptr) copy(p.corrections.of_16 + i, correction_16, count);
+    if (p.corrections.of_8 != nullptr) copy(p.corrections.of_8 + i, correction_8, count);
   }
 };
 

@@ -25,6 +25,7 @@ enum Column {
   kExpAvgSqScale,
   kImportanceScale,
   kStep,
+  kWeightCorrection,
   kColumns,
 };
 enum Flag : int64_t {
@@ -36,6 +37,7 @@ enum Flag : int64_t {
   kStateInt8 = 32,
   kImportanceInt8 = 64,
   kUInt8 = 128,
+  kCorrectionInt8 = 1024,
   kSkipped = 512,  // found_inf was not 0: the step leaves the row alone; prepare_body.h sets it
   kAligned = 256,  // every tensor the kernel reads or writes starts on 16 bytes (backends/cuda.py)
 };

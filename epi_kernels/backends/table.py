@@ -37,8 +37,9 @@ from epi_kernels.reference.tensors import ParamTensors
     EXP_AVG_SQ_SCALE,
     IMPORTANCE_SCALE,
     STEP,  # the parameter's ``step``; step only, where the device counts
-) = range(16)
-COLUMNS = 16
+    WEIGHT_CORRECTION,  # 0: the weights have no bits beside them; step only
+) = range(17)
+COLUMNS = 17
 
 # Bits of FLAGS.
 PARAM_BF16 = 1  # param and grad
@@ -51,6 +52,7 @@ IMPORTANCE_INT8 = 64  # the parameter's own importance; unset when shared
 U_INT8 = 128  # u, whichever of the two it is
 # 256: the cuda backend's
 SKIPPED = 512  # found_inf was not 0: the step leaves the row alone; set on the device
+CORRECTION_INT8 = 1024  # the weights' corrections have 8 bits, not 16 (reference/master.py)
 
 SCALAR_COLUMNS = len(StepScalars._fields)
 
@@ -88,10 +90,15 @@ def step_table(tensors: Sequence[ParamTensors]) -> PointerTable:
     _fill_optional(rows, IMPORTANCE, importances)
     _fill_optional(rows, EXP_AVG_SCALE, [item.exp_avg_scale for item in tensors])
     _fill_optional(rows, STEP, [item.step for item in tensors])
+    corrections = [item.weight_correction for item in tensors]
+    _fill_optional(rows, WEIGHT_CORRECTION, corrections)
     _fill(rows, NUMEL, Tensor.numel, params)
     _fill(rows, RNG_KEY, attrgetter("rng_id"), tensors)
     rows[:, FLAGS] = _u_flags(exp_avg_sqs, importances) | _flags(params, "param", PARAM_BF16)
     rows[:, FLAGS] |= np.fromiter((item.maximize * MAXIMIZE for item in tensors), np.int64, len(tensors))
+    for row, correction in enumerate(corrections):
+        if correction is not None and correction.dtype == torch.int8:
+            rows[row, FLAGS] |= CORRECTION_INT8
     _fill_common(rows, tensors)
     strided = [row for row, param in enumerate(params) if not param.is_contiguous()]
     return PointerTable(rows, [], [], strided, [params[row] for row in strided])

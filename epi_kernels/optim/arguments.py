@@ -18,6 +18,7 @@ SCOPES = ("global", "layer")
 BACKENDS = ("auto", *dispatch.NAMES)
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
+MASTER_WEIGHT_BITS = (16, 24, 32)
 
 # what a param group may set; everything else the constructor takes is one value for the whole optimizer
 GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "isolate", "importance_beta")
@@ -36,6 +37,7 @@ GLOBAL_OPTIONS = (
     "layer_key",
     "hysteresis",
     "state_dtype",
+    "master_weight_bits",
     "stochastic_rounding",
     "seed",
     "backend",
@@ -55,6 +57,7 @@ class IsolationConfig:
     layer_key: LayerKey | None
     hysteresis: float
     state_dtype: torch.dtype | None
+    master_weight_bits: int
     stochastic_rounding: bool
     seed: int
     backend: str
@@ -149,6 +152,7 @@ def make_config(
     layer_key: LayerKey | None,
     hysteresis: float,
     state_dtype: Any,
+    master_weight_bits: int,
     stochastic_rounding: bool | None,
     seed: int,
     backend: str,
@@ -170,6 +174,12 @@ def make_config(
     )
     _choice("importance_dtype", importance_dtype, IMPORTANCE_DTYPES)
     _choice("state_dtype", state_dtype, STATE_DTYPES)
+    _require(
+        _is_int(master_weight_bits) and master_weight_bits in MASTER_WEIGHT_BITS,
+        "master_weight_bits",
+        master_weight_bits,
+        "one of " + ", ".join(map(str, MASTER_WEIGHT_BITS)),
+    )
     _choice("normalization", normalization, NORMALIZATIONS)
     _choice("scope", scope, SCOPES)
     _choice("backend", backend, BACKENDS)
@@ -197,6 +207,7 @@ def make_config(
         layer_key=layer_key,
         hysteresis=float(hysteresis),
         state_dtype=torch.uint8 if state_dtype == "int8" else state_dtype,
+        master_weight_bits=int(master_weight_bits),
         stochastic_rounding=stochastic_rounding is not False,
         seed=int(seed),
         backend=backend,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.moments import read_moment, write_moment
 from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, read_step, shares_importance
@@ -94,11 +95,11 @@ def fresh_states(
     state_of: Mapping[Tensor, Mapping[str, Any]],
     config: IsolationConfig,
 ) -> list[dict[str, Any]]:
-    """States to start a stage from: carried importance, masks as they are, exp_avg zero."""
+    """States to start a stage from: carried importance, masks and corrections of weights as they are, exp_avg zero."""
     fresh = []
     for (group, param, _, _), taken in zip(entries, carried, strict=True):
         old = state_of.get(param, {})
-        state: dict[str, Any] = {key: old[key] for key in MASK_KEYS if key in old}
+        state: dict[str, Any] = {key: old[key] for key in (*MASK_KEYS, CORRECTION_KEY) if key in old}
         if taken is not None or state:
             complete_state(state, param, group, config)
         if taken is not None:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from epi_kernels.backends import choose
 from epi_kernels.optim.arguments import check_parameter
+from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.moments import INT8, MOMENT_KEYS, SCALE_OF
 from epi_kernels.optim.state import MASK_KEYS, shares_importance
 from epi_kernels.reference.bits import packed_bytes
 from epi_kernels.reference.codec import scale_bytes
+from epi_kernels.reference.master import CORRECTION_DTYPES
 from epi_kernels.reference.tensors import ParamTensors
 
 
@@ -99,19 +101,25 @@ def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
     param = entry.param
     for key in MOMENT_KEYS:
         value = state.get(key)
-        if value is not None and not (
-            value.shape == param.shape
-            and value.device == param.device
-            and value.dtype in _MOMENT_DTYPES
-            and value.is_contiguous()
-        ):
+        if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, param)):
             _refuse_state(entry, key, value)
         n_scales = scale_bytes(param.numel()) if value is not None and value.dtype == INT8 else None
         _check_bytes(entry, state, SCALE_OF[key], n_scales)
     if state and state["exp_avg"].dtype != state["exp_avg_sq"].dtype:
         _refuse_state(entry, "exp_avg", state["exp_avg"])
+    correction = state.get(CORRECTION_KEY)
+    if correction is not None and not (
+        param.dtype == torch.bfloat16
+        and correction.dtype in CORRECTION_DTYPES.values()
+        and _lies_beside(correction, param)
+    ):
+        _refuse_state(entry, CORRECTION_KEY, correction)
     for key in MASK_KEYS:
         _check_bytes(entry, state, key, packed_bytes(param.numel()) if key in state else None)
+
+
+def _lies_beside(value: Tensor, param: Tensor) -> bool:
+    return value.shape == param.shape and value.device == param.device and value.is_contiguous()
 
 
 def _check_bytes(entry: Entry, state: Mapping[str, Any], key: str, expected: int | None) -> None:
@@ -150,4 +158,5 @@ def param_tensors(
         exp_avg_scale=state.get("exp_avg_scale"),
         exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
         importance_scale=state.get("importance_scale"),
+        weight_correction=state.get(CORRECTION_KEY),
     )

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from epi_kernels.optim import arguments, carry
 from epi_kernels.optim import state as state_
+from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, check_parameters, check_state
 from epi_kernels.optim.masks import check_mask, install_mask
 from epi_kernels.optim.plan import StepPlan
@@ -65,6 +66,8 @@ class MaskedEMAAdamW(Optimizer):
         hysteresis: h in [0, 1): scores of isolated elements are divided by 1 - h before selection.
         state_dtype: of exp_avg and exp_avg_sq; None is the parameter's. torch.float32, torch.bfloat16 or "int8":
             8-bit floats under a scale a block of 64; tensors below 4,096 elements keep float32.
+        master_weight_bits: of bfloat16 weights: 16; 24 or 32 keep an 8- or 16-bit correction beside each, with which
+            the step computes as with float32 weights (24: rounded to 16 bits of mantissa). Other weights have none.
         stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
@@ -102,6 +105,7 @@ class MaskedEMAAdamW(Optimizer):
         layer_key: Callable[[str], Any] | None = None,
         hysteresis: float = 0.0,
         state_dtype: torch.dtype | str | None = None,
+        master_weight_bits: int = 16,
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         backend: str = "auto",
@@ -133,6 +137,7 @@ class MaskedEMAAdamW(Optimizer):
             layer_key=layer_key,
             hysteresis=hysteresis,
             state_dtype=state_dtype,
+            master_weight_bits=master_weight_bits,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
@@ -364,6 +369,15 @@ class MaskedEMAAdamW(Optimizer):
         self._set_isolation_step(0)
 
     # ---------------------------------------------------------------- saving and loading
+
+    def master_weight(self, param: Tensor) -> Tensor:
+        """float32 tensor of param's shape, a copy: the weight the step computes with, correction included.
+
+        Raises:
+            ValueError: the parameter is in no group.
+        """
+        self._group_of(param)
+        return master_weight(param, self.state.get(param, {}))
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters."""

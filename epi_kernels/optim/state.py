@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
 from epi_kernels.reference.bits import pack, packed_bytes
 
@@ -40,6 +41,8 @@ def complete_state(
     for key in wanted:
         if key not in state:
             state.update(new_moment(key, param, config))
+    if CORRECTION_KEY not in state:
+        state.update(new_correction(param, config))
     if "isolation_mask" not in state and config.isolation_ratio > 0:
         state["isolation_mask"] = zero_mask(param)
 
@@ -87,7 +90,7 @@ def _load_param_state(
     saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
 ) -> dict[str, Any]:
     """One parameter's state: clones in our dtypes, checked against the parameter."""
-    known = {"step", *MOMENT_KEYS, *SCALE_OF.values(), *MASK_KEYS}
+    known = {"step", *MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS}
     unknown = [key for key in saved if key not in known]
     if unknown:
         raise ValueError(
@@ -101,6 +104,7 @@ def _load_param_state(
         if key == "importance" and (key not in saved or shares_importance(group)):
             continue
         state.update(load_moment(saved, key, param, config, f"state of {name}"))
+    state.update(load_correction(saved, param, config, f"state of {name}"))
     for key in MASK_KEYS:
         if key in saved:
             state[key] = load_mask(saved[key], param, f"state of {name}, {key}")
@@ -109,8 +113,14 @@ def _load_param_state(
 
 
 def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of these states, scales with what they scale; ``other`` are the step counters."""
-    kinds = (*MOMENT_KEYS, *MASK_KEYS)
+    """Bytes of these states, scales with what they scale; ``other`` are the step counters.
+
+    ``weight_correction`` is listed where there is one.
+    """
+    kinds = [*MOMENT_KEYS, *MASK_KEYS]
+    states = list(states)
+    if any(CORRECTION_KEY in state for state in states):
+        kinds.append(CORRECTION_KEY)
     kind_of = {key: key for key in kinds} | {scale: key for key, scale in SCALE_OF.items()}
     sizes: dict[str, int] = dict.fromkeys((*kinds, "other"), 0)
     for state in states:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epi_kernels.reference import bits, codec, rounding
+from epi_kernels.reference import bits, codec, master, rounding
 from epi_kernels.reference.scalars import StepScalars
 from epi_kernels.reference.tensors import ParamTensors
 
@@ -51,7 +51,8 @@ def step_(
     rng_key: int | None,
     grad_multiplier: float | None = None,
 ) -> None:
-    """Updates param, exp_avg, exp_avg_sq and importance of one parameter in place; ``step`` is not its business.
+    """Updates param (and its correction), exp_avg, exp_avg_sq and importance of one parameter in place; ``step`` is
+    not its business.
 
     ``rng_key`` (``rounding.stream_key``): None rounds to nearest. ``grad_multiplier`` is the float32 reciprocal
     of a loss scale; the unscaled gradient is written back to ``grad``, as torch's fused step does.
@@ -59,7 +60,9 @@ def step_(
     opmath = torch.float64 if tensors.param.dtype == torch.float64 else torch.float32
 
     n = tensors.param.numel()
-    theta = tensors.param.reshape(-1).to(opmath)
+    theta = tensors.param.reshape(-1)
+    correction = tensors.weight_correction
+    theta = theta.to(opmath) if correction is None else master.join(theta, correction.reshape(-1))
     g = grad.reshape(-1).to(opmath)
     if grad_multiplier is not None:
         g = g * grad_multiplier
@@ -86,8 +89,14 @@ def step_(
         u = _load(tensors.importance, tensors.importance_scale, opmath)
         u = scalars.beta_u * u + scalars.one_minus_beta_u * g_squared
         _store(tensors.importance, tensors.importance_scale, u, r_importance)
-    new = _rounded(new, tensors.param.dtype, r_theta).view(tensors.param.shape)
-    if tensors.isolation_mask is not None:
-        isolated = bits.unpack(tensors.isolation_mask, n).view(tensors.param.shape)
-        new = torch.where(isolated, tensors.param, new)
-    tensors.param.copy_(new)
+    if correction is None:
+        written = [(tensors.param, _rounded(new, tensors.param.dtype, r_theta))]
+    else:
+        weight, low = master.split(new, correction.dtype, r_theta)
+        written = [(tensors.param, weight), (correction, low)]
+    for target, value in written:
+        value = value.view(target.shape)
+        if tensors.isolation_mask is not None:
+            isolated = bits.unpack(tensors.isolation_mask, n).view(target.shape)
+            value = torch.where(isolated, target, value)
+        target.copy_(value)

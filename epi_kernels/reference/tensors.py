@@ -18,7 +18,8 @@ class ParamTensors:
     Dtypes: ``grad`` has the parameter's; ``exp_avg`` and ``exp_avg_sq`` share one of float32, bfloat16, uint8
     (float64 on the reference backend); ``importance`` is None when shared with ``exp_avg_sq``, else
     float32, bfloat16 or uint8. uint8 are codes, whose scales lie beside them (``codec.py``); other states have
-    none. Masks are packed (``bits.py``) or None.
+    none. ``weight_correction`` (int8 or int16, beside bfloat16 weights alone) is what they are short of
+    (``master.py``), or None. Masks are packed (``bits.py``) or None.
     """
 
     param: Tensor
@@ -36,6 +37,7 @@ class ParamTensors:
     exp_avg_scale: Tensor | None = None
     exp_avg_sq_scale: Tensor | None = None
     importance_scale: Tensor | None = None
+    weight_correction: Tensor | None = None
     index_offset: int = 0  # logical position of element 0 in the whole (unsharded) tensor
 
     @property
