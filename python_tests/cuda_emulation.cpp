@@ -66,9 +66,9 @@ void run(int64_t blocks, const Body& body) {
   for (auto& thread : pool) thread.join();
 }
 
-template <bool kWithCodes>
+template <StepSource kSource>
 int launch_step_of(const StepArgs& args, const StepKind& kind) {
-  with_step_types<kWithCodes>(kind, [&]<class P, class S, class U>(StepTypes<P, S, U>) {
+  with_step_types<kSource>(kind, [&]<class P, class S, class U>(StepTypes<P, S, U>) {
     run<StatsPartial>(args.work.n_programs, [&](const HostBlock& block, StatsPartial* shared) {
       if (kind.stats) {
         step_stats_program<P, S, U>(args, block, shared);
@@ -88,11 +88,15 @@ int launch_prepare(const PrepareArgs& args, void*) {
 }
 
 int launch_step(const StepArgs& args, const StepKind& kind, void*) {
-  return launch_step_of<false>(args, kind);
+  return launch_step_of<StepSource::kFloats>(args, kind);
 }
 
 int launch_step_codes(const StepArgs& args, const StepKind& kind, void*) {
-  return launch_step_of<true>(args, kind);
+  return launch_step_of<StepSource::kCodes>(args, kind);
+}
+
+int launch_step_corrected(const StepArgs& args, const StepKind& kind, void*) {
+  return launch_step_of<StepSource::kCorrected>(args, kind);
 }
 
 int launch_stats(const StatsArgs& args, void*) {

@@ -269,7 +269,9 @@ class Pair:
             bits = self.case.settings.master_weight_bits
             expected_correction = oracle_master.correction(expected.master, bits)
             assert_same_bits(logical(correction), expected_correction, f"p{i}.weight_correction")
-            assert_same_bits(logical(self.optimizer.master_weight(p)), expected.master, f"master weight of p{i}")
+            assert_same_bits(
+                logical(self.optimizer.master_weight(p)), expected.master, f"master weight of p{i}"
+            )
 
     def _check_report(self) -> None:
         actual, expected = self.optimizer.isolation_report(), self.oracle.report

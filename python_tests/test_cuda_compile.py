@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 support = build_support()
 ARCHS = ("80", "90", "100", "120")
 WHOLE_ARCH = "90"  # the launches' host code is compiled too; for the others device code alone
-KERNELS = ("step", "step_codes", "prepare", "stats", "threshold", "mask")
+KERNELS = ("step", "step_codes", "step_corrected", "prepare", "stats", "threshold", "mask")
 NVCC = support.find_nvcc()
 
 pytestmark = [
@@ -110,11 +110,14 @@ def compiled() -> dict[tuple[str, str], Compiled]:
 
 def short(mangled: str) -> str:
     """step_kernel<f, t, Shared> from _ZN3epi4cuda...: t is uint16_t, a bfloat16's word."""
-    match = re.search(r"\d+((?:[a-z]+_)+kernel)(?:I([ft])([fth])(f|t|h|NS0_16SharedImportanceE)E)?", mangled)
+    match = re.search(
+        r"\d+((?:[a-z]+_)+kernel)(?:I([ft]|NS0_9CorrectedE)([fth])(f|t|h|NS0_16SharedImportanceE)E)?", mangled
+    )
     assert match, mangled
     if match[2] is None:
         return match[1]
-    return f"{match[1]}<{match[2]}, {match[3]}, {'Shared' if len(match[4]) > 1 else match[4]}>"
+    weights = "Corrected" if len(match[2]) > 1 else match[2]
+    return f"{match[1]}<{weights}, {match[3]}, {'Shared' if len(match[4]) > 1 else match[4]}>"
 
 
 def test_every_source_is_compiled():
@@ -138,11 +141,11 @@ def test_no_kernel_spills(compiled):
     assert [row for row in rows if row[-1] != 0] == []
 
 
-WIDTH = {"f": 4, "t": 2, "h": 1}
+WIDTH = {"f": 4, "t": 2, "h": 1, "Corrected": 2}
 
 
 @pytest.mark.skipif(disassembler() is None, reason="no cuobjdump, neither the toolkit's nor Triton's")
-@pytest.mark.parametrize("source", ["step", "step_codes"])
+@pytest.mark.parametrize("source", ["step", "step_codes", "step_corrected"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_full_chunks_move_16_bytes_at_a_time(arch, source, compiled):
     if (source, arch) not in compiled:
@@ -150,10 +153,12 @@ def test_full_chunks_move_16_bytes_at_a_time(arch, source, compiled):
     kernels = compiled[source, arch].kernels()
     assert len(kernels) == 24
     for name, kernel in kernels.items():
-        param, state, importance = re.search(r"<(.), (.), (\w+)>", name).groups()
+        param, state, importance = re.search(r"<(\w+), (.), (\w+)>", name).groups()
         tensors = [param, param, state, state] + [importance] * (importance != "Shared")
-        elements = 16 // min(WIDTH[t] for t in tensors)
+        corrected = param == "Corrected"
+        elements = 16 if corrected else 16 // min(WIDTH[t] for t in tensors)
         accesses = sum(elements * WIDTH[t] // 16 for t in tensors)
+        accesses += (2 + 1) * corrected  # of 16 bits and of 8: a thread takes one of the two ways
         assert not {i.base for i in kernel.instructions} & {"LD", "ST", "LDL", "STL"}, name
         loads, stores = (dict(sass.widths(kernel.hot_loop, base)) for base in ("LDG", "STG"))
         # beside them: the mask's bytes, the scales of codes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from epi_kernels.backends import cuda, dispatch
+from epi_kernels.backends import cuda, dispatch, table
 from epi_kernels.policies import selection
 from epi_kernels.reference.stats import LayerStats
 from python_tests import cuda_emulation
@@ -125,7 +125,7 @@ def test_empty_lists_and_lists_of_empties(emulated):
 
 def test_bindings_refuse_wrong_tensors(emulated):
     ops = emulated._ops
-    rows, programs = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+    rows, programs = torch.zeros(1, table.COLUMNS, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
     runs, partials = torch.zeros(1, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.float64)
     ops.cuda_stats(rows, programs, runs, partials, False)
     for bad in (
@@ -139,7 +139,7 @@ def test_bindings_refuse_wrong_tensors(emulated):
             ops.cuda_stats(*bad, False)
     scalars, none = torch.zeros(9), torch.zeros(0)
     with pytest.raises(RuntimeError, match="kind"):
-        ops.cuda_step(rows, programs, runs, scalars, 24, False, none, partials[:0], False)
+        ops.cuda_step(rows, programs, runs, scalars, 36, False, none, partials[:0], False)
     with pytest.raises(RuntimeError, match="scalars"):
         ops.cuda_step(rows, programs, runs, scalars[:8], 0, False, none, partials[:0], False)
     hyper = torch.zeros(1, 4, dtype=torch.float64)

@@ -99,7 +99,7 @@ class Launch {
 };
 
 Work work_of(const Tensor& rows, const Tensor& programs, int32_t device) {
-  check(rows.numel() % kColumns == 0, "rows", "is not [n, 16]");
+  check(rows.numel() % kColumns == 0, "rows", "is not [n, 17]");
   check(programs.numel() >= 4 && programs.numel() % 2 == 0, "programs", "is not [n + 1, 2] with n > 0");
   return {data<const int64_t>(rows, "rows", rows.numel(), device),
           data<const int64_t>(programs, "programs", programs.numel(), device), programs.numel() / 2 - 1};
@@ -126,7 +126,7 @@ T* optional(const Tensor& tensor, const char* name, int32_t device) {
 void prepare(Tensor rows, Tensor scalars, Tensor hyper, int64_t mixed_seed, Tensor grad_scale,
              Tensor grad_multiplier, Tensor found_inf) {
   const Launch launch(rows);
-  check(rows.numel() > 0 && rows.numel() % kColumns == 0, "rows", "is not [n, 16] with n > 0");
+  check(rows.numel() > 0 && rows.numel() % kColumns == 0, "rows", "is not [n, 17] with n > 0");
   const int64_t n = rows.numel() / kColumns;
   PrepareArgs args{};
   args.rows = data<int64_t>(rows, "rows", rows.numel(), launch.device());
@@ -143,10 +143,10 @@ void prepare(Tensor rows, Tensor scalars, Tensor hyper, int64_t mixed_seed, Tens
   launch.finish(launch_prepare(args, launch.stream()), "cuda_prepare");
 }
 
-// kind: param + 2 * state + 6 * importance, the numbers of table.h's enums. No partials: no stats.
+// kind: param + 3 * state + 9 * importance, the numbers of table.h's enums. No partials: no stats.
 void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kind, bool stochastic_rounding,
           Tensor grad_multiplier, Tensor partials, bool moments) {
-  check(kind >= 0 && kind < kStepKinds, "kind", "is not one of the 24");
+  check(kind >= 0 && kind < kStepKinds, "kind", "is not one of the 36");
   const Launch launch(rows);
   StepArgs args{};
   args.work = work_of(rows, programs, launch.device());
@@ -157,9 +157,10 @@ void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kin
   if (stats) args.stats = stats_of(rows, runs, partials, moments, launch.device());
   args.stochastic_rounding = stochastic_rounding;
   args.grad_multiplier = optional<const float>(grad_multiplier, "grad_multiplier", launch.device());
-  const StepKind step_kind{static_cast<Stored>(kind % 2), static_cast<Stored>(kind / 2 % 3),
-                           static_cast<Importance>(kind / 6), stats};
-  const auto start = step_kind.has_codes() ? launch_step_codes : launch_step;
+  const StepKind step_kind{static_cast<Weights>(kind % 3), static_cast<Stored>(kind / 3 % 3),
+                           static_cast<Importance>(kind / 9), stats};
+  const decltype(&launch_step) of_source[] = {launch_step, launch_step_codes, launch_step_corrected};
+  const auto start = of_source[static_cast<int>(step_kind.source())];
   launch.finish(start(args, step_kind, launch.stream()), "cuda_step");
 }
 

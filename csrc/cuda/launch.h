@@ -7,8 +7,10 @@
 namespace epi::cuda {
 
 int launch_prepare(const PrepareArgs& args, void* stream);
-int launch_step(const StepArgs& args, const StepKind& kind, void* stream);        // without codes
-int launch_step_codes(const StepArgs& args, const StepKind& kind, void* stream);  // with
+// Of the kinds of one StepSource each.
+int launch_step(const StepArgs& args, const StepKind& kind, void* stream);
+int launch_step_codes(const StepArgs& args, const StepKind& kind, void* stream);
+int launch_step_corrected(const StepArgs& args, const StepKind& kind, void* stream);
 int launch_stats(const StatsArgs& args, void* stream);
 int launch_merge(const MergeArgs& args, void* stream);
 int launch_count(const CountArgs& args, void* stream);

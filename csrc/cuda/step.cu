@@ -5,7 +5,7 @@
 namespace epi::cuda {
 
 int launch_step(const StepArgs& args, const StepKind& kind, void* stream) {
-  return launch_step_of<false>(args, kind, stream);
+  return launch_step_of<StepSource::kFloats>(args, kind, stream);
 }
 
 }  // namespace epi::cuda

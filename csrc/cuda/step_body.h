@@ -4,6 +4,7 @@
 
 #include "cuda/stats_body.h"
 #include "math/adamw.h"
+#include "math/master.h"
 
 #include <type_traits>
 
@@ -15,6 +16,14 @@ template <class U>
 constexpr bool kOwn = true;
 template <>
 inline constexpr bool kOwn<SharedImportance> = false;
+
+// How weights are stored that have a correction beside them: as bfloat16. Whether corrections have 16 bits or
+// 8 is asked at run time, which halves the kernels to compile.
+struct Corrected {};
+template <class P>
+constexpr bool kCorrected = std::is_same_v<P, Corrected>;
+template <class P>
+using weight_t = std::conditional_t<kCorrected<P>, uint16_t, P>;
 
 // Random bits of a span's elements. A span is shorter than 2^32 elements: two keys serve it.
 struct RandomStream {
@@ -36,12 +45,14 @@ struct RandomStream {
   }
 };
 
-// P, S: param and grad, exp_avg and exp_avg_sq, as stored (float, uint16_t for bfloat16, uint8_t for codes).
+// P, S: param and grad, exp_avg and exp_avg_sq, as stored (float, uint16_t for bfloat16, uint8_t for codes; P
+// may be Corrected).
 template <class P, class S, class U>
 struct StepTensors {
   using Own = std::conditional_t<kOwn<U>, U, S>;
-  P* param;
-  P* grad;
+  using Weight = weight_t<P>;
+  Weight* param;
+  Weight* grad;
   S* exp_avg;
   S* exp_avg_sq;
   Own* importance;
@@ -49,18 +60,41 @@ struct StepTensors {
   uint8_t* exp_avg_sq_scale;
   uint8_t* importance_scale;
   const uint8_t* isolation_mask;  // nullptr: nothing is isolated
+  uint16_t* correction;           // of Corrected
+  bool bytes;                     // corrections have 8 bits
 
   EPI_KERNEL StepTensors(const Span& span)
-      : param(span.pointer<P>(kParam)),
-        grad(span.pointer<P>(kGrad)),
+      : param(span.pointer<Weight>(kParam)),
+        grad(span.pointer<Weight>(kGrad)),
         exp_avg(span.pointer<S>(kExpAvg)),
         exp_avg_sq(span.pointer<S>(kExpAvgSq)),
         importance(span.pointer<Own>(kImportance)),
         exp_avg_scale(span.pointer<uint8_t>(kExpAvgScale)),
         exp_avg_sq_scale(span.pointer<uint8_t>(kExpAvgSqScale)),
         importance_scale(span.pointer<uint8_t>(kImportanceScale)),
-        isolation_mask(span.pointer<const uint8_t>(kIsolationMask)) {}
+        isolation_mask(span.pointer<const uint8_t>(kIsolationMask)),
+        correction(span.pointer<uint16_t>(kWeightCorrection)),
+        bytes(span.has(kCorrectionInt8)) {}
 };
+
+// Corrections of 16 bits, or of 8 in the upper halves of 16.
+template <int N, bool kWide, class Tensors>
+EPI_KERNEL Pack<uint16_t, N> load_corrections(const Tensors& t, int64_t start, int count) {
+  if (!t.bytes) return load<uint16_t, N, kWide>(t.correction + start, count);
+  const auto bytes = load<uint8_t, N, kWide>(reinterpret_cast<uint8_t*>(t.correction) + start, count);
+  Pack<uint16_t, N> low;
+#pragma unroll
+  for (int j = 0; j < N; ++j) low.v[j] = static_cast<uint16_t>(bytes.v[j] << 8);
+  return low;
+}
+template <int N, bool kWide, class Tensors>
+EPI_KERNEL void store_corrections(const Tensors& t, int64_t start, const Pack<uint16_t, N>& low, int count) {
+  if (!t.bytes) return store<uint16_t, N, kWide>(t.correction + start, low, count);
+  Pack<uint8_t, N> bytes;
+#pragma unroll
+  for (int j = 0; j < N; ++j) bytes.v[j] = static_cast<uint8_t>(low.v[j] >> 8);
+  store<uint8_t, N, kWide>(reinterpret_cast<uint8_t*>(t.correction) + start, bytes, count);
+}
 
 // "Random bits" that round to nearest: both halves 0x8000.
 constexpr math::RandomWord<uint32_t> kNearest{0x80000000u};
@@ -109,8 +143,11 @@ EPI_KERNEL void update(const Block& block, const StepTensors<P, S, U>& t, const 
                        const StepArgs& args, float multiplier, const RandomStream& random, int64_t start,
                        int count, const Include& include) {
   using Own = typename StepTensors<P, S, U>::Own;
-  Pack<P, N> theta = load<P, N, kWide>(t.param + start, count);
-  Pack<P, N> grad = load<P, N, kWide>(t.grad + start, count);
+  using Weight = weight_t<P>;
+  Pack<Weight, N> theta = load<Weight, N, kWide>(t.param + start, count);
+  Pack<uint16_t, N> low;
+  if constexpr (kCorrected<P>) low = load_corrections<N, kWide>(t, start, count);
+  Pack<Weight, N> grad = load<Weight, N, kWide>(t.grad + start, count);
   const auto exp_avg = load<S, N, kWide>(t.exp_avg + start, count);
   const auto exp_avg_sq = load<S, N, kWide>(t.exp_avg_sq + start, count);
   Pack<float, N> m = values<true>(exp_avg, load_scale<S>(t.exp_avg_scale, start, count));
@@ -123,37 +160,50 @@ EPI_KERNEL void update(const Block& block, const StepTensors<P, S, U>& t, const 
   const uint32_t isolated = load_isolated<N>(t.isolation_mask, start, count);
 
   if (args.grad_multiplier != nullptr) {
-    Pack<P, N> unscaled;
+    Pack<Weight, N> unscaled;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      unscaled.v[j] = narrow<P>(widen(grad.v[j]) * multiplier, 0x8000u, 1u);
+      unscaled.v[j] = narrow<Weight>(widen(grad.v[j]) * multiplier, 0x8000u, 1u);
     }
-    store<P, N, kWide>(t.grad + start, unscaled, count);
+    store<Weight, N, kWide>(t.grad + start, unscaled, count);
   }
   const uint32_t to_nearest = args.stochastic_rounding ? 0u : 1u;
+  const auto weight_rounding =
+      math::weight_rounding<float>(kCorrected<P> && t.bytes, args.stochastic_rounding);
   math::RandomWord<uint32_t> w0[N], w1[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const float g = widen(grad.v[j]) * multiplier;  // 1 where there is none
     const float g_squared = g * g;
-    const math::Updated<float> updated = math::adamw(c, widen(theta.v[j]), g, g_squared, m.v[j], v.v[j]);
+    float weight = widen(theta.v[j]);
+    if constexpr (kCorrected<P>) weight = math::joined_weight<float>(math::bits_of(weight), low.v[j]);
+    const math::Updated<float> updated = math::adamw(c, weight, g, g_squared, m.v[j], v.v[j]);
     m.v[j] = updated.exp_avg;
     v.v[j] = updated.exp_avg_sq;
     if constexpr (kOwn<U>) u.v[j] = math::importance_ema(c, u.v[j], g_squared);
 
     // selected, not branched around: branches between the elements cost registers
     w0[j] = w1[j] = kNearest;
-    constexpr bool kRounds = sizeof(P) < 4 || sizeof(S) < 4 || sizeof(Own) < 4;
+    constexpr bool kRounds = sizeof(Weight) < 4 || sizeof(S) < 4 || sizeof(Own) < 4;
     if constexpr (kRounds) {
       const auto word = random.word0(start + j);
       w0[j].mixed = to_nearest != 0 ? kNearest.mixed : word.mixed;
       const auto next = math::random_word1<float>(word.word(), math::kGolden);
       w1[j].mixed = to_nearest != 0 ? kNearest.mixed : next.mixed;
     }
-    const P moved = narrow<P>(updated.theta, w0[j].word() & 0xFFFFu, to_nearest);
-    theta.v[j] = (isolated >> j & 1u) != 0 ? theta.v[j] : moved;  // an isolated element keeps its bits
+    const bool keeps = (isolated >> j & 1u) != 0;  // an isolated element keeps its bits
+    if constexpr (kCorrected<P>) {
+      const uint32_t word = math::weight_word(updated.theta, w0[j].word() & 0xFFFFu, weight_rounding);
+      const auto moved = static_cast<uint16_t>(math::nearest_half<float>(word) >> 16);
+      theta.v[j] = keeps ? theta.v[j] : moved;
+      low.v[j] = keeps ? low.v[j] : static_cast<uint16_t>(word);
+    } else {
+      const Weight moved = narrow<Weight>(updated.theta, w0[j].word() & 0xFFFFu, to_nearest);
+      theta.v[j] = keeps ? theta.v[j] : moved;
+    }
   }
-  store<P, N, kWide>(t.param + start, theta, count);
+  store<Weight, N, kWide>(t.param + start, theta, count);
+  if constexpr (kCorrected<P>) store_corrections<N, kWide>(t, start, low, count);
   store_state<true, kWide>(block, t.exp_avg, t.exp_avg_scale, start, count, m, to_nearest,
                            [&](int j) { return w0[j].high(); });
   store_state<false, kWide>(block, t.exp_avg_sq, t.exp_avg_sq_scale, start, count, v, to_nearest,
@@ -169,11 +219,12 @@ EPI_KERNEL void update(const Block& block, const StepTensors<P, S, U>& t, const 
 }
 
 // Elements a thread takes at once: of the narrowest type an access of 16 bytes is one or two of them.
-// Four where every tensor is float32, so that a warp's accesses are contiguous.
+// Four where every tensor is float32, so that a warp's accesses are contiguous. Corrections may be bytes.
 template <class P, class S, class U>
 constexpr int kStepWidth = 4 * sizeof(float) / [] {
   constexpr auto kOwnSize = sizeof(typename StepTensors<P, S, U>::Own);
-  constexpr auto kSize = sizeof(P) < sizeof(S) ? sizeof(P) : sizeof(S);
+  constexpr auto kWeightSize = kCorrected<P> ? 1 : sizeof(weight_t<P>);
+  constexpr auto kSize = kWeightSize < sizeof(S) ? kWeightSize : sizeof(S);
   return kSize < kOwnSize ? kSize : kOwnSize;
 }();
 

@@ -5,7 +5,7 @@
 namespace epi::cuda {
 
 int launch_step_codes(const StepArgs& args, const StepKind& kind, void* stream) {
-  return launch_step_of<true>(args, kind, stream);
+  return launch_step_of<StepSource::kCodes>(args, kind, stream);
 }
 
 }  // namespace epi::cuda

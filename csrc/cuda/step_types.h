@@ -9,41 +9,47 @@ namespace epi::cuda {
 template <class P, class S, class U>
 struct StepTypes {};
 
-// visit(StepTypes<P, S, U>{}), for the kinds with codes or for those without, whichever kCodes asks for.
-template <bool kWithCodes, class P, class S, class Visit>
-void with_step_types(const StepKind& kind, const Visit& visit) {
+// visit(StepTypes<P, S, U>{}), where it is a kind of this source.
+template <StepSource kSource, class P, class S, class U, class Visit>
+void with_types(const Visit& visit) {
+  constexpr bool kHasCodes = kCodes<S> || std::is_same_v<U, uint8_t>;
+  if constexpr (kCorrected<P> || kHasCodes == (kSource == StepSource::kCodes)) visit(StepTypes<P, S, U>{});
+}
+
+template <StepSource kSource, class P, class S, class Visit>
+void with_importance(const StepKind& kind, const Visit& visit) {
   switch (kind.importance) {
     case Importance::kShared:
-      if constexpr (kWithCodes == kCodes<S>) visit(StepTypes<P, S, SharedImportance>{});
-      break;
+      return with_types<kSource, P, S, SharedImportance>(visit);
     case Importance::kFloat32:
-      if constexpr (kWithCodes == kCodes<S>) visit(StepTypes<P, S, float>{});
-      break;
+      return with_types<kSource, P, S, float>(visit);
     case Importance::kBfloat16:
-      if constexpr (kWithCodes == kCodes<S>) visit(StepTypes<P, S, uint16_t>{});
-      break;
+      return with_types<kSource, P, S, uint16_t>(visit);
     case Importance::kInt8:
-      if constexpr (kWithCodes) visit(StepTypes<P, S, uint8_t>{});
-      break;
+      return with_types<kSource, P, S, uint8_t>(visit);
   }
 }
 
-template <bool kWithCodes, class P, class Visit>
-void with_step_types(const StepKind& kind, const Visit& visit) {
+template <StepSource kSource, class P, class Visit>
+void with_state(const StepKind& kind, const Visit& visit) {
   switch (kind.state) {
     case Stored::kFloat32:
-      return with_step_types<kWithCodes, P, float>(kind, visit);
+      return with_importance<kSource, P, float>(kind, visit);
     case Stored::kBfloat16:
-      return with_step_types<kWithCodes, P, uint16_t>(kind, visit);
+      return with_importance<kSource, P, uint16_t>(kind, visit);
     case Stored::kInt8:
-      if constexpr (kWithCodes) with_step_types<kWithCodes, P, uint8_t>(kind, visit);
+      return with_importance<kSource, P, uint8_t>(kind, visit);
   }
 }
 
-template <bool kWithCodes, class Visit>
+template <StepSource kSource, class Visit>
 void with_step_types(const StepKind& kind, const Visit& visit) {
-  kind.param == Stored::kBfloat16 ? with_step_types<kWithCodes, uint16_t>(kind, visit)
-                                  : with_step_types<kWithCodes, float>(kind, visit);
+  if constexpr (kSource == StepSource::kCorrected) {
+    with_state<kSource, Corrected>(kind, visit);
+  } else {
+    kind.param == Weights::kBfloat16 ? with_state<kSource, uint16_t>(kind, visit)
+                                     : with_state<kSource, float>(kind, visit);
+  }
 }
 
 }  // namespace epi::cuda

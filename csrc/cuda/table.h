@@ -71,16 +71,23 @@ struct StatsOut {
   bool moments;
 };
 
-// Which of the 24 dtype combinations a step launch is for.
+// Which of the 36 combinations a step launch is for, and which source holds its kernels.
+enum class Weights : int { kFloat32, kBfloat16, kCorrected };
 enum class Stored : int { kFloat32, kBfloat16, kInt8 };
 enum class Importance : int { kShared, kFloat32, kBfloat16, kInt8 };
-constexpr int kStepKinds = 24;
+enum class StepSource { kFloats, kCodes, kCorrected };
+constexpr int kStepKinds = 36;
 struct StepKind {
-  Stored param, state;  // weights are never kInt8
+  Weights param;
+  Stored state;
   Importance importance;
   bool stats;
 
-  bool has_codes() const { return state == Stored::kInt8 || importance == Importance::kInt8; }
+  StepSource source() const {
+    if (param == Weights::kCorrected) return StepSource::kCorrected;
+    const bool codes = state == Stored::kInt8 || importance == Importance::kInt8;
+    return codes ? StepSource::kCodes : StepSource::kFloats;
+  }
 };
 
 constexpr int kHyperColumns = 4;  // lr, beta1, beta2, eps

@@ -40,6 +40,7 @@ MAX_CHUNKS_OF_PROGRAM = 1 << 18
 
 _VECTOR_BYTES = 16
 _STEP_POINTERS = [table_.PARAM, table_.GRAD, table_.EXP_AVG, table_.EXP_AVG_SQ, table_.IMPORTANCE]
+_STEP_POINTERS += [table_.WEIGHT_CORRECTION]
 _REFRESH_POINTERS = [table_.EXP_AVG_SQ, table_.IMPORTANCE]
 
 
@@ -336,17 +337,19 @@ def _as_words(values: np.ndarray) -> np.ndarray:
 def _by_dtypes(rows: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     """(kind, its rows) of each combination of dtypes: one launch each, nearly always one in all.
 
-    kind: param + 2 * state + 6 * importance, each 0 float32, 1 bfloat16, 2 8-bit; the importance one more,
-    0 where it is shared.
+    kind: param + 3 * state + 9 * importance, each 0 float32, 1 bfloat16, 2 8-bit (of weights: bfloat16 with a
+    correction beside it); the importance one more, 0 where it is shared.
     """
 
     def stored(bf16: int, int8: int = 0) -> np.ndarray:
         return (flags & bf16 != 0) + 2 * (flags & int8 != 0)
 
     flags, own = rows[:, table_.FLAGS], rows[:, table_.IMPORTANCE] != 0
-    kinds = stored(table_.PARAM_BF16) + 2 * stored(table_.STATE_BF16, table_.STATE_INT8)
+    corrected = rows[:, table_.WEIGHT_CORRECTION] != 0
+    param = np.where(corrected, 2, stored(table_.PARAM_BF16))
+    kinds = param + 3 * stored(table_.STATE_BF16, table_.STATE_INT8)
     importance = 1 + stored(table_.IMPORTANCE_BF16, table_.IMPORTANCE_INT8)
-    kinds = kinds + 6 * np.where(own, importance, 0)
+    kinds = kinds + 9 * np.where(own, importance, 0)
     distinct = np.unique(kinds).tolist()
     if len(distinct) == 1:
         return [(distinct[0], slice(None))]

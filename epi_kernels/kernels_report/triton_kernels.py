@@ -18,6 +18,7 @@ from typing import Any
 
 from epi_kernels.kernels_report.rows import (
     MAX_INSTRUCTIONS,
+    MAX_INSTRUCTIONS_CORRECTION,
     MAX_INSTRUCTIONS_INT8,
     Expectation,
     Row,
@@ -58,8 +59,10 @@ class Entry:
 
 
 def catalog() -> list[Entry]:
-    """What is compiled: the step in every combination of dtypes, its other switches on the pure ones."""
+    """What is compiled: the step in every combination of dtypes, its other switches on the pure ones, corrections of
+    weights beside every kind of state and where the most registers are taken."""
     from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT8
+    from epi_kernels.backends.triton.master import ONE_BYTE, TWO_BYTES
     from epi_kernels.backends.triton.stats import EXTREMA, NO_STATS, WITH_MOMENTS
     from epi_kernels.backends.triton.step import OWN, SHARED
     from epi_kernels.backends.triton.variants import StepVariant
@@ -81,6 +84,12 @@ def catalog() -> list[Entry]:
     # the most registers: every tensor as wide or as many as it can be
     for most in (StepVariant(FLOAT32, INT8, SHARED, True), StepVariant(FLOAT32, INT8, OWN + FLOAT32, True)):
         entries += [_step(most, stats=EXTREMA), _step(most, stats=WITH_MOMENTS), _step(most, unscale=True)]
+    for correction in (TWO_BYTES, ONE_BYTE):
+        corrected = [StepVariant(BFLOAT16, state, SHARED, True, correction) for state in kinds]
+        corrected.append(StepVariant(BFLOAT16, INT8, OWN + FLOAT32, True, correction))
+        entries += map(_step, corrected)
+        entries.append(_step(corrected[3], stats=WITH_MOMENTS))
+        entries.append(_step(corrected[1]._replace(full=False)))
     assert NO_STATS == 0
     return entries + list(_refresh())
 
@@ -94,7 +103,8 @@ def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = 
     stochastic = stochastic and variant.any_rounded
     param, state, *own = variant.kinds
     importance = _KIND_NAMES[own[0]] if own else "shared"
-    name = f"step {_KIND_NAMES[param]}/{_KIND_NAMES[state]}/{importance}"
+    weights = _KIND_NAMES[param] + ("", "+16", "+8")[variant.correction]
+    name = f"step {weights}/{_KIND_NAMES[state]}/{importance}"
     name += "".join(
         word
         for word, present in (
@@ -107,20 +117,23 @@ def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = 
         if present
     )
     elements = variant.block // THREADS
-    n_param, n_state, n_own = (
-        elements * sum(ITEM_BYTES[kind] for kind in kinds) // 16 for kinds in ([param], [state], own)
+    corrections = [variant.correction] if variant.correction else []
+    n_param, n_state, n_own, n_correction = (
+        elements * sum(ITEM_BYTES[kind] for kind in kinds) // 16
+        for kinds in ([param], [state], own, corrections)
     )
     expected = Expectation(
         elements=elements,
         full_width=variant.full,
-        loads=2 * n_param + 2 * n_state + n_own,
-        stores=(2 if unscale else 1) * n_param + 2 * n_state + n_own,
+        loads=2 * n_param + 2 * n_state + n_own + n_correction,
+        stores=(2 if unscale else 1) * n_param + 2 * n_state + n_own + n_correction,
         max_instructions=_limit(variant),
     )
     constants = {
         "PARAM": variant.param,
         "STATE": variant.state,
         "IMPORTANCE": variant.importance,
+        "CORRECTION": variant.correction,
         "FULL": variant.full,
         "STOCHASTIC": stochastic,
         "UNSCALE": unscale,
@@ -137,7 +150,7 @@ def _limit(variant) -> int:
     if not variant.full:
         return 0
     if INT8 in variant.kinds:
-        return MAX_INSTRUCTIONS_INT8
+        return MAX_INSTRUCTIONS_INT8 + (MAX_INSTRUCTIONS_CORRECTION if variant.correction else 0)
     return MAX_INSTRUCTIONS if variant.state == FLOAT32 else 0
 
 

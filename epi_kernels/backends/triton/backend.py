@@ -141,6 +141,7 @@ class TritonBackend:
                     PARAM=variant.param,
                     STATE=variant.state,
                     IMPORTANCE=variant.importance,
+                    CORRECTION=variant.correction,
                     FULL=variant.full,
                     STOCHASTIC=stochastic_rounding and variant.any_rounded,
                     UNSCALE=grad_scale is not None,

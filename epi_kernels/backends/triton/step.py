@@ -24,6 +24,7 @@ from epi_kernels.backends.triton.common import (
     store_block,
     widen,
 )
+from epi_kernels.backends.triton.master import NO_CORRECTION, joined_weight, split_weight
 from epi_kernels.backends.triton.prepare import ROW, SCALARS
 from epi_kernels.backends.triton.stats import NO_STATS, accumulators, fold, publish
 
@@ -39,6 +40,7 @@ _LAYER, _SCALARS, _ROW = tl.constexpr(table.LAYER), tl.constexpr(SCALARS), tl.co
 _FLAGS, _SKIPPED = tl.constexpr(table.FLAGS), tl.constexpr(table.SKIPPED)
 _EXP_AVG_SCALE, _EXP_AVG_SQ_SCALE = tl.constexpr(table.EXP_AVG_SCALE), tl.constexpr(table.EXP_AVG_SQ_SCALE)
 _IMPORTANCE_SCALE = tl.constexpr(table.IMPORTANCE_SCALE)
+_CORRECTION, _NO_CORRECTION = tl.constexpr(table.WEIGHT_CORRECTION), tl.constexpr(NO_CORRECTION)
 _SHARED, _OWN = tl.constexpr(SHARED), tl.constexpr(OWN)
 _BFLOAT16, _INT8 = tl.constexpr(BFLOAT16), tl.constexpr(INT8)
 _NO_STATS, _BLOCK = tl.constexpr(NO_STATS), tl.constexpr(BLOCK)
@@ -91,6 +93,7 @@ def step_kernel(
     PARAM: tl.constexpr,  # kinds of common.py
     STATE: tl.constexpr,
     IMPORTANCE: tl.constexpr,
+    CORRECTION: tl.constexpr,  # of master.py
     FULL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     UNSCALE: tl.constexpr,
@@ -106,6 +109,8 @@ def step_kernel(
     U: tl.constexpr = IMPORTANCE - _OWN
     param = load_address(row + _PARAM, PARAM, FULL) + start
     grad = load_address(row + _GRAD, PARAM, FULL) + start
+    if CORRECTION != _NO_CORRECTION:
+        correction = load_address(row + _CORRECTION, CORRECTION, FULL) + start
     exp_avg = load_address(row + _EXP_AVG, STATE, FULL) + start
     exp_avg_sq = load_address(row + _EXP_AVG_SQ, STATE, FULL) + start
     exp_avg_scale = load_byte_address(row + _EXP_AVG_SCALE) + (start >> 6)
@@ -142,6 +147,8 @@ def step_kernel(
         row_in_bounds = begin + rows * WIDTH < count
         block = scale_offsets(begin, rows, WIDTH)
         theta_raw = load_block(param + offsets, in_bounds, FULL)
+        if CORRECTION != _NO_CORRECTION:
+            correction_raw = load_block(correction + offsets, in_bounds, FULL)
         g = widen(load_block(grad + offsets, in_bounds, FULL), PARAM)
         m = load_values(exp_avg + offsets, exp_avg_scale + block, in_bounds, row_in_bounds, STATE, True, FULL)
         v = load_values(
@@ -154,7 +161,11 @@ def step_kernel(
         g_squared = g * g
         m = beta1 * m + one_minus_beta1 * g
         v = beta2 * v + one_minus_beta2 * g_squared
-        new = decay * widen(theta_raw, PARAM) - step_size * tl.div_rn(m, tl.sqrt_rn(v) + eps)
+        if CORRECTION == _NO_CORRECTION:
+            theta = widen(theta_raw, PARAM)
+        else:
+            theta = joined_weight(theta_raw, correction_raw, CORRECTION)
+        new = decay * theta - step_size * tl.div_rn(m, tl.sqrt_rn(v) + eps)
 
         w0 = 0
         w1 = 0
@@ -162,6 +173,10 @@ def step_kernel(
             low = first_index + offsets.to(tl.uint32)
             w0 = mix(low ^ tl.where(low < first_index, next_key, key))
             w1 = mix(w0 + 0x9E3779B9)
+        if CORRECTION == _NO_CORRECTION:
+            new_raw = _stored(new, w0 & 0xFFFF, PARAM, STOCHASTIC)
+        else:
+            new_raw, left = split_weight(new, w0 & 0xFFFF, CORRECTION, STOCHASTIC)
         # behind the arithmetic, where it costs no register, but not behind a store, which no load may pass
         bits = load_row_bits(mask_bytes, begin // 8 + rows * (WIDTH // 8), n_mask_bytes, WIDTH)
         # one row of a block of 64 stores its scale
@@ -174,9 +189,10 @@ def step_kernel(
             exp_avg_sq + offsets, exp_avg_sq_scale + block, v, w1 & 0xFFFF, in_bounds, stores_scale,
             STATE, False, STOCHASTIC, FULL, ROWS, WIDTH,
         )  # fmt: skip
-        new_raw = _stored(new, w0 & 0xFFFF, PARAM, STOCHASTIC)
         isolated = ((bits >> columns) & 1) != 0
         store_block(param + offsets, tl.where(isolated, theta_raw, new_raw), in_bounds, FULL)
+        if CORRECTION != _NO_CORRECTION:
+            store_block(correction + offsets, tl.where(isolated, correction_raw, left), in_bounds, FULL)
         if IMPORTANCE != _SHARED:
             u = load_values(
                 importance + offsets, importance_scale + block, in_bounds, row_in_bounds, U, False, FULL

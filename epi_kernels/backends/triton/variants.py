@@ -10,6 +10,7 @@ from epi_kernels.backends import table as _table
 from epi_kernels.backends.triton import step as _step
 from epi_kernels.backends.triton.chunks import aligned_tensors
 from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT8, ITEM_BYTES, THREADS
+from epi_kernels.backends.triton.master import NO_CORRECTION, ONE_BYTE, TWO_BYTES
 from epi_kernels.backends.triton.stats import WIDTH
 
 # Rows of 8 elements a block: 8 elements a thread. With 16 the counting kernel spills.
@@ -23,6 +24,7 @@ class StepVariant(NamedTuple):
     state: int
     importance: int  # step.SHARED, or step.OWN and its kind
     full: bool
+    correction: int = NO_CORRECTION  # of bfloat16 weights: master.py
 
     @property
     def kinds(self) -> list[int]:
@@ -35,8 +37,8 @@ class StepVariant(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Elements of a row. Of 8-bit states, 16 make the 128 bits that a thread reads at once."""
-        return 16 if INT8 in self.kinds else 8
+        """Elements of a row. Of single bytes, 16 make the 128 bits that a thread reads at once."""
+        return 16 if INT8 in self.kinds or self.correction == ONE_BYTE else 8
 
     @property
     def rows(self) -> int:
@@ -70,11 +72,13 @@ def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
     state = _kinds(flags, _table.STATE_BF16, _table.STATE_INT8)
     own = _kinds(flags, _table.IMPORTANCE_BF16, _table.IMPORTANCE_INT8)
     importance = np.where(rows[:, _table.IMPORTANCE] != 0, _step.OWN + own, _step.SHARED)
-    item_bytes = np.array(ITEM_BYTES)[np.stack([param, param, state, state, own], axis=1)]
+    stored = np.where(flags & _table.CORRECTION_INT8 != 0, ONE_BYTE, TWO_BYTES)
+    correction = np.where(rows[:, _table.WEIGHT_CORRECTION] != 0, stored, NO_CORRECTION)
+    item_bytes = np.array(ITEM_BYTES)[np.stack([param, param, state, state, own, stored], axis=1)]
     columns = [_table.PARAM, _table.GRAD, _table.EXP_AVG, _table.EXP_AVG_SQ, _table.IMPORTANCE]
-    aligned = aligned_tensors(rows[:, columns], item_bytes, chunk)
-    columns = (param.tolist(), state.tolist(), importance.tolist(), aligned.tolist())
-    return list(map(StepVariant, *columns))
+    aligned = aligned_tensors(rows[:, [*columns, _table.WEIGHT_CORRECTION]], item_bytes, chunk)
+    fields = (param, state, importance, aligned, correction)
+    return list(map(StepVariant, *(field.tolist() for field in fields)))
 
 
 def u_kinds(flags: np.ndarray) -> np.ndarray:
