@@ -14,7 +14,7 @@ from epi_kernels.backends.batch import StepBatch
 from epi_kernels.backends.protocol import Backend
 from epi_kernels.backends.reference import ReferenceBackend
 from epi_kernels.policies import selection
-from epi_kernels.reference import codec
+from epi_kernels.reference import codec, master
 from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
@@ -32,6 +32,11 @@ DTYPES_INT8 = [
     for u in (None, F32, BF16, INT8)
     if INT8 in (s, u)
 ]
+DTYPES_CORRECTED = [
+    (BF16, s, u, correction)
+    for s, u in ((F32, None), (BF16, F32), (INT8, INT8))
+    for correction in master.CORRECTION_DTYPES.values()
+]
 # around a chunk of the cuda backend, with one and with no element
 SIZES = (5, 4099, 0, 8192, 1, 77, 300)
 KEEP = selection.keep_factor(0.3)
@@ -45,8 +50,9 @@ NORMALIZATIONS = [  # hysteresis is refused with zscore
 
 
 def names(dtypes: tuple[torch.dtype | None, ...]) -> str:
-    """A test's id: param-state-importance."""
-    return "-".join({None: "shared", F32: "f32", BF16: "bf16", INT8: "int8"}[dtype] for dtype in dtypes)
+    """A test's id: param-state-importance, and the bits of a correction beside the weights."""
+    words = {None: "shared", F32: "f32", BF16: "bf16", INT8: "int8", torch.int8: "8", torch.int16: "16"}
+    return "-".join(words[dtype] for dtype in dtypes)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -57,9 +63,11 @@ def params(
     param: torch.dtype,
     state: torch.dtype,
     importance: torch.dtype | None,
+    correction: torch.dtype | None = None,
+    *,
     shift: int = 0,
 ) -> list[ParamTensors]:
-    """On the CPU. ``shift``: elements that every tensor lies behind its allocation's start."""
+    """On the CPU, some weights with corrections that are not theirs. ``shift``: elements that every tensor lies behind its allocation's start."""
     generator = torch.Generator().manual_seed(len(sizes) + shift)
 
     def make(n: int, dtype: torch.dtype, positive: bool = False) -> torch.Tensor:
@@ -84,9 +92,17 @@ def params(
             mask[-1] &= (1 << n % 8) - 1
         (m, m_scale), (v, v_scale) = make_state(n, state, signed=True), make_state(n, state, signed=False)
         u, u_scale = (None, None) if importance is None else make_state(n, importance, signed=False)
+        weights, corrections = make(n, param), None
+        if correction is not None:
+            weights[:6] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.3e38])[:n]
+            limits = torch.iinfo(correction)
+            corrections = torch.randint(
+                limits.min, limits.max + 1, (n + shift,), dtype=correction, generator=generator
+            )[shift:]
         result.append(
             ParamTensors(
-                param=make(n, param),
+                param=weights,
+                weight_correction=corrections,
                 grad=make(n, param),
                 exp_avg=m,
                 exp_avg_sq=v,
@@ -109,7 +125,7 @@ def params(
 
 def refresh_params(dtype: torch.dtype, shift: int) -> list[ParamTensors]:
     """Three layers, every row with a mask, non-finite and zero importances among the rest."""
-    tensors = params(SIZES, F32 if dtype == INT8 else dtype, dtype, None, shift)
+    tensors = params(SIZES, F32 if dtype == INT8 else dtype, dtype, None, shift=shift)
     for row, t in enumerate(tensors):
         t.layer = row % 3
         if t.isolation_mask is None:
@@ -260,7 +276,7 @@ def check_mixed_step(backend: Backend, device: torch.device) -> None:
 
 def check_tails(backend: Backend, device: torch.device, sizes: tuple[int, ...]) -> None:
     """Every combination of dtypes, 8-bit ones among them, of these sizes in one call."""
-    expected = [t for dtypes in (*DTYPES, *DTYPES_INT8) for t in params(sizes, *dtypes)]
+    expected = [t for dtypes in (*DTYPES, *DTYPES_INT8, *DTYPES_CORRECTED) for t in params(sizes, *dtypes)]
     ours = copies(expected, device)
     for _ in range(2):
         run_step(backend, ours)

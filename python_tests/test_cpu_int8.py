@@ -28,7 +28,7 @@ def backend(request) -> CpuBackend:
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8, ids=checks.names)
+@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names)
 def test_step_and_its_stats(backend, dtypes, stochastic, shift):
     checks.check_step(backend, checks.CPU, dtypes, shift, stochastic)
 

@@ -25,7 +25,7 @@ def emulated(request, monkeypatch) -> cuda_emulation.EmulatedCudaBackend:
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8, ids=checks.names)
+@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_step_and_its_stats_in_every_dtype(dtypes, shift, stochastic, emulated):
     checks.check_step(emulated, CPU, dtypes, shift, stochastic)

@@ -28,6 +28,9 @@ CONFIGURATIONS = {
     "float32-weights-bfloat16-state": (torch.float32, {"state_dtype": torch.bfloat16}),
     "own-float32-beside-bfloat16": (torch.bfloat16, {"importance_beta": 0.9}),
     "own-bfloat16": (torch.float32, {"importance_beta": 0.9, "importance_dtype": torch.bfloat16}),
+    "master-24": (torch.bfloat16, {"master_weight_bits": 24}),
+    "master-32-float32-state": (torch.bfloat16, {"master_weight_bits": 32, "state_dtype": torch.float32}),
+    "master-of-float32-weights": (torch.float32, {"master_weight_bits": 32}),  # they have every bit
     "ratio-0": (torch.float32, {"isolation_ratio": 0.0}),
     "unnamed": (torch.bfloat16, {"named": False}),
     "hysteresis": (torch.float32, {"hysteresis": 0.5, "scope": "layer"}),
@@ -83,6 +86,8 @@ def test_state_keys_and_dtypes(name: str):
         expected.add("isolation_mask")
     if "importance_beta" in arguments:
         expected.add("importance")
+    if "master_weight_bits" in arguments and dtype == torch.bfloat16:
+        expected.add("weight_correction")
     for number in range(4):  # before and after the first refresh
         train(optimizer, params, range(number, number + 1))
         assert type(optimizer.param_groups[0]["isolation_step"]) is int
@@ -98,6 +103,10 @@ def test_state_keys_and_dtypes(name: str):
             if "importance" in expected:
                 assert state["importance"].dtype == arguments.get("importance_dtype", torch.float32)
                 assert state["importance"].shape == p.shape
+            if "weight_correction" in expected:
+                bits = arguments["master_weight_bits"]
+                assert state["weight_correction"].dtype == (torch.int8 if bits == 24 else torch.int16)
+                assert state["weight_correction"].shape == p.shape
             if "isolation_mask" in expected:
                 assert state["isolation_mask"].dtype == torch.uint8
                 assert state["isolation_mask"].shape == (-(-p.numel() // 8),)

@@ -26,6 +26,9 @@ TABLE = [
     (torch.bfloat16, {"state_dtype": "int8"}, 2.15625),
     (torch.bfloat16, {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"}, 3.171875),
     (torch.bfloat16, {"importance_beta": 0.9, "importance_dtype": "int8"}, 5.140625),
+    (torch.bfloat16, {"state_dtype": "int8", "master_weight_bits": 24}, 3.15625),
+    (torch.bfloat16, {"state_dtype": "int8", "master_weight_bits": 32}, 4.15625),
+    (torch.float32, {"master_weight_bits": 32}, 8.125),  # float32 weights have every bit
 ]
 
 
@@ -58,6 +61,16 @@ def test_bytes_are_those_of_the_tensors():
         assert sizes[kind] == sum(held), kind
     assert sizes["other"] == 4 * len(params)
     assert sizes["total"] == sum(sizes[kind] for kind in KINDS[:-1])
+
+
+def test_corrections_are_listed_where_there_are_any():
+    params = small_model(torch.bfloat16)
+    optimizer = make(params, master_weight_bits=24)
+    train(optimizer, params, 1)
+    sizes = optimizer.state_bytes()
+    assert tuple(sizes) == (*KINDS[:5], "weight_correction", *KINDS[5:])
+    assert sizes["weight_correction"] == sum(p.numel() for p in params.values())
+    assert sizes["total"] == sum(size for kind, size in sizes.items() if kind != "total")
 
 
 def test_never_more_than_an_eighth_of_a_byte_above_adamw():

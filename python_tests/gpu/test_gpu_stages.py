@@ -14,7 +14,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtypes", checks.DTYPES + checks.DTYPES_INT8, ids=checks.names)
+@pytest.mark.parametrize(
+    "dtypes", checks.DTYPES + checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names
+)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_step_and_its_stats(dtypes, shift, stochastic, backend, device):
     checks.check_step(backend, device, dtypes, shift, stochastic)
