@@ -122,6 +122,14 @@ CONTENDERS = [
         "ours, bfloat16, 8-bit states", BF16, _ours(state_dtype="int8"), True, "stochastic rounding", REFRESH
     ),
     Contender(
+        "ours, bfloat16, 8-bit states, 24-bit weights",
+        BF16,
+        _ours(state_dtype="int8", master_weight_bits=24),
+        True,
+        "stochastic rounding; 8-bit weight correction",
+        REFRESH,
+    ),
+    Contender(
         "ours, bfloat16, 8-bit states and own importance",
         BF16,
         _ours(state_dtype="int8", importance_beta=0.99, importance_dtype="int8"),

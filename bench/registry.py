@@ -87,13 +87,18 @@ class Case:
         return self.options.get("importance_dtype", torch.float32).itemsize
 
     @property
+    def correction_itemsize(self) -> int:
+        """Bytes beside a bfloat16 weight."""
+        return (self.options.get("master_weight_bits", 16) - 16) // 8 if self.dtype == torch.bfloat16 else 0
+
+    @property
     def mask_bytes(self) -> float:
         return 1 / 8 if self.options.get("isolation_ratio", 0.01) > 0 else 0.0
 
     @property
     def step_bytes(self) -> float:
-        """Read and written per element: weight, gradient (read only), two states, own importance, mask."""
-        weights = 3 * self.dtype.itemsize
+        """Read and written per element: weight with correction, gradient (read only), two states, own importance, mask."""
+        weights = 3 * self.dtype.itemsize + 2 * self.correction_itemsize
         return weights + 4 * self.state_itemsize + 2 * self.importance_itemsize + self.mask_bytes
 
     @property
@@ -160,6 +165,8 @@ def step_cases(plan: Plan) -> list[Case]:
         ("step-bf16-stochastic", bf16, {"stochastic_rounding": True}, STEP_BFLOAT16_STOCHASTIC),
         ("step-bf16-int8", bf16, int8 | {"stochastic_rounding": False}, None),
         ("step-bf16-int8-stochastic", bf16, int8, STEP_INT8),
+        ("step-bf16-int8-24-bit-weights", bf16, int8 | {"master_weight_bits": 24}, None),
+        ("step-bf16-32-bit-weights", bf16, {"master_weight_bits": 32}, None),
         ("step-f32-own-importance", f32, own, None),
         ("step-f32-ratio-0", f32, {"isolation_ratio": 0.0}, None),
     ]

@@ -212,8 +212,10 @@ def memory() -> str:
         ("ours, float32 weights, float32 importance of its own", f32, own),
         ("ours, bfloat16 weights, bfloat16 importance of its own", bf16, own | {"importance_dtype": bf16}),
         ("ours, 8-bit states, bfloat16 weights", bf16, {"state_dtype": "int8"}),
+        ("ours, 8-bit states, 24-bit weights", bf16, {"state_dtype": "int8", "master_weight_bits": 24}),
+        ("ours, bfloat16 states, 32-bit weights", bf16, {"master_weight_bits": 32}),
     ]
-    n, kinds = 4096, tuple(published.STATE_BYTES)
+    n, kinds = 4096, (*published.STATE_BYTES, "weight_correction")
 
     def measured(make: Callable[[list], Any], dtype: torch.dtype) -> dict[str, float]:
         param = torch.nn.Parameter(torch.ones(n, dtype=dtype))
@@ -229,17 +231,15 @@ def memory() -> str:
     name = "EPI as published (float32 EMA, bool mask, sort)"
     lines.append((name, published.STATE_BYTES, f"{published.REFRESH_BYTES} or more"))
     for name, dtype, options in ours:
-        try:
-            sizes = measured(lambda params, options=options: MaskedEMAAdamW(params, **options), dtype)
-        except NotImplementedError:
-            continue
+        sizes = measured(lambda params, options=options: MaskedEMAAdamW(params, **options), dtype)
         lines.append((name, sizes, "0"))
-    header = ["bytes a parameter", "exp_avg", "exp_avg_sq", "importance", "mask", "state", "a refresh adds"]
+    header = ["bytes a parameter", "exp_avg", "exp_avg_sq", "importance", "mask", "correction"]
+    header += ["state", "a refresh adds"]
     cells = [
-        [name, *(_bytes(sizes[kind]) for kind in kinds), f"**{_bytes(sum(sizes.values()))}**", extra]
+        [name, *(_bytes(sizes.get(kind, 0)) for kind in kinds), f"**{_bytes(sum(sizes.values()))}**", extra]
         for name, sizes, extra in lines
     ]
-    return table(header, cells, "lrrrrrr") + "\n\nA persistent mask adds 0.125 where one is set."
+    return table(header, cells, "lrrrrrrr") + "\n\nA persistent mask adds 0.125 where one is set."
 
 
 # ---------------------------------------------------------------- README

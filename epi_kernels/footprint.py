@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from epi_kernels.reference import codec
+from epi_kernels.reference import codec, master
 from epi_kernels.reference.bits import packed_bytes
 
 STEP_BYTES = 4  # a float32 counter a tensor
@@ -39,10 +39,13 @@ def masked_ema_adamw(
     importance_beta: float | None = None,
     importance_dtype: torch.dtype | str = torch.float32,
     state_dtype: torch.dtype | str | None = None,
+    master_weight_bits: int = 16,
 ) -> dict[str, int]:
     """``MaskedEMAAdamW`` with these options over parameters of ``dtype``, without masks that a caller installs."""
     moment = sum(moment_bytes(n, state_dtype or dtype) for n in sizes)
     own = importance_beta not in (None, betas[1])
+    correction = master.CORRECTION_DTYPES.get(master_weight_bits) if dtype == torch.bfloat16 else None
+    corrections = {} if correction is None else {"weight_correction": sum(sizes) * correction.itemsize}
     return _with_total(
         {
             "exp_avg": moment,
@@ -50,6 +53,7 @@ def masked_ema_adamw(
             "importance": sum(moment_bytes(n, importance_dtype) for n in sizes) if own else 0,
             "isolation_mask": sum(map(packed_bytes, sizes)) if isolation_ratio > 0 else 0,
             "persistent_mask": 0,
+            **corrections,
             "other": STEP_BYTES * len(sizes),
         }
     )

@@ -34,6 +34,10 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, 8-bit states": EIGHT_BIT,
     "ours, 8-bit states and importance of its own": EIGHT_BIT | OWN_IMPORTANCE,
 }
+OURS_BFLOAT16: dict[str, dict[str, Any]] = {  # other weights have every bit
+    "ours, 8-bit states, 24-bit weights": EIGHT_BIT | {"master_weight_bits": 24},
+    "ours, 32-bit weights": {"master_weight_bits": 32},
+}
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,17 @@ def rows(sizes: Sequence[int], dtype: torch.dtype) -> list[Row]:
     found.append(
         Row("EPI as published", n * published.STATE_TOTAL_BYTES, n * published.REFRESH_BYTES, counted=False)
     )
-    for name, options in OURS.items():
+    for name, options in ours(dtype).items():
         found.append(Row(name, footprint.masked_ema_adamw(sizes, dtype, **options)["total"]))
     peers = published.PEER_STATE_BYTES
     if dtype == torch.bfloat16:
         peers = peers | published.PEER_STATE_BYTES_BFLOAT16
     return found + [Row(name, round(n * per), counted=False) for name, per in peers.items()]
+
+
+def ours(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """The configurations of ours that are listed, by name: options of MaskedEMAAdamW."""
+    return OURS | OURS_BFLOAT16 if dtype == torch.bfloat16 else OURS
 
 
 def model_sizes(model: str) -> list[int]:

@@ -63,6 +63,8 @@ OPTIONS = [
     OWN | {"importance_dtype": "int8"},
     INT8 | OWN,
     INT8 | OWN | {"importance_dtype": "int8"},
+    {"master_weight_bits": 24},
+    INT8 | {"master_weight_bits": 32},
     {"importance_beta": 0.999},  # beta2: shared
     {"importance_beta": 0.999, "betas": (0.9, 0.95)},
 ]
@@ -124,7 +126,7 @@ def test_sums_are_the_bytes_that_one_step_leaves_behind(dtype: str, tmp_path, ca
     assert facts["weights_bytes"] == facts["gradients_bytes"] == held_bytes(*params) == held_bytes(*grads)
     assert facts["parameters"] == sum(one.numel() for one in params)
     optimizers = {"torch AdamW": torch.optim.AdamW(params)}
-    for name, options in memory.OURS.items():
+    for name, options in memory.ours(memory.DTYPES[dtype]).items():
         optimizers[name] = MaskedEMAAdamW(params, backend=backend(), mask_interval=1, **options)
     for name, optimizer in optimizers.items():
         optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import BACKENDS, DTYPES, STATE_DTYPES, Options
+from .options import BACKENDS, DTYPES, MASTER_WEIGHT_BITS, STATE_DTYPES, Options
 from .packing import ATTENTION
 
 
@@ -111,6 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(group, "--hysteresis", "advantage of the elements now isolated", type=float, metavar="H")
     add(group, "--state-dtype", "of exp_avg and exp_avg_sq [the weights']", choices=STATE_DTYPES)
+    add(
+        group,
+        "--master-weight-bits",
+        "of bfloat16 weights in the optimizer: what is above 16 lies beside them",
+        type=int,
+        choices=MASTER_WEIGHT_BITS,
+    )
     add(
         group,
         "--stochastic-rounding",

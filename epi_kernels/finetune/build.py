@@ -44,6 +44,7 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
             normalization=options.normalization, scope=options.scope,
             layer_key=model.block_of if options.layer_key == "block" else None, hysteresis=options.hysteresis,
             state_dtype=named[options.state_dtype] if options.state_dtype else None,
+            master_weight_bits=options.master_weight_bits,
             stochastic_rounding=options.stochastic_rounding, seed=options.seed, backend=options.backend,
         )  # fmt: skip
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:

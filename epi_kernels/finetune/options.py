@@ -13,6 +13,7 @@ from .packing import ATTENTION
 
 DTYPES = ("fp32", "bf16")
 STATE_DTYPES = ("fp32", "bf16", "int8")
+MASTER_WEIGHT_BITS = (16, 24, 32)
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 # These change how a run is watched and kept, never the weights it ends with.
 FREE_ON_RESUME = (
@@ -76,6 +77,7 @@ class Options:
     layer_key: str = "tensor"
     hysteresis: float = 0.0
     state_dtype: str | None = None
+    master_weight_bits: int = 16
     stochastic_rounding: bool | None = None
     backend: str = "auto"
     log_every: int = 1

@@ -44,6 +44,7 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
         importance_beta=options.importance_beta,
         importance_dtype=named[options.importance_dtype],
         state_dtype=named[options.state_dtype] if options.state_dtype else None,
+        master_weight_bits=options.master_weight_bits,
     )
     total = sum(trained)
     return Memory(
