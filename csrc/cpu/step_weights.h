@@ -60,6 +60,15 @@ EPI_INLINE void weights_of_pair(const StepContext& x, P* param, uint32_t isolate
   store_pair_but<kSplit, kStochastic, false>(param, isolated, theta, old, random);
 }
 
+// Corrections of 8 bits as the upper halves of 16, and back. Bytes may alias anything: said not to, or no
+// vectors.
+EPI_INLINE void widen_corrections(uint16_t* __restrict to, const uint8_t* __restrict from, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) to[k] = static_cast<uint16_t>(from[k] << 8);
+}
+EPI_INLINE void narrow_corrections(uint8_t* __restrict to, const uint16_t* __restrict from, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) to[k] = static_cast<uint8_t>(from[k] >> 8);
+}
+
 // The weights of a block's elements `i` to `i + n` that are bfloat16 and have more bits beside them.
 // Corrections of 8 bits become 16 on the way in and 8 on the way out, which leaves one loop for both.
 template <bool kStochastic>
@@ -69,9 +78,7 @@ __attribute__((noinline)) void master_weights_of_pairs(const StepContext& x, uin
   alignas(64) uint16_t widened[kBlock];
   const bool to_24_bits = corrections.of_8 != nullptr;
   uint16_t* low = to_24_bits ? widened : corrections.of_16 + i;
-  if (to_24_bits) {
-    for (int64_t k = 0; k < n; ++k) widened[k] = static_cast<uint16_t>(corrections.of_8[i + k] << 8);
-  }
+  if (to_24_bits) widen_corrections(widened, corrections.of_8 + i, n);
   using F = StepF;
   const WeightRounding<F> rounding = weight_rounding<F>(to_24_bits, kStochastic);
   const StepU to_high = Lanes<F>::u32(0x10000u);
@@ -90,9 +97,7 @@ __attribute__((noinline)) void master_weights_of_pairs(const StepContext& x, uin
     store_halves_but(param + i + k, isolated, nearest_half<F>(even), nearest_half<F>(odd), old);
     store_halves_but(low + k, isolated, even * to_high, odd * to_high, old_low);
   }
-  if (to_24_bits) {
-    for (int64_t k = 0; k < n; ++k) corrections.of_8[i + k] = static_cast<uint8_t>(widened[k] >> 8);
-  }
+  if (to_24_bits) narrow_corrections(corrections.of_8 + i, widened, n);
 }
 
 // The weights of a block's elements `i` to `i + n`, whole pairs; of rows with some bfloat16 tensor.
