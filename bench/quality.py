@@ -7,8 +7,9 @@ A small Llama with random weights learns the demo's sums and string instructions
 on. Every configuration of a seed starts from the same weights, rounded where they are bfloat16, and sees
 the same batches. The model computes in its weights' dtype, the loss in float32.
 
-Training is chaotic: a mask would differ from float32's whatever made the runs part. So one float32 run a
-seed starts with a single weight moved by 1e-6 of itself; what its mask differs is chaos, not precision.
+Training is chaotic: a mask would differ from float32's whatever made the runs part. So two float32 runs a
+seed start elsewhere, one with a single weight moved by 1e-6 of itself, one with all of them rounded to bfloat16
+once; what their masks differ is chaos, not precision.
 """
 
 from __future__ import annotations
@@ -43,20 +44,27 @@ NUDGE = 1e-6  # relative, some 8 units in the last place of a float32
 
 @dataclass(frozen=True)
 class Configuration:
-    """Dtypes of weights and states; ``nudged`` moves one weight by NUDGE before the first step."""
+    """Dtypes of weights and states, and what is done to the weights before the first step.
+
+    ``nudged`` moves one of them by NUDGE, ``rounded`` makes them all values that bfloat16 can hold.
+    """
 
     name: str
     weights: torch.dtype
     states: torch.dtype | str
+    master_weight_bits: int = 16
     nudged: bool = False
+    rounded: bool = False
 
 
 CONFIGURATIONS = (
     Configuration(quality_record.BASE, torch.float32, torch.float32),
     Configuration("float32, one weight moved by 1e-6", torch.float32, torch.float32, nudged=True),
+    Configuration("float32, weights rounded once", torch.float32, torch.float32, rounded=True),
     Configuration("bfloat16", torch.bfloat16, torch.bfloat16),
     Configuration("bfloat16, float32 states", torch.bfloat16, torch.float32),
     Configuration("bfloat16, 8-bit states", torch.bfloat16, "int8"),
+    Configuration("bfloat16 with 24 bits, 8-bit states", torch.bfloat16, "int8", master_weight_bits=24),
     Configuration("float32, 8-bit states", torch.float32, "int8"),
 )
 
@@ -99,6 +107,8 @@ def _model(plan: Plan, configuration: Configuration, seed: int) -> Any:
         if configuration.nudged:
             model.model.layers[0].self_attn.q_proj.weight[0, 0] *= 1 + NUDGE
         for param in model.parameters():  # not model.to(): rotary frequencies stay float32
+            if configuration.rounded:
+                param.data = param.data.bfloat16()
             param.data = param.data.to(configuration.weights)
     return model
 
@@ -116,6 +126,7 @@ def train_once(plan: Plan, ratio: float, configuration: Configuration, seed: int
         isolation_ratio=ratio,
         mask_interval=plan.interval,
         state_dtype=configuration.states,
+        master_weight_bits=configuration.master_weight_bits,
         seed=seed,
     )
     rng = torch.Generator().manual_seed(seed)
