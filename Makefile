@@ -78,7 +78,7 @@ side-by-side: build
 quality: build
 	$(PY) -m bench.quality $(QUALITY_ARGS)
 
-# The README's tables, from the rows under bench/results/.
+# The README's tables and plots, from the rows under bench/results/.
 tables: build
 	$(PY) -m bench.report
 

@@ -1,7 +1,7 @@
-"""make tables: writes the README's tables from the newest results, between their markers.
+"""make tables: writes the README's tables and plots from the newest results, the tables between their markers.
 
-python -m bench.report             rewrites README.md
-python -m bench.report --check     exits 1 when README.md is out of date
+python -m bench.report             rewrites README.md and the plots beside it (bench/plots.py)
+python -m bench.report --check     exits 1 when README.md or a plot is out of date
 
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
@@ -14,11 +14,10 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from bench import quality_record, results, side_by_side_table
+from bench import memory_table, plots, quality_record, results, side_by_side_table
 from bench.markdown import Row, count, ratio, table
 
 README = results.ROOT / "README.md"
@@ -42,6 +41,8 @@ STEP_TITLES = {
     "step-bf16-stochastic": "bfloat16, stochastic rounding",
     "step-bf16-int8": "bfloat16, 8-bit states, rounding to nearest",
     "step-bf16-int8-stochastic": "bfloat16, 8-bit states, stochastic rounding",
+    "step-bf16-int8-24-bit-weights": "bfloat16 with 24 bits, 8-bit states, stochastic rounding",
+    "step-bf16-32-bit-weights": "bfloat16 with 32 bits, stochastic rounding",
     "step-f32-own-importance": "float32, importance of its own",
     "step-f32-ratio-0": "float32, ratio 0",
     "tensors-f32-300": "float32, 300 tensors of 1,000",
@@ -188,60 +189,6 @@ def cpu(folder: Path = results.RESULTS) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-# ---------------------------------------------------------------- memory
-
-
-def _bytes(n: float) -> str:
-    return f"{n:.3f}".rstrip("0").rstrip(".") if n else "0"
-
-
-def memory() -> str:
-    """Bytes a parameter, counted from optimizers over 4,096 of them after one step."""
-    import torch
-
-    from epi_kernels import MaskedEMAAdamW, published
-    from epi_kernels.training import state_bytes
-
-    f32, bf16 = torch.float32, torch.bfloat16
-    own = {"importance_beta": 0.99}
-    ours: list[tuple[str, torch.dtype, dict[str, Any]]] = [
-        ("ours, default, float32 weights", f32, {}),
-        ("ours, default, bfloat16 weights", bf16, {}),
-        ("ours, bfloat16 weights, float32 states", bf16, {"state_dtype": f32}),
-        ("ours, float32 weights, bfloat16 states", f32, {"state_dtype": bf16}),
-        ("ours, float32 weights, float32 importance of its own", f32, own),
-        ("ours, bfloat16 weights, bfloat16 importance of its own", bf16, own | {"importance_dtype": bf16}),
-        ("ours, 8-bit states, bfloat16 weights", bf16, {"state_dtype": "int8"}),
-        ("ours, 8-bit states, 24-bit weights", bf16, {"state_dtype": "int8", "master_weight_bits": 24}),
-        ("ours, bfloat16 states, 32-bit weights", bf16, {"master_weight_bits": 32}),
-    ]
-    n, kinds = 4096, (*published.STATE_BYTES, "weight_correction")
-
-    def measured(make: Callable[[list], Any], dtype: torch.dtype) -> dict[str, float]:
-        param = torch.nn.Parameter(torch.ones(n, dtype=dtype))
-        param.grad = torch.ones_like(param)
-        optimizer = make([param])
-        optimizer.step()
-        found = state_bytes(optimizer)
-        return {kind: found.get(kind, 0) / n for kind in kinds}
-
-    lines: list[tuple[str, Mapping[str, float], str]] = []
-    for name, dtype in (("torch AdamW, float32 weights", f32), ("torch AdamW, bfloat16 weights", bf16)):
-        lines.append((name, measured(lambda params: torch.optim.AdamW(params, fused=True), dtype), "-"))
-    name = "EPI as published (float32 EMA, bool mask, sort)"
-    lines.append((name, published.STATE_BYTES, f"{published.REFRESH_BYTES} or more"))
-    for name, dtype, options in ours:
-        sizes = measured(lambda params, options=options: MaskedEMAAdamW(params, **options), dtype)
-        lines.append((name, sizes, "0"))
-    header = ["bytes a parameter", "exp_avg", "exp_avg_sq", "importance", "mask", "correction"]
-    header += ["state", "a refresh adds"]
-    cells = [
-        [name, *(_bytes(sizes.get(kind, 0)) for kind in kinds), f"**{_bytes(sum(sizes.values()))}**", extra]
-        for name, sizes, extra in lines
-    ]
-    return table(header, cells, "lrrrrrrr") + "\n\nA persistent mask adds 0.125 where one is set."
-
-
 # ---------------------------------------------------------------- README
 
 
@@ -251,7 +198,7 @@ def gpu_status() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "cpu": cpu,
-    "memory": memory,
+    "memory": memory_table.text,
     "quality": quality_record.section,
     "side-by-side": side_by_side_table.text,
     "gpu-status": gpu_status,
@@ -288,14 +235,19 @@ def main(argv: list[str] | None = None) -> int:
     }
     old = args.readme.read_text()
     new = rewrite(old, SECTIONS | measured)
-    if new == old:
-        print(f"{args.readme.name} is up to date")
+    stale = plots.stale(args.readme.parent, args.results)
+    if new == old and not stale:
+        print(f"{args.readme.name} and its plots are up to date")
         return 0
     if args.check:
-        print(f"{args.readme.name} is out of date: make tables", file=sys.stderr)
+        names = ([args.readme.name] if new != old else []) + stale
+        print(f"out of date: {', '.join(names)}: make tables", file=sys.stderr)
         return 1
-    args.readme.write_text(new)
-    print(f"{args.readme.name}: tables rewritten")
+    for name in plots.write(args.readme.parent, args.results):
+        print(f"{name}: drawn anew")
+    if new != old:
+        args.readme.write_text(new)
+        print(f"{args.readme.name}: tables rewritten")
     return 0
 
 

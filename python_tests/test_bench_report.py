@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results, run
+from bench import memory_table, report, results, run
 from python_tests.bench_rows import complete_run
 
 # ---------------------------------------------------------------- files
@@ -69,7 +69,7 @@ def test_tables_are_written_between_the_markers(readme, tmp_path, capsys):
 
     readme.write_text(text.replace("0.25 MiB", "0.00 MiB"))
     assert report.main([*arguments, "--check"]) == 1
-    assert "out of date: make tables" in capsys.readouterr().err
+    assert "out of date: README.md: make tables" in capsys.readouterr().err
 
 
 def test_without_results_the_table_says_so(readme, tmp_path):
@@ -85,7 +85,7 @@ def test_markers_that_do_not_fit_are_errors():
 
 
 def test_memory_table_counts_real_optimizers():
-    text = report.memory()
+    text = memory_table.text()
     for name, total in [
         ("torch AdamW, float32 weights", "8"),
         ("EPI as published (float32 EMA, bool mask, sort)", "13"),

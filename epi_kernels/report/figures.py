@@ -39,6 +39,12 @@ def _axes(height: float, xlabel: str, ylabel: str):
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
+    _plain(axes, xlabel, ylabel)
+    return figure, axes
+
+
+def _plain(axes, xlabel: str, ylabel: str) -> None:
+    """Axes with two spines and a faint grid behind what is drawn."""
     axes.set_xlabel(xlabel, color=SOFT)
     axes.set_ylabel(ylabel, color=SOFT)
     axes.tick_params(colors=SOFT, labelsize=9)
@@ -48,7 +54,6 @@ def _axes(height: float, xlabel: str, ylabel: str):
         axes.spines[side].set_color("#b8c0ca")
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _svg(figure) -> str:
@@ -74,6 +79,7 @@ def lines(
     mark_label: str = "",
     ylim: tuple[float | None, float | None] | None = None,
     height: float = 3.6,
+    log: bool = False,
 ) -> str:
     """Lines over a common x axis; `marks` are x positions drawn as thin vertical lines (refreshes of a mask, say)."""
     figure, axes = _axes(height, xlabel, ylabel)
@@ -106,6 +112,9 @@ def lines(
             axes.fill_between(one.x, low, high, color=color, alpha=0.15, linewidth=0)
     if ylim is not None:
         axes.set_ylim(*ylim)
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
     axes.margins(x=0.02)
     _legend(axes, len(series) + bool(marks))
     return _svg(figure)
@@ -188,4 +197,67 @@ def bars(
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(y=0.14)
     _legend(axes, len(groups))
+    return _svg(figure)
+
+
+@dataclass
+class Panel:
+    """Horizontal bars beside others: one value a label, None where there is none.
+
+    ``low``, ``high``: ends of a spread. ``parts``, in place of ``values``: (name, values) stacked in one bar.
+    ``reference``: a vertical line.
+    """
+
+    xlabel: str
+    values: Sequence[float | None] = ()
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    parts: Sequence[tuple[str, Sequence[float]]] = ()
+    log: bool = False
+    number: str = "{:.3g}"
+    reference: float | None = None
+
+
+def horizontal_bars(labels: Sequence[str], panels: Sequence[Panel], colors: Sequence[str]) -> str:
+    """One row a label and one column a panel; ``colors``: one a label. The values are written beside the bars."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * len(labels)), layout="constrained")
+    FigureCanvasSVG(figure)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    rows = range(len(labels))
+    for axes, panel in zip(grid, panels):
+        _plain(axes, panel.xlabel, "")
+        axes.grid(False, axis="y")
+        if panel.log:
+            axes.set_xscale("log")
+        if panel.reference is not None:
+            axes.axvline(panel.reference, color=SOFT, linewidth=1.0, linestyle=(0, (3, 3)))
+        totals: list[float | None] = list(panel.values)
+        if panel.parts:
+            totals = [sum(column) for column in zip(*(values for _, values in panel.parts))]
+            left = [0.0] * len(labels)
+            for index, (name, values) in enumerate(panel.parts):
+                axes.barh(rows, values, left=left, height=0.7, color=COLORS[index % len(COLORS)], label=name)
+                left = [start + value for start, value in zip(left, values)]
+            _legend(axes, len(panel.parts))
+        ends = list(totals)
+        for row, value in enumerate(totals):
+            if value is None:
+                continue
+            if not panel.parts:
+                axes.barh(row, value, height=0.7, color=colors[row])
+            if panel.low is not None and panel.high is not None:
+                low, high = panel.low[row], panel.high[row]
+                if low is not None and high is not None:
+                    axes.plot([low, high], [row, row], color=INK, linewidth=1.2)
+                    ends[row] = max(value, high)
+            text = panel.number.format(value)
+            axes.annotate(
+                text, (ends[row], row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+            )  # fmt: skip
+        axes.margins(x=0.16, y=0.02)
+    grid[0].set_yticks(rows, labels, fontsize=8.5)
+    grid[0].invert_yaxis()
     return _svg(figure)
