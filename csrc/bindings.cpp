@@ -13,11 +13,13 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/search.h"
 #include "cpu/stages.h"
 #include "math/adamw.h"
 #include "math/codec.h"
+#include "watch.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {
@@ -219,12 +221,25 @@ void cpu_select(Tensor table, Tensor shift, Tensor scale, double keep_factor, bo
   epi::select(kernels_of(isa), rows, terms, threshold, positive_only, counts);
 }
 
+int64_t watch(std::vector<Tensor> tensors) {
+  return epi::watches().add(tensors);
+}
+void unwatch(int64_t number) {
+  epi::watches().remove(number);
+}
+bool unmoved(int64_t number) {
+  return epi::watches().unmoved(number);
+}
+
 }  // namespace
 
 // The tensors behind a table's pointers are written too; a schema cannot say so.
 STABLE_TORCH_LIBRARY(epi_kernels, m) {
   m.def("cpu_capability() -> str");
   m.def("cpu_isa(str name) -> int");
+  m.def("watch(Tensor[] tensors) -> int");
+  m.def("unwatch(int number) -> ()");
+  m.def("unmoved(int number) -> bool");
   m.def(
       "cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding, float? grad_multiplier, "
       "Tensor(a!)? minimum, Tensor(b!)? maximum, Tensor(c!)? nonfinite, Tensor(d!)? moments, "
@@ -248,6 +263,9 @@ STABLE_TORCH_LIBRARY(epi_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(epi_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("watch", TORCH_BOX(&watch));
+  m.impl("unwatch", TORCH_BOX(&unwatch));
+  m.impl("unmoved", TORCH_BOX(&unmoved));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(epi_kernels, CPU, m) {

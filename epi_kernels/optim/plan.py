@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import Backend, choose
+from epi_kernels.backends.addresses import Watch, addresses
 from epi_kernels.backends.batch import StepBatch, share_storage
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.entries import (
@@ -94,8 +95,9 @@ class StepPlan:
         # what the plan relies on
         self._fixed = self._switches()
         self._missing = [param.grad is None for param in self._all_params]
-        self._state_addresses = _state_addresses(state_of)
-        self._addresses = _addresses(self._params)
+        self._state_values = _state_values(state_of)
+        self._state_watch = Watch([value for value in self._state_values if isinstance(value, Tensor)])
+        self._addresses = addresses(self._params)
         on_cpu = all(param.is_cpu for param in self._params)
         attributes = (_DTYPE, _IS_CPU if on_cpu else _DEVICE, _SHAPE, _LAYOUT)
         self._like = [(of, list(map(of, self._params))) for of in attributes]
@@ -120,10 +122,16 @@ class StepPlan:
         present = [grad for grad in grads if grad is not None]
         return (
             self._switches() == self._fixed
-            and np.array_equal(_addresses(self._params), self._addresses)
-            # what was replaced or moved lies elsewhere, for what the plan holds is still alive
-            and np.array_equal(_state_addresses(state_of), self._state_addresses)
+            and np.array_equal(addresses(self._params), self._addresses)
+            and self._same_state(_state_values(state_of))
             and all(list(map(of, present)) == like for of, like in self._like)
+        )
+
+    def _same_state(self, values: list[Any]) -> bool:
+        return (
+            len(values) == len(self._state_values)
+            and all(map(is_, values, self._state_values))
+            and self._state_watch.unmoved()
         )
 
     def run(
@@ -218,13 +226,5 @@ def _hyper_parameters(group: Mapping[str, Any], known: HyperParameters | None = 
     return hyper
 
 
-def _state_addresses(state_of: Mapping[Tensor, dict[str, Any]]) -> np.ndarray:
-    values = list(chain.from_iterable(map(dict.values, state_of.values())))
-    try:
-        return _addresses(values)
-    except TypeError:  # somebody keeps things of their own there
-        return _addresses([value for value in values if isinstance(value, Tensor)])
-
-
-def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+def _state_values(state_of: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, state_of.values())))
