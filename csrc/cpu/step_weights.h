@@ -69,18 +69,14 @@ EPI_INLINE void narrow_corrections(uint8_t* __restrict to, const uint16_t* __res
   for (int64_t k = 0; k < n; ++k) to[k] = static_cast<uint8_t>(from[k] >> 8);
 }
 
-// The weights of a block's elements `i` to `i + n` that are bfloat16 and have more bits beside them.
-// Corrections of 8 bits become 16 on the way in and 8 on the way out, which leaves one loop for both.
-template <bool kStochastic>
-__attribute__((noinline)) void master_weights_of_pairs(const StepContext& x, uint16_t* param,
-                                                       const Corrections& corrections, int64_t i, int64_t n,
-                                                       const uint8_t* mask, const NewMoments& next) {
-  alignas(64) uint16_t widened[kBlock];
-  const bool to_24_bits = corrections.of_8 != nullptr;
-  uint16_t* low = to_24_bits ? widened : corrections.of_16 + i;
-  if (to_24_bits) widen_corrections(widened, corrections.of_8 + i, n);
+// The weights of a block's elements `i` to `i + n` that are bfloat16, with the rest of their bits in `low`,
+// where they start at 0.
+template <bool kStochastic, bool kTo24Bits>
+__attribute__((noinline)) void joined_weights_of_pairs(const StepContext& x, uint16_t* param, uint16_t* low,
+                                                       int64_t i, int64_t n, const uint8_t* mask,
+                                                       const NewMoments& next) {
   using F = StepF;
-  const WeightRounding<F> rounding = weight_rounding<F>(to_24_bits, kStochastic);
+  const WeightRounding<F> rounding = weight_rounding<F>(kTo24Bits, kStochastic);
   const StepU to_high = Lanes<F>::u32(0x10000u);
 #pragma GCC unroll 1
   for (int64_t k = 0; k < n; k += kPair) {
@@ -91,13 +87,29 @@ __attribute__((noinline)) void master_weights_of_pairs(const StepContext& x, uin
     };
     const Pair theta{joined(old.a, old_low.a), joined(old.b, old_low.b)};
     const Pair moved = updated_weight(x.c, theta, pair.exp_avg, pair.denom);
-    const StepU even = weight_word(moved.a, low_half(pair.random).a, rounding);
-    const StepU odd = weight_word(moved.b, low_half(pair.random).b, rounding);
+    const PairU random = low_half(pair.random);
+    const StepU even = weight_word(moved.a, random.a, rounding);
+    const StepU odd = weight_word(moved.b, random.b, rounding);
     const uint32_t isolated = mask_word<PairBits>(mask, i + k);
     store_halves_but(param + i + k, isolated, nearest_half<F>(even), nearest_half<F>(odd), old);
     store_halves_but(low + k, isolated, even * to_high, odd * to_high, old_low);
   }
-  if (to_24_bits) narrow_corrections(corrections.of_8 + i, widened, n);
+}
+
+// The same, their corrections of 16 bits or of 8.
+template <bool kStochastic>
+__attribute__((noinline)) void corrected_weights_of_pairs(const StepContext& x, uint16_t* param,
+                                                          const Corrections& corrections, int64_t i,
+                                                          int64_t n, const uint8_t* mask,
+                                                          const NewMoments& next) {
+  if (corrections.of_16 != nullptr) {
+    joined_weights_of_pairs<kStochastic, false>(x, param, corrections.of_16 + i, i, n, mask, next);
+  } else {
+    alignas(64) uint16_t low[kBlock];
+    widen_corrections(low, corrections.of_8 + i, n);
+    joined_weights_of_pairs<kStochastic, true>(x, param, low, i, n, mask, next);
+    narrow_corrections(corrections.of_8 + i, low, n);
+  }
 }
 
 // The weights of a block's elements `i` to `i + n`, whole pairs; of rows with some bfloat16 tensor.
@@ -106,7 +118,7 @@ EPI_INLINE void weights_of_pairs(const StepContext& x, const StepPointers<P, S>&
                                  const uint8_t* mask, const NewMoments& next) {
   if constexpr (sizeof(P) == 2) {
     if (p.corrections.any()) [[unlikely]] {
-      return master_weights_of_pairs<kStochastic>(x, p.param, p.corrections, i, n, mask, next);
+      return corrected_weights_of_pairs<kStochastic>(x, p.param, p.corrections, i, n, mask, next);
     }
   }
 #pragma GCC unroll 1
