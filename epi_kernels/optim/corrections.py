@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.pages import zeros
 from epi_kernels.reference import master
 
 CORRECTION_KEY = "weight_correction"
@@ -20,7 +21,7 @@ def new_correction(param: Tensor, config: IsolationConfig) -> dict[str, Tensor]:
         return {}
     dtype = master.CORRECTION_DTYPES[config.master_weight_bits]
     # row-major whatever the parameter's strides, as the moments are
-    return {CORRECTION_KEY: torch.zeros(param.shape, dtype=dtype, device=param.device)}
+    return {CORRECTION_KEY: zeros(param.shape, dtype, param.device)}
 
 
 def load_correction(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.pages import zeros
 from epi_kernels.reference import codec
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "importance")
@@ -30,10 +31,10 @@ def new_moment(key: str, param: Tensor, config: IsolationConfig) -> dict[str, Te
     """Zeros, with their scales where they are codes."""
     dtype = moment_dtype(key, param, config)
     # row-major whatever the parameter's strides: masks, blocks and random numbers count logical positions
-    made = {key: torch.zeros(param.shape, dtype=dtype, device=param.device)}
+    made = {key: zeros(param.shape, dtype, param.device)}
     if dtype == INT8:
         n_scales = codec.scale_bytes(param.numel())
-        made[SCALE_OF[key]] = torch.zeros(n_scales, dtype=torch.uint8, device=param.device)
+        made[SCALE_OF[key]] = zeros((n_scales,), torch.uint8, param.device)
     return made
 
 

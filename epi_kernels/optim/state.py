@@ -14,6 +14,7 @@ from torch import Tensor
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
+from epi_kernels.optim.pages import zeros
 from epi_kernels.reference.bits import pack, packed_bytes
 
 STATE_VERSION = 1
@@ -28,7 +29,7 @@ def shares_importance(group: Mapping[str, Any]) -> bool:
 
 
 def zero_mask(param: Tensor) -> Tensor:
-    return torch.zeros(packed_bytes(param.numel()), dtype=torch.uint8, device=param.device)
+    return zeros((packed_bytes(param.numel()),), torch.uint8, param.device)
 
 
 def complete_state(
