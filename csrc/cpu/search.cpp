@@ -49,16 +49,38 @@ class ThresholdSearch {
         done_(new bool[problem.domains]),
         histogram_(problem.domains * columns_) {
     for (int64_t d = 0; d < problem.domains; ++d) {
-      domains_[d] = {problem.k[d], problem.floor, problem.end, 0, problem.k[d] <= 0, 0, 0, 0};
+      domains_[d] = {problem.k[d], problem.floor, problem.end, 0, true, 0, 0, 0};
       fit_bins(domains_[d]);
       result_.threshold[d] = std::numeric_limits<float>::infinity();
       result_.count_ge[d] = 0;
     }
   }
 
+  // Batches of domains, in order, as many at a time as the noted keys have room for at the coarsest of the
+  // finer strides: many layers with a threshold each would need a finer sample, and still overflow.
   void run() {
-    int64_t total = 0;
-    for (int64_t d = 0; d < problem_.domains; ++d) total += problem_.n_elements[d];
+    int64_t next = 0;
+    while (next < problem_.domains) {
+      int64_t total = 0;
+      double roots = 0.0;
+      for (; next < problem_.domains; ++next) {
+        Domain& d = domains_[next];
+        if (d.k <= 0) continue;
+        const double root = std::sqrt(static_cast<double>(d.k));
+        if (roots > 0.0 && bracket_roots() < (roots + root) * std::sqrt(static_cast<double>(kMaxFineStride)))
+          break;
+        roots += root;
+        total += problem_.n_elements[next];
+        d.done = false;
+      }
+      noted_.clear();
+      search(total);
+    }
+  }
+
+ private:
+  // Finds the thresholds of the domains that are not done, which have `total` elements.
+  void search(int64_t total) {
     if (total >= problem_.sample_from && open()) {
       sample(std::clamp<int64_t>(total / kCoarseSample, 1, kMaxCoarseStride));
       const int64_t fine = fine_stride();
@@ -72,9 +94,13 @@ class ThresholdSearch {
     }
   }
 
- private:
   bool open() const {
     return std::any_of(domains_.begin(), domains_.end(), [](const Domain& d) { return !d.done; });
+  }
+
+  // Of how many ranks' square roots, added up, the keys inside their brackets have room at stride 1.
+  static constexpr double bracket_roots() {
+    return 0.75 * static_cast<double>(kNotedKeys) / (2.0 * kDeviations);
   }
 
   // The largest stride whose brackets leave room for all their keys: a bracket is kDeviations of a sampled
@@ -82,7 +108,7 @@ class ThresholdSearch {
   int64_t fine_stride() const {
     double roots = 0.0;
     for (const Domain& d : domains_) roots += d.done ? 0.0 : std::sqrt(static_cast<double>(d.k));
-    const double width = 0.75 * static_cast<double>(kNotedKeys) / (2.0 * kDeviations * roots);
+    const double width = bracket_roots() / roots;
     return static_cast<int64_t>(
         std::clamp(width * width, static_cast<double>(kMinFineStride), static_cast<double>(kMaxFineStride)));
   }

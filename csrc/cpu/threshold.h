@@ -26,12 +26,34 @@ struct Brackets {
   }
 };
 
-// Adds the elements of `u` that lie inside the bracket to their bins, and notes their keys.
+// Adds the elements of `u` that lie inside the bracket to their bins, and notes their keys. In a narrow
+// bracket they are rarely two at a time: those are scored one by one.
+constexpr int kFew = 2;
+template <class F>
+EPI_INLINE void add_few_to_bins(F u, uint32_t inside, uint32_t isolated, const ScoreTerms& terms,
+                                const CountArguments& a) {
+  float values[kWidth];
+  store(values, u);
+  for (; inside != 0; inside &= inside - 1) {
+    const int j = __builtin_ctz(inside);
+    const uint32_t key = ordered_key(score(values[j], terms, (isolated >> j & 1) != 0));
+    ++a.histogram[(key - a.lo) >> a.bin_shift];
+    if (a.noted == nullptr) continue;
+    if (a.noted->size < a.noted->capacity) {
+      a.noted->keys[a.noted->size++] = key;
+    } else {
+      a.noted->overflowed = true;
+    }
+  }
+}
+
 template <class F>
 __attribute__((noinline)) void add_to_bins(F u, uint32_t inside, typename Lanes<F>::M isolated,
                                            const CountArguments& a) {
   using L = Lanes<F>;
-  const auto key = ordered_key(score(u, ScoreTerms{a.shift, a.scale, a.keep_factor}, isolated));
+  const ScoreTerms terms{a.shift, a.scale, a.keep_factor};
+  if (__builtin_popcount(inside) <= kFew) return add_few_to_bins(u, inside, to_bits(isolated), terms, a);
+  const auto key = ordered_key(score(u, terms, isolated));
   uint32_t bins[kWidth];
   store(bins, (key - L::u32(a.lo)) >> a.bin_shift);
   for (uint32_t left = inside; left != 0; left &= left - 1) ++a.histogram[bins[__builtin_ctz(left)]];
