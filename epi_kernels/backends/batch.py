@@ -27,7 +27,7 @@ class StepCounts:
         self._steps = list(steps)
         self._shared: np.ndarray | None = None
         if share_storage(steps):
-            whole = torch.empty(0, dtype=torch.float32).set_(steps[0].untyped_storage())
+            whole = torch.empty(0, dtype=torch.float32, device="cpu").set_(steps[0].untyped_storage())
             self._shared = whole.numpy()
             self._index = np.array([step.storage_offset() for step in steps])
 

@@ -130,7 +130,7 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor]:
         """The whole threshold stage; every element with state is in ``tensors``."""
         table = refresh_table(tensors)
-        threshold = torch.empty(len(problem.k), dtype=torch.float32)
+        threshold = torch.empty(len(problem.k), dtype=torch.float32, device="cpu")
         count_ge = torch.empty_like(problem.k)
         self._ops.cpu_find_thresholds(
             torch.from_numpy(table.rows),

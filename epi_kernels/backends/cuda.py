@@ -127,7 +127,7 @@ def upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[Tensor]:
     """int64 arrays as views of one tensor on the device, copied without waiting for it."""
     ends = np.cumsum([array.size for array in arrays]).tolist()
     on_gpu = device.type == "cuda"
-    staging = torch.empty(ends[-1], dtype=torch.int64, pin_memory=on_gpu)
+    staging = torch.empty(ends[-1], dtype=torch.int64, device="cpu", pin_memory=on_gpu)
     host = staging.numpy()
     begin = 0
     for array, end in zip(arrays, ends, strict=True):
@@ -183,8 +183,8 @@ class CudaBackend:
         if stats is not None:
             table_.fill_layers(pointers, batch.tensors)
         device = batch.tensors[0].param.device
-        none = torch.empty(0, device=device)
-        multiplier = none if grad_scale is None else torch.empty(1, device=device)
+        none = torch.empty(0, dtype=torch.float32, device=device)
+        multiplier = none if grad_scale is None else torch.empty(1, dtype=torch.float32, device=device)
         constants = batch.constants()
         for kind, chosen in _by_dtypes(pointers.rows):
             of_kind = tuple(part[chosen] for part in constants)
@@ -243,7 +243,7 @@ class CudaBackend:
                 search.shift,
                 search.done,
                 sample_stride,
-                torch.empty(len(terms.shift), 4, device=terms.shift.device),
+                torch.empty(len(terms.shift), 4, dtype=torch.float32, device=terms.shift.device),
                 search.histogram,
             )
 
@@ -266,7 +266,7 @@ class CudaBackend:
                 thresholds,
                 keep_factor,
                 terms.positive_only,
-                torch.empty(len(terms.shift), 2, device=terms.shift.device),
+                torch.empty(len(terms.shift), 2, dtype=torch.float32, device=terms.shift.device),
                 drift,
             )
 

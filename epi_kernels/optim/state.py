@@ -37,7 +37,7 @@ def complete_state(
 ) -> None:
     """Adds, zeroed, whatever a parameter's state lacks."""
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     wanted = MOMENT_KEYS[:2] if shares_importance(group) else MOMENT_KEYS
     for key in wanted:
         if key not in state:
@@ -77,7 +77,7 @@ def read_step(value: Any, what: str) -> Tensor:
     number = float(step) if _is_one_number(step) else -1.0
     if not number >= 0 or number % 1:  # inf % 1 and nan are nan, which is true
         raise ValueError(f"{what}: step must be one whole number >= 0, got {value!r}")
-    return torch.tensor(number, dtype=torch.float32)
+    return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
 def _is_one_number(value: Any) -> bool:

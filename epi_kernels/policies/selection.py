@@ -31,11 +31,9 @@ def key_range(normalization: str, factor: float) -> tuple[int, int]:
     """[floor, end) of the ordered keys that a finite importance's score can have."""
     if normalization == "zscore":
         return 0, KEY_END
-    highest = (
-        torch.ones(()) / torch.full((), factor) if normalization == "minmax" else torch.full((), torch.inf)
-    )
-    floor, top = (int(score_keys(value)) for value in (torch.zeros(()), highest))
-    return floor, top + 1
+    zero, one, kept, infinity = torch.tensor([0.0, 1.0, factor, torch.inf], dtype=torch.float32, device="cpu")
+    highest = one / kept if normalization == "minmax" else infinity
+    return int(score_keys(zero)), int(score_keys(highest)) + 1
 
 
 def bin_bits(domains: int) -> int:

@@ -35,8 +35,8 @@ class LayerStats:
     @classmethod
     def empty(cls, layers: int, device: torch.device, *, with_moments: bool) -> LayerStats:
         return cls(
-            torch.full((layers,), torch.inf, device=device),
-            torch.full((layers,), -torch.inf, device=device),
+            torch.full((layers,), torch.inf, dtype=torch.float32, device=device),
+            torch.full((layers,), -torch.inf, dtype=torch.float32, device=device),
             torch.zeros(layers, dtype=torch.int64, device=device),
             torch.zeros(layers, 2, dtype=torch.float64, device=device),
             with_moments,

@@ -77,7 +77,7 @@ class KthSearch:
             hi=torch.full_like(k, problem.end),
             shift=torch.zeros_like(k),
             done=k <= 0,
-            threshold=torch.full(k.shape, torch.inf, device=k.device),
+            threshold=torch.full(k.shape, torch.inf, dtype=torch.float32, device=k.device),
             count_ge=torch.zeros_like(k),
             histogram=torch.zeros(k.numel(), (1 << problem.bin_bits) + 1, dtype=torch.int64, device=k.device),
             domain=problem.domain,

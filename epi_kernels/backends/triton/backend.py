@@ -187,7 +187,7 @@ class TritonBackend:
         hysteresis = search.keep_factor != 1.0
         with self._on(terms.shift.device):
             work, rows = self._refresh_tables(tensors, terms.shift.device, sample_stride)
-            limits = torch.empty(layers, 4, device=terms.shift.device)
+            limits = torch.empty(layers, 4, dtype=torch.float32, device=terms.shift.device)
             _bounds.count_bounds_kernel[(triton.cdiv(layers, _bounds.BOUNDS_BLOCK),)](
                 limits,
                 terms.shift,
@@ -236,7 +236,7 @@ class TritonBackend:
         layers = terms.shift.numel()
         with self._on(terms.shift.device):
             work, rows = self._refresh_tables(tensors, terms.shift.device)
-            limits = torch.empty(layers, 4, device=terms.shift.device)
+            limits = torch.empty(layers, 4, dtype=torch.float32, device=terms.shift.device)
             _bounds.select_bounds_kernel[(triton.cdiv(layers, _bounds.BOUNDS_BLOCK),)](
                 limits,
                 terms.shift,
