@@ -51,6 +51,24 @@ def test_memory_swapped_for_a_view_of_it(watch):
     assert not watched.unmoved()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.view(torch.int32),
+        lambda t: t.view(2, 8),
+        lambda t: t.t(),
+        lambda t: t[:3],
+        lambda t: t[:, :3],
+    ],
+    ids=["dtype", "shape", "strides", "fewer rows", "fewer columns"],
+)
+def test_another_layout_of_the_same_memory(watch, change):
+    held = [torch.ones(4, 4)]
+    watched, address = watch(held), held[0].data_ptr()
+    held[0].data = change(held[0].data)
+    assert held[0].data_ptr() == address and not watched.unmoved()
+
+
 def test_nothing_to_watch(watch):
     assert watch([]).unmoved()
 

@@ -193,6 +193,42 @@ def test_a_new_stage_keeps_them():
         assert not torch.equal(weight, p.float())
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_the_next_stage_takes_them_along(bits: int):
+    """The weights go on, so their low bits do; an optimizer's own come first."""
+    params = small_model(torch.bfloat16)
+    first = make(params, master_weight_bits=bits)
+    train(first, params, 3)
+    second = make(params, master_weight_bits=bits)
+    second.carry_importance(first)
+    for p in params.values():
+        assert torch.equal(second.master_weight(p), first.master_weight(p))
+    train(second, params, 1)
+    own = {p: second.master_weight(p) for p in params.values()}
+    second.carry_importance(first.state_dict())
+    assert all(torch.equal(second.master_weight(p), weight) for p, weight in own.items())
+
+    damaged = first.state_dict()
+    damaged["state"][0] = {**damaged["state"][0], "weight_correction": torch.zeros(3, dtype=torch.int8)}
+    third = make(params, master_weight_bits=bits)
+    with pytest.raises(ValueError, match="weight_correction"):
+        third.carry_importance(damaged)
+    assert not third.state
+
+
+@pytest.mark.parametrize("key", ["weight_correction", "exp_avg", "isolation_mask"])
+@pytest.mark.parametrize("value", [None, [1]])
+def test_state_that_is_no_tensor_is_refused(key: str, value):
+    params = small_model(torch.bfloat16)
+    optimizer = make(params, master_weight_bits=24)
+    train(optimizer, params, 1)
+    optimizer.state[params["embed"]][key] = value
+    weights = [p.detach().clone() for p in params.values()]
+    with pytest.raises(RuntimeError, match=key):
+        train(optimizer, params, 1)
+    assert all(map(torch.equal, weights, params.values()))
+
+
 def test_two_runs_and_a_strided_parameter():
     runs = []
     for _ in range(2):

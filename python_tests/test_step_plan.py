@@ -38,6 +38,11 @@ def move_weights(optimizer, params):
         p.data = p.data.clone()
 
 
+def transpose_a_weight_in_place(optimizer, params):
+    """The same place, the same shape, another order."""
+    params["block.weight"].data = params["block.weight"].data.t()
+
+
 def reload_state(optimizer, params):
     optimizer.load_state_dict(optimizer.state_dict())
 
@@ -71,6 +76,7 @@ CHANGES = [
     (move_state_in_place, False),
     (replace_state, False),
     (move_weights, False),
+    (transpose_a_weight_in_place, True),
     (reload_state, False),
     (keep_something_else_there, False),
     (grow, True),
@@ -122,6 +128,33 @@ def test_a_plan_is_kept_while_nothing_changes():
     optimizer.param_groups[0]["lr"] = 0.5
     train(optimizer, params, 1)
     assert optimizer._plan is plan
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
+def test_what_shrinks_in_place_is_refused(kind):
+    """A plan that went by addresses would read and write past the end."""
+    p = torch.nn.Parameter(torch.ones(5000))
+    optimizer = MaskedEMAAdamW([p], backend="cpu")
+    p.grad = torch.ones(5000)
+    optimizer.step()
+    tensor = p if kind == "weight" else optimizer.state[p][kind]
+    whole = tensor.data
+    tensor.data = whole[:2500]
+    before = whole.clone()
+    with pytest.raises(RuntimeError, match=r"\[2500\]"):
+        optimizer.step()
+    assert torch.equal(whole, before)
+
+
+def test_replaced_state_is_released():
+    params = small_model()
+    optimizer = make(params, backend="cpu")
+    for replace in (optimizer.load_state_dict, optimizer.carry_importance):
+        train(optimizer, params, 1)
+        old = [weakref.ref(state["exp_avg_sq"]) for state in optimizer.state.values()]
+        replace(optimizer.state_dict())
+        gc.collect()
+        assert not any(ref() is not None for ref in old)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -74,13 +74,13 @@ class ThresholdSearch {
         d.done = false;
       }
       noted_.clear();
-      search(total);
+      find(total);
     }
   }
 
  private:
   // Finds the thresholds of the domains that are not done, which have `total` elements.
-  void search(int64_t total) {
+  void find(int64_t total) {
     if (total >= problem_.sample_from && open()) {
       sample(std::clamp<int64_t>(total / kCoarseSample, 1, kMaxCoarseStride));
       const int64_t fine = fine_stride();
@@ -98,7 +98,8 @@ class ThresholdSearch {
     return std::any_of(domains_.begin(), domains_.end(), [](const Domain& d) { return !d.done; });
   }
 
-  // Of how many ranks' square roots, added up, the keys inside their brackets have room at stride 1.
+  // Of how many ranks' square roots, added up, the keys inside their brackets have room at stride 1, a
+  // quarter of it left free: the sampled ranks are uncertain, too.
   static constexpr double bracket_roots() {
     return 0.75 * static_cast<double>(kNotedKeys) / (2.0 * kDeviations);
   }

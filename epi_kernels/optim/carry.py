@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.optim.arguments import IsolationConfig
-from epi_kernels.optim.corrections import CORRECTION_KEY
+from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.moments import read_moment, write_moment
 from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, read_step, shares_importance
@@ -18,10 +18,14 @@ from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, read_s
 
 @dataclass(frozen=True)
 class Carried:
-    """What one parameter takes over: its importance and the step it was collected up to."""
+    """What one parameter takes over: its importance, the step it was collected up to, and what belongs to the weight.
+
+    ``source``: the parameter's state there, for the correction of a weight that is still the same.
+    """
 
     importance: Tensor
     step: Tensor
+    source: Mapping[str, Any]
 
 
 class _Source(NamedTuple):
@@ -60,7 +64,7 @@ def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
     if key not in entry:
         raise ValueError(f"{what} has neither importance nor exp_avg_sq")
     importance = read_moment(entry, key, param.shape, what)
-    return Carried(importance, read_step(entry.get("step", 0.0), what))
+    return Carried(importance, read_step(entry.get("step", 0.0), what), entry)
 
 
 def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:
@@ -95,11 +99,19 @@ def fresh_states(
     state_of: Mapping[Tensor, Mapping[str, Any]],
     config: IsolationConfig,
 ) -> list[dict[str, Any]]:
-    """States to start a stage from: carried importance, masks and corrections of weights as they are, exp_avg zero."""
+    """States to start a stage from: carried importance, masks as they are, exp_avg zero.
+
+    A weight's correction is ours as it is, else the source's: the weights go on, and their low bits with them.
+
+    Raises:
+        ValueError: the source's correction of a weight does not fit it; nothing has changed.
+    """
     fresh = []
-    for (group, param, _, _), taken in zip(entries, carried, strict=True):
+    for (group, param, name, _), taken in zip(entries, carried, strict=True):
         old = state_of.get(param, {})
         state: dict[str, Any] = {key: old[key] for key in (*MASK_KEYS, CORRECTION_KEY) if key in old}
+        if taken is not None and CORRECTION_KEY not in state:
+            state.update(load_correction(taken.source, param, config, f"the source's state of {name}"))
         if taken is not None or state:
             complete_state(state, param, group, config)
         if taken is not None:

@@ -99,6 +99,9 @@ def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
     It happens when a parameter is resized or moved after the first step.
     """
     param = entry.param
+    for key in (*MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS):
+        if key in state and not isinstance(state[key], Tensor):
+            _refuse_state(entry, key, state[key])
     for key in MOMENT_KEYS:
         value = state.get(key)
         if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, param)):
@@ -133,9 +136,11 @@ def _check_bytes(entry: Entry, state: Mapping[str, Any], key: str, expected: int
         _refuse_state(entry, key, value)
 
 
-def _refuse_state(entry: Entry, key: str, value: Tensor | None) -> None:
+def _refuse_state(entry: Entry, key: str, value: Any) -> None:
     param = entry.param
-    found = "missing" if value is None else f"{value.dtype} {list(value.shape)} on {value.device}"
+    found = "missing" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        found = f"{value.dtype} {list(value.shape)} on {value.device}"
     raise RuntimeError(
         f"the state {key!r} of {entry.name} is {found} and does not fit "
         f"its parameter, {param.dtype} {list(param.shape)} on {param.device}. If the parameter was resized or moved "

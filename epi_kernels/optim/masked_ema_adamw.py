@@ -348,7 +348,7 @@ class MaskedEMAAdamW(Optimizer):
         ``source`` is a MaskedEMAAdamW or torch.optim.AdamW, or the state_dict of one, matched by name, else by
         position, all or nothing. A shared importance takes the source's own importance if it has one, else its
         ``exp_avg_sq``, together with ``step``; an own importance takes that tensor alone. ``exp_avg`` starts at
-        zero, T at 0. It does not refresh: call ``refresh_isolation_mask()`` to protect from the first step on.
+        zero, T at 0; corrections of weights (``master_weight_bits``) go along. It does not refresh: call ``refresh_isolation_mask()`` to protect from the first step on.
 
         Raises:
             TypeError: the source is neither an optimizer nor a state dict.
@@ -360,6 +360,7 @@ class MaskedEMAAdamW(Optimizer):
         names = [name for _, _, name, _ in entries] if named else None
         carried = carry.match_source(source, params, names)
         fresh = carry.fresh_states(entries, carried, self.state, self._config)
+        self._plan = None  # and the state it holds
         for param, state in zip(params, fresh, strict=True):
             if state:
                 self.state[param] = state
@@ -375,9 +376,13 @@ class MaskedEMAAdamW(Optimizer):
 
         Raises:
             ValueError: the parameter is in no group.
+            RuntimeError: its state does not fit it.
         """
         self._group_of(param)
-        return master_weight(param, self.state.get(param, {}))
+        state = self.state.get(param, {})
+        entry = next(entry for entry in self._parameters() if entry.param is param)
+        check_state(entry, state)
+        return master_weight(param, state)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters."""
@@ -403,6 +408,7 @@ class MaskedEMAAdamW(Optimizer):
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         state, groups = state_.read_state_dict(state_dict, self.param_groups, self._config)
+        self._plan = None  # and the state it holds
         self.__setstate__({"state": state, "param_groups": groups})
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -7,6 +7,7 @@ a page. Reading 400 MB with two threads took 0.59 to 0.72 of the time from pages
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 1 << 22  # less than two large pages gain nothing
-_PAGE = 4096
 _MADV_HUGEPAGE = 14  # <sys/mman.h> of Linux
 
 
@@ -28,6 +28,6 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 def _ask_for_large_pages(tensor: Tensor) -> None:
     """Before the memory is first written. A hint: a kernel that knows better, or has none, leaves it as it is."""
-    start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-    stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_HUGEPAGE)

@@ -33,6 +33,8 @@ from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.tensors import ParamTensors
 
 _DTYPE, _DEVICE, _IS_CPU, _LAYOUT, _SHAPE = map(attrgetter, ("dtype", "device", "is_cpu", "layout", "shape"))
+# what may change of a weight while it stays where it is; rows that are not contiguous are read anew at every step
+_OF_WEIGHTS = (_DTYPE, _SHAPE, Tensor.is_contiguous)
 
 
 class StepPlan:
@@ -96,11 +98,18 @@ class StepPlan:
         self._fixed = self._switches()
         self._missing = [param.grad is None for param in self._all_params]
         self._state_values = _state_values(state_of)
-        self._state_watch = Watch([value for value in self._state_values if isinstance(value, Tensor)])
+        self._state_watch = Watch(
+            [
+                value
+                for value in self._state_values
+                if isinstance(value, Tensor) and value.layout == torch.strided
+            ]
+        )
         self._addresses = addresses(self._params)
         on_cpu = all(param.is_cpu for param in self._params)
         attributes = (_DTYPE, _IS_CPU if on_cpu else _DEVICE, _SHAPE, _LAYOUT)
         self._like = [(of, list(map(of, self._params))) for of in attributes]
+        self._weights_like = [(of, list(map(of, self._params))) for of in _OF_WEIGHTS]
 
     @property
     def counts_on_device(self) -> bool:
@@ -123,6 +132,7 @@ class StepPlan:
         return (
             self._switches() == self._fixed
             and np.array_equal(addresses(self._params), self._addresses)
+            and all(list(map(of, self._params)) == like for of, like in self._weights_like)
             and self._same_state(_state_values(state_of))
             and all(list(map(of, present)) == like for of, like in self._like)
         )
