@@ -1,0 +1,121 @@
+"""``transformers.Trainer``, and whatever derives from it: the Trainer's own arguments arrive, with the parameters' names.
+
+    trainer = Trainer(
+        model, args, train_dataset=data, optimizer_cls_and_kwargs=masked_ema_adamw(args, isolation_ratio=0.01)
+    )
+    add_isolation_callback(trainer, carry=earlier_optimizer)
+    trainer.train()
+
+``optimizer_cls_and_kwargs=(MaskedEMAAdamW, {...})`` alone would train with MaskedEMAAdamW's default lr and betas, for
+the Trainer hands a class its keyword arguments and nothing else, and without names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
+
+FROM_ARGUMENTS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
+
+
+class OptimizerFactory:
+    """What the Trainer makes and then calls with its model."""
+
+    def __call__(
+        self, model: torch.nn.Module, *, args: TrainingArguments, options: dict[str, Any]
+    ) -> MaskedEMAAdamW:
+        # the Trainer's own rule, which asks nothing of the Trainer
+        decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        groups = [
+            {"params": [pair for pair in named if pair[0] in decaying], "weight_decay": args.weight_decay},
+            {"params": [pair for pair in named if pair[0] not in decaying], "weight_decay": 0.0},
+        ]
+        return MaskedEMAAdamW(
+            [group for group in groups if group["params"]],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            **options,
+        )
+
+
+def masked_ema_adamw(
+    args: TrainingArguments, **options: Any
+) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes. ``options``: of MaskedEMAAdamW, but what ``args`` hold.
+
+    Raises:
+        ValueError: an option that is one of the TrainingArguments.
+    """
+    twice = [f"{name} ({FROM_ARGUMENTS[name]})" for name in options if name in FROM_ARGUMENTS]
+    if twice:
+        raise ValueError(f"set {', '.join(twice)} in the TrainingArguments, which the optimizer reads")
+    return OptimizerFactory, {"args": args, "options": options}
+
+
+class IsolationCallback(TrainerCallback):
+    """Protects from the first step on, and logs every refresh wherever the Trainer logs."""
+
+    def __init__(self, trainer: Trainer, carry: torch.optim.Optimizer | dict[str, Any] | None = None) -> None:
+        self._trainer, self._carry = trainer, carry
+        self._logged: IsolationReport | None = None
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        ours = _unwrapped(optimizer)
+        if self._carry is not None and state.global_step == 0:  # a resumed run has its importance
+            ours.carry_importance(self._carry)
+            ours.refresh_isolation_mask()
+            self._log(ours.isolation_report())
+        self._carry = None  # an optimizer's state is as large as ours: not kept
+        self._logged = ours.isolation_report()
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
+        report = _unwrapped(optimizer).isolation_report()
+        if report is not self._logged:
+            self._log(report)
+            self._logged = report
+
+    def _log(self, report: IsolationReport | None) -> None:
+        if report is None:
+            return
+        elements = sum(row.elements for row in report.layers)
+        self._trainer.log(
+            {
+                "isolation/share": report.isolated / elements if elements else 0.0,
+                "isolation/jaccard": report.jaccard,
+                "isolation/entered": report.entered,
+                "isolation/released": report.released,
+            }
+        )
+
+
+def add_isolation_callback(
+    trainer: Trainer, carry: torch.optim.Optimizer | dict[str, Any] | None = None
+) -> IsolationCallback:
+    """Adds the callback to a Trainer whose optimizer is ours.
+
+    ``carry``: the optimizer of an earlier stage, or its state dict (``MaskedEMAAdamW.carry_importance``); its importance
+    is taken over and a mask selected before the first step.
+    """
+    callback = IsolationCallback(trainer, carry)
+    trainer.add_callback(callback)
+    return callback
+
+
+def _unwrapped(optimizer: Any) -> MaskedEMAAdamW:
+    ours = getattr(optimizer, "optimizer", optimizer)  # accelerate puts a wrapper around it
+    if not isinstance(ours, MaskedEMAAdamW):
+        raise TypeError(
+            f"the Trainer steps with {type(ours).__name__}: pass optimizer_cls_and_kwargs=masked_ema_adamw(args, ...)"
+        )
+    return ours
