@@ -39,8 +39,14 @@ MAX_PROGRAMS = 8192
 MAX_CHUNKS_OF_PROGRAM = 1 << 18
 
 _VECTOR_BYTES = 16
-_STEP_POINTERS = [table_.PARAM, table_.GRAD, table_.EXP_AVG, table_.EXP_AVG_SQ, table_.IMPORTANCE]
-_STEP_POINTERS += [table_.WEIGHT_CORRECTION]
+_STEP_POINTERS = [
+    table_.PARAM,
+    table_.GRAD,
+    table_.EXP_AVG,
+    table_.EXP_AVG_SQ,
+    table_.IMPORTANCE,
+    table_.WEIGHT_CORRECTION,
+]
 _REFRESH_POINTERS = [table_.EXP_AVG_SQ, table_.IMPORTANCE]
 
 
