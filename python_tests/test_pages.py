@@ -37,7 +37,6 @@ def test_large_state_asks_for_large_pages():
     train(optimizer, {"w": p}, 1)
     for key in ("exp_avg", "exp_avg_sq", "weight_correction"):
         assert "hg" in flags(optimizer.state[p][key]), key
-    assert "hg" not in flags(p.detach()), "what is the model's is left alone"
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1 << 20,), (1025, 1023)])
