@@ -134,6 +134,18 @@ def steps(optimizer: torch.optim.Optimizer, loss: Callable, n: int) -> Iterator[
         yield optimizer.step(closure).item()
 
 
+def each_input(test: Callable) -> Callable:
+    """The test once for every set of constructor arguments, which it is given as ``kwargs``."""
+
+    def over_inputs(self, device, dtype, optim_info):
+        for one in optim_info.optim_inputs_func(device):
+            with self.subTest(one.desc):
+                test(self, device, dtype, optim_info, copy.deepcopy(one.kwargs))
+
+    over_inputs.__name__ = test.__name__
+    return over_inputs
+
+
 class TestOptimizers(TestCase):
     def assert_same_params(self, one: list, other: list) -> None:
         for p, q in zip(one, other, strict=True):
@@ -193,66 +205,58 @@ class TestOptimizers(TestCase):
         self.assertEqual(params[1], before[1], rtol=0, atol=0)
 
     @optims(INFOS)
-    def test_without_gradients_nothing_moves(self, device, dtype, optim_info):
-        for one in optim_info.optim_inputs_func(device):
-            kwargs = copy.deepcopy(one.kwargs)
-            with self.subTest(one.desc):
-                params, _ = regression(device, dtype)
-                before = [p.detach().clone() for p in params]
-                optimizer = optim_info.optim_cls(params, **kwargs)
-                for _ in range(3):
-                    optimizer.step()
-                self.assert_same_params(params, before)
-                self.assertEqual(len(optimizer.state), 0)
+    @each_input
+    def test_without_gradients_nothing_moves(self, device, dtype, optim_info, kwargs):
+        params, _ = regression(device, dtype)
+        before = [p.detach().clone() for p in params]
+        optimizer = optim_info.optim_cls(params, **kwargs)
+        for _ in range(3):
+            optimizer.step()
+        self.assert_same_params(params, before)
+        self.assertEqual(len(optimizer.state), 0)
 
     @optims(INFOS)
-    def test_zero_gradients_move_by_weight_decay_alone(self, device, dtype, optim_info):
-        for one in optim_info.optim_inputs_func(device):
-            kwargs = copy.deepcopy(one.kwargs)
-            with self.subTest(one.desc):
-                params, _ = regression(device, dtype)
-                kwargs["weight_decay"] = 0.0
-                before = [p.detach().clone() for p in params]
-                optimizer = optim_info.optim_cls(params, **kwargs)
-                for p in params:
-                    p.grad = torch.zeros_like(p)
-                for _ in range(4):
-                    optimizer.step()
-                self.assert_same_params(params, before)
+    @each_input
+    def test_zero_gradients_move_by_weight_decay_alone(self, device, dtype, optim_info, kwargs):
+        params, _ = regression(device, dtype)
+        kwargs["weight_decay"] = 0.0
+        before = [p.detach().clone() for p in params]
+        optimizer = optim_info.optim_cls(params, **kwargs)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for _ in range(4):
+            optimizer.step()
+        self.assert_same_params(params, before)
 
     @optims(INFOS)
-    def test_one_state_dict_two_equal_runs(self, device, dtype, optim_info):
-        for one in optim_info.optim_inputs_func(device):
-            kwargs = copy.deepcopy(one.kwargs)
-            with self.subTest(one.desc):
-                params, loss = regression(device, dtype)
-                optimizer = optim_info.optim_cls(params, **kwargs)
-                list(steps(optimizer, loss, 3))
-                other_params, other_loss = regression(device, dtype)
-                with torch.no_grad():
-                    for p, q in zip(other_params, params, strict=True):
-                        p.copy_(q)
-                other = optim_info.optim_cls(other_params, **kwargs)
-                saved = copy.deepcopy(optimizer.state_dict())
-                other.load_state_dict(saved)
-                self.assertEqual(other.state_dict(), saved)
-                for _ in zip(steps(optimizer, loss, 4), steps(other, other_loss, 4), strict=True):
-                    pass
-                self.assert_same_params(params, other_params)
-                self.assertEqual(optimizer.state_dict(), other.state_dict())
+    @each_input
+    def test_one_state_dict_two_equal_runs(self, device, dtype, optim_info, kwargs):
+        params, loss = regression(device, dtype)
+        optimizer = optim_info.optim_cls(params, **kwargs)
+        list(steps(optimizer, loss, 3))
+        other_params, other_loss = regression(device, dtype)
+        with torch.no_grad():
+            for p, q in zip(other_params, params, strict=True):
+                p.copy_(q)
+        other = optim_info.optim_cls(other_params, **kwargs)
+        saved = copy.deepcopy(optimizer.state_dict())
+        other.load_state_dict(saved)
+        self.assertEqual(other.state_dict(), saved)
+        for _ in zip(steps(optimizer, loss, 4), steps(other, other_loss, 4), strict=True):
+            pass
+        self.assert_same_params(params, other_params)
+        self.assertEqual(optimizer.state_dict(), other.state_dict())
 
     @optims(INFOS)
-    def test_a_state_dict_survives_a_file(self, device, dtype, optim_info):
-        for one in optim_info.optim_inputs_func(device):
-            kwargs = copy.deepcopy(one.kwargs)
-            with self.subTest(one.desc):
-                params, loss = regression(device, dtype)
-                optimizer = optim_info.optim_cls(params, **kwargs)
-                list(steps(optimizer, loss, 3))
-                buffer = io.BytesIO()
-                torch.save(optimizer.state_dict(), buffer)
-                buffer.seek(0)
-                self.assertEqual(torch.load(buffer, weights_only=True), optimizer.state_dict())
+    @each_input
+    def test_a_state_dict_survives_a_file(self, device, dtype, optim_info, kwargs):
+        params, loss = regression(device, dtype)
+        optimizer = optim_info.optim_cls(params, **kwargs)
+        list(steps(optimizer, loss, 3))
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        self.assertEqual(torch.load(buffer, weights_only=True), optimizer.state_dict())
 
     @optims(INFOS)
     def test_an_older_state_dict_loads(self, device, dtype, optim_info):
@@ -284,19 +288,17 @@ class TestOptimizers(TestCase):
             renamed.load_state_dict(saved)
 
     @optims(INFOS)
-    def test_deepcopy_goes_its_own_way(self, device, dtype, optim_info):
-        for one in optim_info.optim_inputs_func(device):
-            kwargs = copy.deepcopy(one.kwargs)
-            with self.subTest(one.desc):
-                params, loss = regression(device, dtype)
-                optimizer = optim_info.optim_cls(params, **kwargs)
-                list(steps(optimizer, loss, 2))
-                twin = copy.deepcopy(optimizer)
-                copied = [p for group in twin.param_groups for p in group["params"]]
-                self.assert_same_params(copied, params)
-                before = [p.detach().clone() for p in copied]
-                list(steps(optimizer, loss, 2))
-                self.assert_same_params(copied, before)
+    @each_input
+    def test_deepcopy_goes_its_own_way(self, device, dtype, optim_info, kwargs):
+        params, loss = regression(device, dtype)
+        optimizer = optim_info.optim_cls(params, **kwargs)
+        list(steps(optimizer, loss, 2))
+        twin = copy.deepcopy(optimizer)
+        copied = [p for group in twin.param_groups for p in group["params"]]
+        self.assert_same_params(copied, params)
+        before = [p.detach().clone() for p in copied]
+        list(steps(optimizer, loss, 2))
+        self.assert_same_params(copied, before)
 
     @optims(INFOS)
     def test_hooks_run_in_order(self, device, dtype, optim_info):

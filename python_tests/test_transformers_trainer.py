@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch.utils.data import Dataset
 
 from epi_kernels import MaskedEMAAdamW
+from epi_kernels.integrations.transformers import add_isolation_callback, masked_ema_adamw
 from python_tests.tiny_model import backend, tiny_llama
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-
-from epi_kernels.integrations.transformers import (  # noqa: E402
-    add_isolation_callback,
-    masked_ema_adamw,
-)
 
 
 class Tokens(Dataset):

@@ -306,10 +306,10 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- masks
 
-    def _group_of(self, param: Tensor) -> dict[str, Any]:
-        for group, candidate, _, _ in self._parameters():
-            if candidate is param:
-                return group
+    def _entry_of(self, param: Tensor) -> Entry:
+        for entry in self._parameters():
+            if entry.param is param:
+                return entry
         raise ValueError("this parameter is not in any of the optimizer's groups")
 
     def isolation_mask(self, param: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ class MaskedEMAAdamW(Optimizer):
         Raises:
             ValueError: the parameter is in no group.
         """
-        self._group_of(param)
+        self._entry_of(param)
         packed = self.state[param].get("isolation_mask") if self.state.get(param) else None
         if packed is None:
             return torch.zeros(param.shape, dtype=torch.bool, device=param.device)
@@ -335,7 +335,7 @@ class MaskedEMAAdamW(Optimizer):
             TypeError: the mask is no dense bool tensor.
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
-        group = self._group_of(param)
+        group = self._entry_of(param).group
         check_mask(mask, param)
         state = self.state[param]
         state_.complete_state(state, param, group, self._config)
@@ -348,7 +348,8 @@ class MaskedEMAAdamW(Optimizer):
         ``source`` is a MaskedEMAAdamW or torch.optim.AdamW, or the state_dict of one, matched by name, else by
         position, all or nothing. A shared importance takes the source's own importance if it has one, else its
         ``exp_avg_sq``, together with ``step``; an own importance takes that tensor alone. ``exp_avg`` starts at
-        zero, T at 0; corrections of weights (``master_weight_bits``) go along. It does not refresh: call ``refresh_isolation_mask()`` to protect from the first step on.
+        zero, T at 0; corrections of weights (``master_weight_bits``) go along. It does not refresh: call
+        ``refresh_isolation_mask()`` to protect from the first step on.
 
         Raises:
             TypeError: the source is neither an optimizer nor a state dict.
@@ -378,9 +379,7 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: its state does not fit it.
         """
-        self._group_of(param)
-        state = self.state.get(param, {})
-        entry = next(entry for entry in self._parameters() if entry.param is param)
+        entry, state = self._entry_of(param), self.state.get(param, {})
         check_state(entry, state)
         return master_weight(param, state)
 
