@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["IsolationReport", "MaskedEMAAdamW", "__version__"]
+__all__ = ["AdaptiveInterval", "AdaptiveRatio", "IsolationReport", "MaskedEMAAdamW", "__version__"]
 
 # public name -> module that defines it
 _LAZY = {
+    "AdaptiveInterval": "epi_kernels.policies.schedule",
+    "AdaptiveRatio": "epi_kernels.policies.schedule",
     "IsolationReport": "epi_kernels.optim",
     "MaskedEMAAdamW": "epi_kernels.optim",
 }
 
 if TYPE_CHECKING:
     from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
+    from epi_kernels.policies.schedule import AdaptiveInterval, AdaptiveRatio
 
 
 def __getattr__(name: str) -> Any:

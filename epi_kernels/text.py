@@ -29,3 +29,9 @@ def columns(lines: Iterable[Sequence[str]], left: Collection[int] = (0,), rule: 
         ).rstrip()
         for line in cells
     )
+
+
+def span(value: float, bounds: Sequence[float] | None) -> str:
+    """A constant setting, or the bounds of one that adapts."""
+    shown = [value] if bounds is None else bounds
+    return " to ".join(str(one) if isinstance(one, int) else f"{one:g}" for one in shown)

@@ -98,6 +98,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "--mask-warmup", "steps before the first refresh [H]", type=int, metavar="STEPS")
     add(
         group,
+        "--adaptive-interval",
+        "from H on longer while masks agree, shorter when they drift, within these",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+    )
+    add(
+        group,
+        "--adaptive-ratio",
+        "from P on larger while masks agree, smaller when they drift, within these",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+    )
+    add(
+        group,
         "--importance-beta",
         "decay of an importance of its own [share exp_avg_sq]",
         type=float,

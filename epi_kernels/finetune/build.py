@@ -39,7 +39,7 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
     try:
         return epi_kernels.MaskedEMAAdamW(
             groups, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay,
-            isolation_ratio=options.isolation_ratio, mask_interval=options.mask_interval, mask_warmup=options.mask_warmup,
+            isolation_ratio=_ratio(options), mask_interval=_interval(options), mask_warmup=options.mask_warmup,
             importance_beta=options.importance_beta, importance_dtype=named[options.importance_dtype],
             normalization=options.normalization, scope=options.scope,
             layer_key=model.block_of if options.layer_key == "block" else None, hysteresis=options.hysteresis,
@@ -49,6 +49,20 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
         )  # fmt: skip
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
         raise UserError(f"the optimizer refuses: {error}") from None
+
+
+def _ratio(options: Options) -> float | epi_kernels.AdaptiveRatio:
+    if options.adaptive_ratio is None:
+        return options.isolation_ratio
+    minimum, maximum = options.adaptive_ratio
+    return epi_kernels.AdaptiveRatio(options.isolation_ratio, minimum, maximum)
+
+
+def _interval(options: Options) -> int | epi_kernels.AdaptiveInterval:
+    if options.adaptive_interval is None:
+        return options.mask_interval
+    minimum, maximum = options.adaptive_interval
+    return epi_kernels.AdaptiveInterval(options.mask_interval, minimum, maximum)
 
 
 def check_optimizer(options: Options, dtype: torch.dtype, device: str) -> None:

@@ -2,10 +2,11 @@
 
 Every line has `event` and, where it belongs to a step, `step` (steps done). Losses are nats an answer token.
 
-    start       time, model, data, parameters, steps, options, versions, memory (bytes; see plan.py), train/validation/retain counts
+    start       time, model, data, parameters, steps, options, versions, memory (bytes; see plan.py),
+                refreshes_due [steps] (with --adaptive-interval only those known), train/validation/retain counts
     protect     source, kind, steps, warnings
     step        epoch, loss, lr, grad_norm, tokens, answer_tokens, seconds
-    refresh     threshold, ratio, jaccard, isolated, entered, released, ties, nonfinite, layers [rows], state_bytes {...}
+    refresh     threshold, ratio, interval, jaccard, isolated, entered, released, ties, nonfinite, layers [rows], state_bytes {...}
     eval        validation_loss, retain_loss (null where there is no such data), seconds
     checkpoint  path (checkpoint_failed: reason)
     resume      from step

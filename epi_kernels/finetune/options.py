@@ -70,6 +70,8 @@ class Options:
     isolation_ratio: float = 0.01
     mask_interval: int = 100
     mask_warmup: int | None = None
+    adaptive_interval: list[int] | None = None
+    adaptive_ratio: list[float] | None = None
     importance_beta: float | None = None
     importance_dtype: str = "fp32"
     normalization: str = "minmax"
@@ -165,6 +167,14 @@ class Options:
             raise UserError(
                 "--hysteresis works on scores that are not negative: not with --normalization zscore"
             )
+        for name, start in (("adaptive_interval", "mask_interval"), ("adaptive_ratio", "isolation_ratio")):
+            bounds, begins = getattr(self, name), getattr(self, start)
+            if bounds is not None:
+                low, high = bounds
+                inside = 0 < low <= begins <= high and (name == "adaptive_interval" or high < 1)
+                below = "" if name == "adaptive_interval" else " and below 1"
+                flag = f"--{start.replace('_', '-')}"
+                need(name, inside, f"MIN and MAX above 0{below}, with {flag} ({begins}) between them")
         if self.protect is not None and self.isolation_ratio == 0:
             raise UserError("--protect with --isolation-ratio 0 protects nothing: give a ratio above 0")
         if self.protect_steps is not None and self.protect is None:

@@ -58,10 +58,15 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
 
 
 def refreshes(options: Options, steps: int) -> list[int]:
-    """Steps after which a refresh is due; 0 stands for the one before the first step of a protected run."""
+    """Steps after which a refresh is due; 0 stands for the one before the first step of a protected run.
+
+    With an adaptive interval those known beforehand: the masks say when the next ones come.
+    """
     if options.isolation_ratio == 0:
         return []
     due = refresh_steps(steps, interval=options.mask_interval, warmup=options.mask_warmup)
+    if options.adaptive_interval is not None:
+        due = due[:1]
     return ([0] if options.protect else []) + due
 
 
@@ -88,7 +93,11 @@ def describe_memory(one: Memory) -> str:
 def describe_steps(options: Options, steps: int, steps_per_epoch: int, rows: int) -> str:
     due = refreshes(options, steps)
     shown = ", ".join(map(str, due[:6])) + (", ..." if len(due) > 6 else "")
+    planned = f"refreshes of the mask due: {len(due)}" + (f" (after steps {shown})" if due else "")
+    if due and options.adaptive_interval is not None:
+        low, high = options.adaptive_interval
+        planned = f"refreshes of the mask due: after steps {shown}, then every {low} to {high} steps, as the masks drift"
     return (
         f"steps: {steps} ({steps_per_epoch} an epoch, from {rows} rows: {options.batch_size} rows x {options.accumulation} passes a step)\n"
-        f"refreshes of the mask due: {len(due)}" + (f" (after steps {shown})" if due else "")
+        + planned
     )

@@ -89,14 +89,16 @@ class IsolationCallback(TrainerCallback):
         if report is None:
             return
         elements = sum(row.elements for row in report.layers)
-        self._trainer.log(
-            {
-                "isolation/share": report.isolated / elements if elements else 0.0,
-                "isolation/jaccard": report.jaccard,
-                "isolation/entered": report.entered,
-                "isolation/released": report.released,
-            }
-        )
+        figures = {
+            "isolation/share": report.isolated / elements if elements else 0.0,
+            "isolation/ratio": report.ratio,
+            "isolation/jaccard": report.jaccard,
+            "isolation/entered": report.entered,
+            "isolation/released": report.released,
+        }
+        if report.interval is not None:  # masks that are refreshed by hand have none
+            figures["isolation/interval"] = report.interval
+        self._trainer.log(figures)
 
 
 def add_isolation_callback(

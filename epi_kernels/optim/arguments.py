@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,12 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import dispatch
+from epi_kernels.policies.checks import check_interval, check_ratio
+from epi_kernels.policies.checks import is_int as _is_int
+from epi_kernels.policies.checks import is_number as _is_number
+from epi_kernels.policies.checks import require as _require
 from epi_kernels.policies.layers import LayerKey
+from epi_kernels.policies.schedule import AdaptiveInterval, AdaptiveRatio, IntervalSchedule, RatioSchedule
 
 NORMALIZATIONS = ("minmax", "zscore", "none")
 SCOPES = ("global", "layer")
@@ -48,7 +52,7 @@ GLOBAL_OPTIONS = (
 class IsolationConfig:
     """The options that hold for the whole optimizer. torch.uint8 stands for 8-bit codes."""
 
-    isolation_ratio: float
+    isolation_ratio: float  # where a schedule sets it, its value at T = 0; mask_interval likewise
     mask_interval: int | None
     mask_warmup: int | None
     importance_dtype: torch.dtype
@@ -61,19 +65,20 @@ class IsolationConfig:
     stochastic_rounding: bool
     seed: int
     backend: str
+    ratio_schedule: RatioSchedule | None = None
+    interval_schedule: IntervalSchedule | None = None
 
+    @property
+    def isolates(self) -> bool:
+        """Whether anything may ever be selected."""
+        return self.isolation_ratio > 0 or self.ratio_schedule is not None
 
-def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)  # numpy's scalars too
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    @property
+    def adapts(self) -> bool:
+        """Whether a schedule follows the drift of the masks."""
+        return isinstance(self.ratio_schedule, AdaptiveRatio) or isinstance(
+            self.interval_schedule, AdaptiveInterval
+        )
 
 
 def _unit_interval(name: str, value: Any) -> None:
@@ -141,10 +146,33 @@ def check_torch_options(
         )
 
 
+def _ratio(given: Any) -> tuple[float, RatioSchedule | None]:
+    """(p at T = 0, what sets it later)."""
+    if isinstance(given, AdaptiveRatio):
+        return given.initial, given
+    if callable(given):
+        return check_ratio("isolation_ratio(0)", given(0)), given
+    return check_ratio(
+        "isolation_ratio", given, "a number in [0, 1), a callable of T or an AdaptiveRatio"
+    ), None
+
+
+def _interval(given: Any) -> tuple[int | None, IntervalSchedule | None]:
+    """(H at T = 0, what sets it later)."""
+    if isinstance(given, AdaptiveInterval):
+        return given.initial, given
+    if callable(given):
+        return check_interval("mask_interval(0)", given(0)), given
+    if given is None:
+        return None, None
+    allowed = "an int >= 1, a callable of T, an AdaptiveInterval, or None for masks that are never refreshed by themselves"
+    return check_interval("mask_interval", given, allowed), None
+
+
 def make_config(
     *,
-    isolation_ratio: float,
-    mask_interval: int | None,
+    isolation_ratio: float | RatioSchedule,
+    mask_interval: int | IntervalSchedule | None,
     mask_warmup: int | None,
     importance_dtype: Any,
     normalization: str,
@@ -158,14 +186,15 @@ def make_config(
     backend: str,
 ) -> IsolationConfig:
     """Validates the global options."""
-    _unit_interval("isolation_ratio", isolation_ratio)
-    _unit_interval("hysteresis", hysteresis)
+    ratio, ratio_schedule = _ratio(isolation_ratio)
+    interval, interval_schedule = _interval(mask_interval)
     _require(
-        mask_interval is None or (_is_int(mask_interval) and mask_interval >= 1),
+        interval is not None or not isinstance(ratio_schedule, AdaptiveRatio),
         "mask_interval",
         mask_interval,
-        "an int >= 1, or None for masks that are never refreshed by themselves",
+        "given with an AdaptiveRatio, which follows the refreshes that are due",
     )
+    _unit_interval("hysteresis", hysteresis)
     _require(
         mask_warmup is None or (_is_int(mask_warmup) and mask_warmup >= 0),
         "mask_warmup",
@@ -198,8 +227,8 @@ def make_config(
         "0 with normalization='zscore' (a z-score may be negative, so dividing it favours nothing)",
     )
     return IsolationConfig(
-        isolation_ratio=float(isolation_ratio),
-        mask_interval=None if mask_interval is None else int(mask_interval),
+        isolation_ratio=ratio,
+        mask_interval=interval,
         mask_warmup=None if mask_warmup is None else int(mask_warmup),
         importance_dtype=torch.uint8 if importance_dtype == "int8" else importance_dtype,
         normalization=normalization,
@@ -211,6 +240,8 @@ def make_config(
         stochastic_rounding=stochastic_rounding is not False,
         seed=int(seed),
         backend=backend,
+        ratio_schedule=ratio_schedule,
+        interval_schedule=interval_schedule,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from epi_kernels.optim import arguments, carry
+from epi_kernels.optim import arguments, carry, schedules
 from epi_kernels.optim import state as state_
+from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, check_parameters, check_state
 from epi_kernels.optim.masks import check_mask, install_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
-from epi_kernels.optim.report import IsolationReport, callers_level
+from epi_kernels.optim.report import IsolationReport, warn_nothing_selected
 from epi_kernels.optim.skipped import SkippedSteps
 from epi_kernels.policies.layers import LayerTable, build_layers
-from epi_kernels.policies.schedule import may_be_due, refresh_due
+from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
 from epi_kernels.reference import bits
 
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
@@ -55,9 +55,11 @@ class MaskedEMAAdamW(Optimizer):
         lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         foreach, fused: accepted and without effect, because every backend is both; refused together.
         amsgrad, differentiable, capturable: refused when True (capturable: not yet).
-        isolation_ratio: p in [0, 1); 0 is plain AdamW.
-        mask_interval: H, steps between refreshes; None never refreshes by itself (static masks).
-        mask_warmup: step of the first refresh; None means ``mask_interval``.
+        isolation_ratio: p in [0, 1); 0 is plain AdamW. Or a function of T (an int: the steps done), asked when the
+            optimizer is made (T = 0) and at every refresh; or an ``AdaptiveRatio``, which follows the masks' drift.
+        mask_interval: H, steps between refreshes; None never refreshes by itself (static masks). Or a function of
+            T, asked at T = 0 and at every refresh due, for the steps to the next; or an ``AdaptiveInterval``.
+        mask_warmup: step of the first refresh; None means ``mask_interval`` (of T = 0).
         importance_beta: decay of an own importance; None (or beta2) shares ``exp_avg_sq`` at no cost.
         importance_dtype: of an own importance: torch.float32, torch.bfloat16 or "int8".
         normalization: within a layer: "minmax", "zscore" or "none".
@@ -95,8 +97,8 @@ class MaskedEMAAdamW(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        isolation_ratio: float = 0.01,
-        mask_interval: int | None = 100,
+        isolation_ratio: float | RatioSchedule = 0.01,
+        mask_interval: int | IntervalSchedule | None = 100,
         mask_warmup: int | None = None,
         importance_beta: float | None = None,
         importance_dtype: torch.dtype | str = torch.float32,
@@ -173,6 +175,7 @@ class MaskedEMAAdamW(Optimizer):
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[_VERSION] = state_.STATE_VERSION
+        schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
 
     def _parameters(self) -> Iterator[Entry]:
@@ -202,6 +205,7 @@ class MaskedEMAAdamW(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse or does not fit its parameter, state does not fit it, or a CUDA
                 graph is being captured. Nothing has changed then.
+            ValueError: a schedule gives a ratio or an interval that is not allowed; likewise.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -216,8 +220,12 @@ class MaskedEMAAdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         # what a refresh may refuse is looked at before anything changes
-        may_refresh = self._refresh_may_follow()
+        may_refresh, now = self._refresh_may_follow(), None
         layers = self._layers() if may_refresh else None
+        if may_refresh:
+            self._settle()
+            found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
+            now = None if found_inf else schedules.due_settings(self._config, self.param_groups[0])
         plan = self._step_plan(params, grads, written=grad_scale is not None)
         if found_inf is not None and (may_refresh or not plan.counts_on_device):
             self._settle()
@@ -225,18 +233,14 @@ class MaskedEMAAdamW(Optimizer):
                 return loss
             found_inf = None
 
-        config, step = self._config, self._isolation_step + 1
-        due = found_inf is None and refresh_due(
-            step, interval=config.mask_interval, warmup=config.mask_warmup
-        )
-        layers = layers if due else None
-        stats = None if layers is None else StatsByDevice(len(layers.names), config)
+        layers = None if now is None else layers
+        stats = None if layers is None else StatsByDevice(len(layers.names), self._config)
         plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
-        self._set_isolation_step(step)
+        self._set_isolation_step(self._isolation_step + 1)
         if found_inf is not None:  # the device knows whether it was a step
             self._skipped.note(found_inf)
-        if layers is not None and stats is not None:
-            self._refresh(layers, stats, covered=plan.covered())
+        if now is not None and layers is not None and stats is not None:
+            self._refresh(layers, stats, now, covered=plan.covered(), due=True)
         return loss
 
     def _step_plan(self, params: list[Tensor], grads: list[Tensor | None], *, written: bool) -> StepPlan:
@@ -251,10 +255,7 @@ class MaskedEMAAdamW(Optimizer):
 
     def _refresh_may_follow(self) -> bool:
         """Whether a refresh follows the step at hand, for any number of steps that were skipped unread."""
-        last = self._isolation_step + 1
-        first = last - self._skipped.unread
-        interval, warmup = self._config.mask_interval, self._config.mask_warmup
-        return self._config.isolation_ratio > 0 and may_be_due(first, last, interval=interval, warmup=warmup)
+        return schedules.refresh_may_follow(self._config, self.param_groups[0], self._skipped.unread)
 
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
@@ -273,29 +274,27 @@ class MaskedEMAAdamW(Optimizer):
 
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
-        """Refreshes the mask now, whatever T; returns what it did."""
+        """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
         self._settle()
         layers = self._layers()
-        return self._refresh(layers, StatsByDevice(len(layers.names), self._config), covered=set())
+        now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
+        return self._refresh(layers, StatsByDevice(len(layers.names), now), now, covered=set(), due=False)
 
-    def _refresh(self, layers: LayerTable, stats: StatsByDevice, covered: set[Tensor]) -> IsolationReport:
-        """Stages 2 to 4; ``covered`` are the parameters whose stats the step has already reduced."""
+    def _refresh(
+        self, layers: LayerTable, stats: StatsByDevice, now: IsolationConfig, covered: set[Tensor], due: bool
+    ) -> IsolationReport:
+        """Stages 2 to 4, with the numbers in ``now``; ``covered``: parameters whose stats the step has reduced."""
         entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
-        partitions, stateless = partition(entries, self.state, layers, covered, self._config)
-        step = self._isolation_step
-        self._report = refresh(partitions, layers, stateless, stats, self._config, step)
+        partitions, stateless = partition(entries, self.state, layers, covered, now)
+        self._report = refresh(partitions, layers, stateless, stats, now, self._isolation_step)
+        schedules.after_refresh(now, self.param_groups, self._report, due=due)
         self._warn_after_refresh(self._report, layers)
         return self._report
 
     def _warn_after_refresh(self, report: IsolationReport, layers: LayerTable) -> None:
-        nothing = report.selects_nothing and self._config.isolation_ratio > 0
-        if nothing and not self._warned_nothing_selected:
+        if report.selects_nothing and report.ratio > 0 and not self._warned_nothing_selected:
             self._warned_nothing_selected = True
-            warnings.warn(
-                f"isolation_ratio={self._config.isolation_ratio} of {layers.total_eligible} eligible elements is "
-                "less than one element: nothing is isolated. Raise isolation_ratio.",
-                stacklevel=callers_level(),
-            )
+            warn_nothing_selected(report.ratio, layers.total_eligible)
         # reading the count warns; on a GPU it stays there until somebody reads it
         if all(param.device.type == "cpu" for param in layers.row_of):
             _ = report.nonfinite
@@ -348,8 +347,8 @@ class MaskedEMAAdamW(Optimizer):
         ``source`` is a MaskedEMAAdamW or torch.optim.AdamW, or the state_dict of one, matched by name, else by
         position, all or nothing. A shared importance takes the source's own importance if it has one, else its
         ``exp_avg_sq``, together with ``step``; an own importance takes that tensor alone. ``exp_avg`` starts at
-        zero, T at 0; corrections of weights (``master_weight_bits``) go along. It does not refresh: call
-        ``refresh_isolation_mask()`` to protect from the first step on.
+        zero, T at 0, schedules as new; corrections of weights (``master_weight_bits``) go along. It does not
+        refresh: call ``refresh_isolation_mask()`` to protect from the first step on.
 
         Raises:
             TypeError: the source is neither an optimizer nor a state dict.
@@ -369,6 +368,7 @@ class MaskedEMAAdamW(Optimizer):
                 self.state.pop(param, None)
         self._skipped.read()
         self._set_isolation_step(0)
+        schedules.start_schedules(self.param_groups, self._config)
 
     # ---------------------------------------------------------------- saving and loading
 

@@ -103,6 +103,7 @@ def refresh(
     return IsolationReport(
         step=step,
         ratio=config.isolation_ratio,
+        interval=config.mask_interval,
         scope=config.scope,
         table=table,
         k=k,

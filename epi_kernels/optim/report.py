@@ -24,6 +24,14 @@ def callers_level() -> int:
     return level
 
 
+def warn_nothing_selected(ratio: float, eligible: int) -> None:
+    warnings.warn(
+        f"isolation_ratio={ratio} of {eligible} eligible elements is less than one element: nothing is isolated. "
+        "Raise isolation_ratio.",
+        stacklevel=callers_level(),
+    )
+
+
 def jaccard(isolated: int, entered: int, released: int) -> float:
     """Overlap of the old and the new mask: |old and new| / |old or new|, 1 for two empty masks."""
     union = isolated + released
@@ -47,11 +55,12 @@ class LayerRow:
 
 
 class IsolationReport:
-    """Figures of one refresh. Reading any but ``step`` and ``ratio`` waits for the device once.
+    """Figures of one refresh. Reading any but ``step``, ``ratio`` and ``interval`` waits for the device once.
 
     Attributes:
         step: T, the calls of ``step()`` before the refresh.
         ratio: p, the isolation ratio asked for.
+        interval: H, the mask interval that now holds; None when masks are never refreshed by themselves.
         threshold: the k-th largest score (inf when k = 0); for ``scope="layer"`` a dict by layer name.
         jaccard: overlap of the old and the new mask, 1 for two empty masks.
         isolated, entered, released: elements isolated now; newly so; no longer so.
@@ -66,6 +75,7 @@ class IsolationReport:
         *,
         step: int,
         ratio: float,
+        interval: int | None,
         scope: str,
         table: LayerTable,
         k: list[int],  # per domain
@@ -76,7 +86,7 @@ class IsolationReport:
         nonfinite: Tensor,  # [layers] int64
     ) -> None:
         self.step = step
-        self.ratio = ratio
+        self.ratio, self.interval = ratio, interval
         self._scope, self._table, self._k, self._domain = scope, table, k, domain
         self._threshold, self._count_ge, self._drift, self._nonfinite = threshold, count_ge, drift, nonfinite
 
@@ -146,6 +156,7 @@ class IsolationReport:
         names = (
             "step",
             "ratio",
+            "interval",
             "threshold",
             "jaccard",
             "isolated",

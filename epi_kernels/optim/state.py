@@ -15,11 +15,11 @@ from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_g
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
 from epi_kernels.optim.pages import zeros
+from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.reference.bits import pack, packed_bytes
 
 STATE_VERSION = 1
 VERSION_KEY = "isolation_version"
-STEP_KEY = "isolation_step"
 MASK_KEYS = ("isolation_mask", "persistent_mask")
 
 
@@ -44,7 +44,7 @@ def complete_state(
             state.update(new_moment(key, param, config))
     if CORRECTION_KEY not in state:
         state.update(new_correction(param, config))
-    if "isolation_mask" not in state and config.isolation_ratio > 0:
+    if "isolation_mask" not in state and config.isolates:
         state["isolation_mask"] = zero_mask(param)
 
 
@@ -196,6 +196,7 @@ def read_state_dict(
     else:
         isolation_step = max(map(int, steps), default=0)
     groups = [_load_group(g, s, isolation_step) for g, s in zip(param_groups, saved_groups, strict=True)]
+    load_schedules(groups, saved_groups, config)
 
     saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
     owners = [(param, group, i) for group in groups for i, param in enumerate(group["params"])]

@@ -1,6 +1,16 @@
-"""When a refresh is due."""
+"""When a refresh is due, and how the mask interval and the isolation ratio may follow the drift of the masks."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epi_kernels.policies.checks import check_interval, check_ratio, is_number, require
+
+# of the step T alone: a resumed run asks anew
+IntervalFunction = Callable[[int], int]
+RatioFunction = Callable[[int], float]
 
 
 def refresh_due(step: int, *, interval: int | None, warmup: int | None) -> bool:
@@ -23,3 +33,143 @@ def may_be_due(first: int, last: int, *, interval: int | None, warmup: int | Non
     start = interval if warmup is None else warmup
     candidate = start if first <= start else first + (start - first) % interval
     return candidate <= last
+
+
+def agreement(isolated: int, entered: int, released: int) -> float | None:
+    """Jaccard overlap of two masks, over the largest that masks of their sizes can have (smaller / larger).
+
+    For masks of one size it is the Jaccard overlap. A ratio that doubles halves the overlap of masks that agree:
+    taken as drift, that would halve the ratio again. None where one mask is empty and says nothing.
+    """
+    before = isolated - entered + released
+    smaller = min(isolated, before)
+    if smaller == 0:
+        return None
+    return (isolated - entered) / (isolated + released) * (max(isolated, before) / smaller)
+
+
+@dataclass(frozen=True)
+class AdaptiveInterval:
+    """H longer while successive masks agree, shorter when they drift: refreshes where there is something to refresh.
+
+    After a refresh that was due, with the Jaccard overlap J of the new mask and the one before it:
+    J >= ``high``: H becomes ceil(H * ``factor``); J < ``low``: floor(H / ``factor``); always within
+    [``minimum``, ``maximum``]. The first mask has none before it and leaves H as it is. Reading J waits for a GPU,
+    once a refresh.
+
+    Args:
+        initial: H up to the first mask that another follows, in steps.
+        minimum: smallest H; None means a tenth of ``initial``, at least 1.
+        maximum: largest H; None means ten times ``initial``.
+        low, high: marks of J, 0 <= low <= high <= 1.
+        factor: above 1.
+
+    Raises:
+        ValueError: a value is out of range; names it and what is allowed.
+    """
+
+    initial: int = 100
+    minimum: int = None  # type: ignore[assignment]  # an int once made
+    maximum: int = None  # type: ignore[assignment]
+    low: float = 0.5
+    high: float = 0.9
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        initial = check_interval(f"{name}.initial", self.initial)
+        minimum = max(1, initial // 10) if self.minimum is None else self.minimum
+        maximum = 10 * initial if self.maximum is None else self.maximum
+        _set(self, "initial", initial)
+        _set(self, "minimum", check_interval(f"{name}.minimum", minimum))
+        _set(self, "maximum", check_interval(f"{name}.maximum", maximum))
+        _check_adaptive(self)
+
+    def within(self, interval: int) -> int:
+        """The nearest that the bounds allow."""
+        return min(max(interval, self.minimum), self.maximum)
+
+    def following(self, interval: int, jaccard: float) -> int:
+        """H after a refresh, from the H that led to it."""
+        if jaccard >= self.high:
+            interval = math.ceil(interval * self.factor)
+        elif jaccard < self.low:
+            interval = math.floor(interval / self.factor)
+        return self.within(interval)
+
+
+@dataclass(frozen=True)
+class AdaptiveRatio:
+    """p larger while successive masks agree, smaller when they drift: isolates what stays important, not what happened to be.
+
+    As ``AdaptiveInterval``: J >= ``high``: p becomes p * ``factor``; J < ``low``: p / ``factor``; always within
+    [``minimum``, ``maximum``]; it acts from the next refresh on. Masks of two ratios differ in size, so J is here the
+    overlap over the largest that their sizes permit. Reading J waits for a GPU, once a refresh.
+
+    Args:
+        initial: p up to the first mask that another follows.
+        minimum: smallest p, above 0; None means a tenth of ``initial``.
+        maximum: largest p, below 1; None means ten times ``initial``, at most 0.5 (or ``initial``, where that is more).
+        low, high: marks of J, 0 <= low <= high <= 1.
+        factor: above 1.
+
+    Raises:
+        ValueError: a value is out of range; names it and what is allowed.
+    """
+
+    initial: float = 0.01
+    minimum: float = None  # type: ignore[assignment]  # a float once made
+    maximum: float = None  # type: ignore[assignment]
+    low: float = 0.5
+    high: float = 0.9
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        initial = check_ratio(f"{name}.initial", self.initial)
+        require(initial > 0, f"{name}.initial", initial, "a number in (0, 1)")  # 0 could never grow
+        minimum = initial / 10 if self.minimum is None else self.minimum
+        maximum = max(initial, min(10 * initial, 0.5)) if self.maximum is None else self.maximum
+        _set(self, "initial", initial)
+        for bound, value in (("minimum", minimum), ("maximum", maximum)):
+            _set(self, bound, check_ratio(f"{name}.{bound}", value))
+            require(value > 0, f"{name}.{bound}", value, "a number in (0, 1)")
+        _check_adaptive(self)
+
+    def within(self, ratio: float) -> float:
+        """The nearest that the bounds allow."""
+        return min(max(ratio, self.minimum), self.maximum)
+
+    def following(self, ratio: float, jaccard: float) -> float:
+        """p of the next refresh, from the p of this one."""
+        if jaccard >= self.high:
+            ratio = ratio * self.factor
+        elif jaccard < self.low:
+            ratio = ratio / self.factor
+        return self.within(ratio)
+
+
+def _set(adaptive: AdaptiveInterval | AdaptiveRatio, name: str, value: float) -> None:
+    object.__setattr__(adaptive, name, value)  # frozen, and not made yet
+
+
+def _check_adaptive(adaptive: AdaptiveInterval | AdaptiveRatio) -> None:
+    name = type(adaptive).__name__
+    for mark in ("low", "high"):
+        value = getattr(adaptive, mark)
+        require(is_number(value) and 0 <= value <= 1, f"{name}.{mark}", value, "a number in [0, 1]")
+    require(adaptive.low <= adaptive.high, f"{name}.low", adaptive.low, f"at most high ({adaptive.high!r})")
+    factor = adaptive.factor
+    require(
+        is_number(factor) and 1 < factor and math.isfinite(factor),
+        f"{name}.factor",
+        factor,
+        "a number above 1",
+    )
+    bounds = f"within minimum and maximum ({adaptive.minimum!r} to {adaptive.maximum!r})"
+    inside = adaptive.minimum <= adaptive.initial <= adaptive.maximum
+    require(inside, f"{name}.initial", adaptive.initial, bounds)
+
+
+RatioSchedule = RatioFunction | AdaptiveRatio
+IntervalSchedule = IntervalFunction | AdaptiveInterval

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from epi_kernels.finetune.compare import NAMES
-from epi_kernels.text import human_bytes
+from epi_kernels.text import human_bytes, span
 
 from . import figures
 from .figures import COLORS, Series
@@ -288,9 +288,9 @@ def settings(runs: Mapping[str, Events]) -> Section:
 def describe(name: str, runs: Mapping[str, Events]) -> tuple[str, list[Section], str]:
     """(title, sections, subtitle) of the page of a run, as `page.build` takes them."""
     options = runs["isolation"][0]["options"]
-    subtitle = (
-        f"isolation ratio {options['isolation_ratio']:g}, refreshed every {options['mask_interval']} steps"
-    )
+    ratio = span(options["isolation_ratio"], options.get("adaptive_ratio"))  # older logs have neither
+    every = span(options["mask_interval"], options.get("adaptive_interval"))
+    subtitle = f"isolation ratio {ratio}, refreshed every {every} steps"
     if options.get("protect"):
         subtitle += "; importance carried over, isolated from the first step"
     parts = [headline(runs), losses(runs), old_data(runs), isolation(runs), memory(runs), settings(runs)]
