@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epi_kernels import AdaptiveInterval
 from epi_kernels.backends import dispatch
 from python_tests import cuda_emulation
 from python_tests.harness import TARGETS, Target, make, small_model
@@ -38,13 +39,19 @@ class Unread(torch.Tensor):
     __int__ = lambda self: int(self.item())  # noqa: E731
 
 
-def test_a_device_that_counts_skips_steps_without_a_word_to_the_host(device_target: Target, monkeypatch):
+INTERVALS = [5, lambda T: 5 if T < 9 else 2, AdaptiveInterval(5, minimum=2, low=0.9, high=0.95)]
+
+
+@pytest.mark.parametrize("interval", INTERVALS, ids=["constant", "function", "adaptive"])
+def test_a_device_that_counts_skips_steps_without_a_word_to_the_host(
+    device_target: Target, interval, monkeypatch
+):
     """T and the mask are those of a host that reads found_inf at every step."""
     skipped_at = {2, 3, 7, 8, 9, 14}
-    runs = []
+    runs, counts = [], []
     for backend in (device_target.backend, "reference"):
         params = small_model(device=device_target.device)
-        optimizer = make(params, mask_interval=5, backend=backend, isolation_ratio=0.2)
+        optimizer = make(params, mask_interval=interval, backend=backend, isolation_ratio=0.2)
         reports = []
         for number in range(1, 20):
             for i, p in enumerate(params.values()):
@@ -58,6 +65,7 @@ def test_a_device_that_counts_skips_steps_without_a_word_to_the_host(device_targ
             optimizer.grad_scale = scale.as_subclass(Unread) if on_device else scale
             # a host that does not know what was skipped may have to look where a refresh could be due
             looks = not on_device or optimizer._refresh_may_follow()
+            counts.append(looks)
             with monkeypatch.context() as patch:
                 patch.setattr(Unread, "forbidden", not looks)
                 optimizer.step()
@@ -68,7 +76,23 @@ def test_a_device_that_counts_skips_steps_without_a_word_to_the_host(device_targ
         states = [value.cpu() for state in saved["state"].values() for _, value in sorted(state.items())]
         runs.append((reports, [*states, *(p.detach().cpu() for p in params.values())]))
     assert runs[0][0] == runs[1][0]
+    assert 2 <= counts[:19].count(True) <= 12
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_a_step_without_a_scaler_after_skipped_ones_is_counted_right(device_target: Target):
+    """Nobody has read how many were skipped when the scaler is gone and a refresh may be due."""
+    params = small_model(device=device_target.device)
+    optimizer = make(params, mask_interval=4, backend=device_target.backend)
+    for number in range(1, 8):
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        optimizer.found_inf = torch.tensor(float(number < 3), device=device_target.device)
+        if number == 4:
+            del optimizer.found_inf
+        optimizer.step()
+        assert (optimizer.isolation_report() is None) == (number < 6)
+    assert optimizer.isolation_report().step == 4
 
 
 def test_a_host_that_looks_would_be_noticed(monkeypatch):

@@ -49,6 +49,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
         ({"mask_interval": 10, "mask_warmup": 3}, 24, [3, 13, 23]),
         ({"protect": "imp"}, 150, [0, 100]),
         ({"isolation_ratio": 0.0}, 500, []),
+        ({"adaptive_interval": [50, 200]}, 500, [100]),  # the masks say when the next ones come
     ],
 )
 def test_refreshes_due_are_counted_as_the_optimizer_counts(options, steps, due):
@@ -102,6 +103,15 @@ def test_everything_is_checked_before_anything_is_written(files, tmp_path, refus
     assert "they do not belong together" in refused(*arguments(files, out, "--tokenizer", tmp_path / "big"))
     assert "--isolation-ratio is 1.0; allowed" in refused(*arguments(files, out, "--isolation-ratio", 1))
     assert "--mask-interval is 0; allowed" in refused(*arguments(files, out, "--mask-interval", 0))
+    for given, said in (
+        (
+            ["--adaptive-interval", 101, 200],
+            "[101, 200]; allowed: MIN and MAX above 0, with --mask-interval (100)",
+        ),
+        (["--adaptive-ratio", 0.001, 1], "MIN and MAX above 0 and below 1, with --isolation-ratio (0.01)"),
+        (["--adaptive-ratio", 0, 0.5], "--adaptive-ratio is [0.0, 0.5]; allowed"),
+    ):
+        assert said in refused(*arguments(files, out, *given))
     assert "not with --normalization zscore" in refused(
         *arguments(files, out, "--hysteresis", 0.1, "--normalization", "zscore")
     )

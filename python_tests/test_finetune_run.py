@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import model
+from epi_kernels.report import command as report
 from epi_kernels.training import parameter_groups
 from python_tests.finetune_runs import FAST, arguments, events, same_weights, weights, write_inputs
 from python_tests.tiny_model import backend, command, qa, tiny_llama, write_config, write_jsonl
@@ -256,3 +258,24 @@ def test_real_text_from_the_standard_library(tmp_path, capsys):
     evals = events(tmp_path / "out", "eval")
     assert evals[-1]["validation_loss"] < 0.9 * evals[0]["validation_loss"]
     assert events(tmp_path / "out", "refresh")
+
+
+def test_adaptive_options_reach_the_optimizer_and_the_log(files, tmp_path):
+    out = tmp_path / "out"
+    more = ["--max-steps", 9, "--mask-interval", 1, "--adaptive-interval", 1, 3, "--hysteresis", 0.5]
+    more += ["--isolation-ratio", 0.1, "--adaptive-ratio", 0.05, 0.15, "--beta2", 0.99]
+    assert command(finetune, *arguments(files, out, *more)) == 0
+    refreshes, start = events(out, "refresh"), events(out, "start")[0]
+    assert start["refreshes_due"] == [1]  # the masks said when the others came
+    steps = [event["step"] for event in refreshes]
+    assert [later - step for step, later in itertools.pairwise(steps)] == [
+        event["interval"] for event in refreshes[:-1]
+    ]
+    assert {event["interval"] for event in refreshes} <= {1, 2, 3}
+    assert all(0.05 <= event["ratio"] <= 0.15 for event in refreshes)
+    for event in refreshes:
+        assert event["isolated"] / start["parameters"] == pytest.approx(event["ratio"], abs=0.01)
+    assert len({(event["interval"], event["ratio"]) for event in refreshes}) > 1
+    page = tmp_path / "page.html"
+    assert command(report, out, "--out", page) == 0
+    assert "isolation ratio 0.05 to 0.15, refreshed every 1 to 3 steps" in page.read_text()

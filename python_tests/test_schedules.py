@@ -10,6 +10,8 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW
 from epi_kernels.optim import schedules
@@ -298,6 +300,27 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_whole_one(backend, setting
         assert held(resumed) == held(whole)
         if resumed.isolation_report() is not None:
             assert resumed.isolation_report().as_dict() == whole.isolation_report().as_dict()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_schedule_goes_through_a_distributed_checkpoint(tmp_path, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+        runs.append((model, make(dict(model.named_parameters()), **SCHEDULES["both"])))
+    (model, optimizer), (other_model, other) = runs
+    train(optimizer, dict(model.named_parameters()), 5)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=tmp_path, no_dist=True)
+    weights, state = get_state_dict(other_model, other, options=options)
+    dcp.load({"weights": weights, "state": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=state, options=options)
+    for one, its in runs:
+        train(its, dict(one.named_parameters()), range(5, 12))
+    assert_same_run(optimizer, other)
+    assert held(optimizer) == held(other)
 
 
 def test_these_runs_do_adapt():

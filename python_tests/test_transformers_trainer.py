@@ -104,6 +104,7 @@ def test_refreshes_are_logged_with_everything_else(tmp_path):
     assert [line["step"] for line in logged] == [2, 4, 6]
     for line in logged:
         assert 0.09 < line["isolation/share"] < 0.12 and 0 <= line["isolation/jaccard"] <= 1
+        assert (line["isolation/ratio"], line["isolation/interval"]) == (0.1, 2)
     assert logged[0]["isolation/entered"] > 0 == logged[0]["isolation/released"]
 
 
