@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -51,10 +52,14 @@ def local_grads(
                 f"a gradient is a {type(grad).__name__} beside a parameter that is a DTensor on {param.device_mesh}: "
                 "gradients must be DTensors on their parameter's mesh"
             )
-        if grad.placements != param.placements:  # Partial, say, of a weight that tensor parallelism replicates
+        if (
+            grad.placements != param.placements
+        ):  # Partial, say, of a weight that tensor parallelism replicates
             grad = param.grad = grad.redistribute(placements=param.placements)
         piece = _LOCAL(grad)
-        found.append(piece if type(piece) is Tensor else grad.to_local().wait())  # an async collective's result
+        found.append(
+            piece if type(piece) is Tensor else grad.to_local().wait()
+        )  # an async collective's result
     return found
 
 
@@ -144,13 +149,20 @@ def shard_of(tensor: Tensor) -> Shard | None:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the mesh
         return Shard(whole, (0,) * len(whole), (0,) * len(whole))
+    cuts = [
+        (placement.dim, int(getattr(placement, "split_factor", 1)), tensor.device_mesh.size(axis), position)
+        for axis, (placement, position) in enumerate(zip(tensor.placements, coordinate, strict=True))
+        if not placement.is_replicate()
+    ]
+    return _box(whole, tuple(cuts))
+
+
+@functools.lru_cache(maxsize=4096)
+def _box(whole: tuple[int, ...], cuts: tuple[tuple[int, int, int, int], ...]) -> Shard | None:
+    """``cuts``: (axis, pieces that are cut one by one, ranks, this rank's position), in the mesh's order."""
     rows = [torch.arange(n, device="cpu") for n in whole]
-    for axis, (placement, position) in enumerate(zip(tensor.placements, coordinate, strict=True)):
-        if not placement.is_replicate():
-            parts = int(getattr(placement, "split_factor", 1))
-            rows[placement.dim] = _part(
-                rows[placement.dim], parts, tensor.device_mesh.size(axis), position
-            )
+    for axis, pieces, ranks, position in cuts:
+        rows[axis] = _part(rows[axis], pieces, ranks, position)
     offset, shape = [], []
     for row in rows:
         if row.numel() and int(row[-1]) - int(row[0]) + 1 != row.numel():

@@ -122,7 +122,9 @@ class World:
         dist.all_reduce(extrema, dist.ReduceOp.MAX, group=self.group)
         stats.minimum, stats.maximum = -extrema[0], extrema[1]
         if stats.with_moments:
-            sums = torch.cat([stats.moments, stats.nonfinite.double().unsqueeze(1)], dim=1)  # exact below 2^53
+            sums = torch.cat(
+                [stats.moments, stats.nonfinite.double().unsqueeze(1)], dim=1
+            )  # exact below 2^53
             dist.all_reduce(sums, group=self.group)
             stats.moments, stats.nonfinite = sums[:, :2].contiguous(), sums[:, 2].long()
 
@@ -168,9 +170,7 @@ def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agre
             earlier, one = first.setdefault(held.name, (number, held))
             for what in ("layer", "eligible", "options"):
                 _check_same(held.name, what, (earlier, getattr(one, what)), (number, getattr(held, what)))
-            _check_same(
-                held.name, "shape", (earlier, one.shard.whole), (number, held.shard.whole)
-            )
+            _check_same(held.name, "shape", (earlier, one.shard.whole), (number, held.shard.whole))
             if held.shard.n_elements:
                 owner.setdefault(held.name, {}).setdefault(held.shard, number)
     for name, (_, held) in first.items():
@@ -182,9 +182,7 @@ def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agre
                 f"the parts of {name} on {len(ranks)} ranks hold {n_elements} different elements of {whole}: parts of other "
                 "meshes are mixed in, or ranks of its mesh are missing from the optimizer's process_group"
             )
-    counted = frozenset(
-        held.name for held in ranks[rank] if owner.get(held.name, {}).get(held.shard) == rank
-    )
+    counted = frozenset(held.name for held in ranks[rank] if owner.get(held.name, {}).get(held.shard) == rank)
     shares = [
         Share(None, name, Shard(held.shard.whole, (), held.shard.whole).n_elements, held.layer, held.eligible)
         for name, (_, held) in first.items()

@@ -43,9 +43,7 @@ def load_correction(
         and not value.is_meta
     ):
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
-        raise ValueError(
-            f"{what}: {CORRECTION_KEY} must be int8 or int16 of shape {list(shape)}, got {got}"
-        )
+        raise ValueError(f"{what}: {CORRECTION_KEY} must be int8 or int16 of shape {list(shape)}, got {got}")
     if value is not None:
         for ours in made.values():
             local(ours).copy_(master.converted(value.detach(), ours.dtype))

@@ -481,7 +481,9 @@ class MaskedEMAAdamW(Optimizer):
         except Exception as error:
             refused = error
         if self._world is not None and self._world.any(refused is not None, self._device()):
-            refused = refused or ValueError("another rank refused the state dict: nothing was loaded here either")
+            refused = refused or ValueError(
+                "another rank refused the state dict: nothing was loaded here either"
+            )
         if refused is not None:
             raise refused
         assert found is not None
@@ -489,5 +491,12 @@ class MaskedEMAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        own = ("_config", "_world", "_report", "_skipped", "_warned_nothing_selected", "_step_supports_amp_scaling")
+        own = (
+            "_config",
+            "_world",
+            "_report",
+            "_skipped",
+            "_warned_nothing_selected",
+            "_step_supports_amp_scaling",
+        )
         return super().__getstate__() | {name: self.__dict__[name] for name in own}

@@ -39,7 +39,6 @@ def load_mask(value: Any, weight: Tensor, what: str) -> Tensor:
     return mask
 
 
-
 def check_mask(mask: Any, param: Tensor) -> None:
     """
     Raises:

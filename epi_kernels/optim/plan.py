@@ -17,7 +17,7 @@ from torch import Tensor
 
 from epi_kernels.backends import Backend, choose
 from epi_kernels.backends.addresses import Watch, addresses
-from epi_kernels.backends.batch import StepBatch, share_storage
+from epi_kernels.backends.batch import LOW_PRECISION, StepBatch, share_storage
 from epi_kernels.distributed import shards
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.entries import (
@@ -27,6 +27,7 @@ from epi_kernels.optim.entries import (
     check_written_gradient,
     param_tensors,
 )
+from epi_kernels.optim.moments import moment_dtype
 from epi_kernels.optim.refresh import StatsByDevice
 from epi_kernels.optim.state import complete_state, shares_importance
 from epi_kernels.policies.layers import LayerTable
@@ -62,6 +63,7 @@ class StepPlan:
             if written:
                 check_written_gradient(entry, grad)
             check_state(entry, state_of.get(entry.param, {}))
+            check_index(entry, config)
         groups = list({id(entry.group): entry.group for entry in stepped}.values())
         # before there is state: a value that cannot be computed with must leave none behind
         hyper_of = {id(group): _hyper_parameters(group) for group in groups}
@@ -210,6 +212,25 @@ class StepPlan:
         return [
             (group["maximize"], group["isolate"], shares_importance(group)) for group, _ in self._group_rows
         ]
+
+
+def check_index(entry: Entry, config: IsolationConfig) -> None:
+    """Refuses a shard whose elements' places in the whole the backend cannot count, where random bits need them."""
+    param = entry.param
+    kinds = {param.dtype, moment_dtype("exp_avg", param, config)}
+    if not shares_importance(entry.group):
+        kinds.add(moment_dtype("importance", param, config))
+    if not shards.is_sharded(param) or not config.stochastic_rounding or kinds.isdisjoint(LOW_PRECISION):
+        return
+    shard = shards.shard_of(param)
+    index = None if shard is None else shard.index()
+    backend = choose(config.backend, param.device, param.dtype).backend
+    if index is None or (index.run and not backend.places_runs):
+        raise RuntimeError(
+            f"{entry.name} is sharded as {param.placements}, for which the {backend.name} backend has no stochastic "
+            "rounding: shard it along its first dimension, or pass stochastic_rounding=False"
+            + ("" if index is None else ', or backend="triton"')
+        )
 
 
 def take_index(tensors: ParamTensors, param: Tensor) -> None:

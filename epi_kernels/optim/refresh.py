@@ -33,7 +33,9 @@ class Partition:
     backend: Backend
     counted: list[ParamTensors] = field(default_factory=list)  # what this rank counts
     repeated: list[ParamTensors] = field(default_factory=list)  # another rank counts what it also holds
-    stats_pending: list[ParamTensors] = field(default_factory=list)  # counted, eligible, not covered by the step
+    stats_pending: list[ParamTensors] = field(
+        default_factory=list
+    )  # counted, eligible, not covered by the step
 
 
 def partition(

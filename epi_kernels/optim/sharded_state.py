@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import is_sharded, local, shard_of, wrap
-from epi_kernels.optim.moments import INT8, SCALE_OF
 from epi_kernels.optim.masks import MASK_KEYS, zero_mask
+from epi_kernels.optim.moments import INT8, SCALE_OF
 from epi_kernels.reference import bits, codec
 
 _CODES_OF = {scale: key for key, scale in SCALE_OF.items()}

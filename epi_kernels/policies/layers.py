@@ -29,7 +29,9 @@ class LayerTable:
     n_elements: list[int] = field(default_factory=list)
     eligible: list[bool] = field(default_factory=list)
     row_of: dict[Tensor, int] = field(default_factory=dict)
-    counted: set[Tensor] = field(default_factory=set)  # what this rank counts; others count what it also holds
+    counted: set[Tensor] = field(
+        default_factory=set
+    )  # what this rank counts; others count what it also holds
 
     @property
     def total_eligible(self) -> int:
