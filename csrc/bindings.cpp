@@ -125,10 +125,6 @@ void cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding, std::optio
     if ((flags & epi::kStateInt8) != 0) {
       complete = complete && rows[i][epi::kExpAvgScale] != 0 && rows[i][epi::kExpAvgSqScale] != 0;
     }
-    STD_TORCH_CHECK((flags & (epi::kStateInt8 | epi::kImportanceInt8)) == 0 ||
-                        rows[i][epi::kIndexOffset] % epi::scalar::kCodeBlock == 0,
-                    "row ", i, " of the table: 8-bit states start inside a block, at ",
-                    rows[i][epi::kIndexOffset]);
     if ((flags & epi::kImportanceInt8) != 0) complete = complete && rows[i][epi::kImportanceScale] != 0;
     STD_TORCH_CHECK(complete || rows[i][epi::kNumel] == 0, "row ", i,
                     " of the table lacks a tensor that the step needs");

@@ -23,10 +23,14 @@ EPI_INLINE PairU positions(int64_t k) {
 
 using PairWord = RandomWord<PairU>;
 
-// The logical index of the range's element i is first + i.
+// The logical index of the range's element i is first + i; in a shard of several runs of neighbours, what
+// table.py says of them.
 struct RandomKeys {
   uint64_t first;
   uint32_t key, key_after_wrap;  // for indices with the first one's high word, and with the next
+  uint32_t rng_key;
+  uint64_t run, stride;    // of a shard in several runs; run is 0 otherwise
+  uint64_t offset, start;  // the row's, the range's
 
   EPI_INLINE uint64_t index(int64_t i) const { return first + static_cast<uint64_t>(i); }
   EPI_INLINE uint32_t key_of(uint64_t index) const {
@@ -41,11 +45,14 @@ struct RandomKeys {
   }
 
   // First words of the pair of elements from i on, a multiple of kPair. kAligned: `first` is one too.
-  EPI_INLINE bool aligned() const { return first % kPair == 0; }
+  EPI_INLINE bool aligned() const { return run == 0 && first % kPair == 0; }
+  EPI_INLINE bool blocks_aligned() const { return run == 0 && first % kCodeBlock == 0; }
   template <bool kAligned>
   EPI_INLINE PairWord word0(int64_t i) const {
     if constexpr (kAligned) {
       return {mix_folded<Pair>(twice(folded(i)) ^ positions(0))};
+    } else if (run != 0) {
+      return scattered_word0(i);
     } else {
       const PairU low = Lanes<Pair>::u32(static_cast<uint32_t>(index(i))), index_low = low + positions(0);
       const PairU key_here = Lanes<Pair>::u32(key_of(index(i)));
@@ -53,11 +60,43 @@ struct RandomKeys {
                                 index_low);
     }
   }
+
+  // Element by element.
+  __attribute__((noinline)) PairWord scattered_word0(int64_t i) const {
+    uint32_t low[kPair], keys[kPair];
+    uint64_t line = (start + static_cast<uint64_t>(i)) / run, rest = (start + static_cast<uint64_t>(i)) % run;
+    uint64_t high = 0;
+    uint32_t key_of_high = mix<float>(rng_key);
+    for (int k = 0; k < kPair; ++k) {
+      const uint64_t at = offset + line * stride + rest;
+      if (at >> 32 != high) {
+        high = at >> 32;
+        key_of_high = mix<float>(rng_key ^ static_cast<uint32_t>(high));
+      }
+      low[k] = static_cast<uint32_t>(at);
+      keys[k] = key_of_high;
+      if (++rest == run) ++line, rest = 0;
+    }
+    alignas(64) uint32_t low_lanes[kPair], key_lanes[kPair];
+    for (int k = 0; k < kPair; ++k) {
+      low_lanes[k] = low[kPositions.of[k]];
+      key_lanes[k] = keys[kPositions.of[k]];
+    }
+    return random_word0<Pair>({load_words(key_lanes), load_words(key_lanes + kStepWidth)},
+                              {load_words(low_lanes), load_words(low_lanes + kStepWidth)});
+  }
 };
 EPI_INLINE RandomKeys random_keys(TableRow row, int64_t start) {
   const uint64_t first = static_cast<uint64_t>(row[kIndexOffset] + start);
   const uint32_t key = static_cast<uint32_t>(row[kRngKey]), high = static_cast<uint32_t>(first >> 32);
-  return {first, mix<float>(key ^ high), mix<float>(key ^ (high + 1))};
+  return {first,
+          mix<float>(key ^ high),
+          mix<float>(key ^ (high + 1)),
+          key,
+          static_cast<uint64_t>(row[kIndexRun]),
+          static_cast<uint64_t>(row[kIndexStride]),
+          static_cast<uint64_t>(row[kIndexOffset]),
+          static_cast<uint64_t>(start)};
 }
 
 EPI_INLINE PairU low_half(PairU word) {

@@ -12,12 +12,18 @@
 
 namespace epi::EPI_ISA {
 
+// Wherever a shard begins in the whole tensor.
+__attribute__((noinline)) inline PairWord word0_of_any(const RandomKeys& keys, int64_t at) {
+  return keys.template word0<false>(at);
+}
+
 // The pair of elements from `i` on, whose new values lie at position `k`: its moments, its importance and its
-// first random words. `key`: RandomKeys::folded() of its block.
+// first random words. `key`: RandomKeys::folded() of its block, where its indices start at a multiple of 64; `at`: the
+// pair's first element in the range.
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
-                                const CodedFactors& factors, int64_t i, int64_t k, StepU key, NewValues& next,
-                                Tops& tops) {
+                                const CodedFactors& factors, int64_t i, int64_t k, StepU key, int64_t at,
+                                NewValues& next, Tops& tops) {
   const Pair g = load_grad<true>(x, p.grad + i), g2 = g * g;
   const Pair m = exp_avg_ema(x.c, load_decoded<true>(p.exp_avg + i, factors.exp_avg), g);
   const Pair v = exp_avg_sq_ema(x.c, load_decoded<false>(p.exp_avg_sq + i, factors.exp_avg_sq), g2);
@@ -37,7 +43,8 @@ EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>&
     tops.importance = top_of<false>(tops.importance, u);
   }
   if constexpr (kStochastic) {
-    const PairWord w0{mix_folded<Pair>(twice(key) ^ positions(k % kCodeBlock))};
+    PairWord w0{mix_folded<Pair>(twice(key) ^ positions(k % kCodeBlock))};
+    if (!x.keys.blocks_aligned()) [[unlikely]] w0 = word0_of_any(x.keys, at);
     put(next.random + k, float_of(w0.word()));
   }
 }
@@ -87,20 +94,20 @@ EPI_INLINE void states_of_pair(const StepContext& x, const CodedPointers<P, S>& 
   store_states<kOwn, kStochastic, false>(p, i, grids, m, v, u, word0);
 }
 
-// The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `key_of(i)`: see
-// RandomKeys.
-template <bool kOwn, bool kStochastic, class P, class S, class KeyOf>
+// The elements from `i` on, `n` of them, whole blocks. `mask`: their packed bits; `at`: the first one
+// in the range.
+template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, int64_t i, int n,
-                            const uint8_t* mask, const KeyOf& key_of, NewValues& next) {
+                            const uint8_t* mask, int64_t at, NewValues& next) {
   for (int64_t b = 0; b < n; b += kCodeBlock) {
     p.template prefetch<kOwn>(i + b);
     const int64_t block = (i + b) >> 6;
     const CodedFactors factors = coded_factors<kOwn>(p, block);
-    const StepU key = key_of(i + b);
+    const StepU key = x.keys.folded(at + b);
     Tops tops = no_tops();
 #pragma GCC unroll 1
     for (int64_t k = b; k < b + kCodeBlock; k += kPair) {
-      moments_of_pair<kOwn, kStochastic>(x, p, factors, i + k, k, key, next, tops);
+      moments_of_pair<kOwn, kStochastic>(x, p, factors, i + k, k, key, at + k, next, tops);
     }
     next.tops[b / kCodeBlock] = tops;
   }
@@ -142,16 +149,13 @@ void step_coded_range(TableRow row, int64_t start, int64_t stop, const StepArgum
   for (int64_t i = start; i < stop; i += kBlock) {
     const int n = stop - i < kBlock ? static_cast<int>(stop - i) : kBlock;
     const int whole = n / kCodeBlock * kCodeBlock;
-    const auto key_of = [&](int64_t at) __attribute__((always_inline)) { return x.keys.folded(at - start); };
-    step_blocks<kOwn, kStochastic>(x, p, i, whole, mask, key_of, next);
+    step_blocks<kOwn, kStochastic>(x, p, i, whole, mask, i - start, next);
     if (whole < n) [[unlikely]] {
       const int64_t at = i + whole;
       CodedTail<P, S> tail;
       const uint64_t isolated = mask_bits<uint64_t>(mask, at, n - whole);
-      const auto key_of_tail = [&](int64_t)
-                                   __attribute__((always_inline)) { return x.keys.folded(at - start); };
       step_blocks<kOwn, kStochastic>(x, tail.load(p, at, n - whole), 0, kCodeBlock,
-                                     reinterpret_cast<const uint8_t*>(&isolated), key_of_tail, next);
+                                     reinterpret_cast<const uint8_t*>(&isolated), at - start, next);
       tail.store(p, at, n - whole, a.has_grad_multiplier);
     }
     if (a.stats != nullptr) add_stored(sums, p, i, n, a.moments);

@@ -99,7 +99,7 @@ class Launch {
 };
 
 Work work_of(const Tensor& rows, const Tensor& programs, int32_t device) {
-  check(rows.numel() % kColumns == 0, "rows", "is not [n, 17]");
+  check(rows.numel() % kColumns == 0, "rows", "is not [n, 19]");
   check(programs.numel() >= 4 && programs.numel() % 2 == 0, "programs", "is not [n + 1, 2] with n > 0");
   return {data<const int64_t>(rows, "rows", rows.numel(), device),
           data<const int64_t>(programs, "programs", programs.numel(), device), programs.numel() / 2 - 1};
@@ -126,7 +126,7 @@ T* optional(const Tensor& tensor, const char* name, int32_t device) {
 void prepare(Tensor rows, Tensor scalars, Tensor hyper, int64_t mixed_seed, Tensor grad_scale,
              Tensor grad_multiplier, Tensor found_inf) {
   const Launch launch(rows);
-  check(rows.numel() > 0 && rows.numel() % kColumns == 0, "rows", "is not [n, 17] with n > 0");
+  check(rows.numel() > 0 && rows.numel() % kColumns == 0, "rows", "is not [n, 19] with n > 0");
   const int64_t n = rows.numel() / kColumns;
   PrepareArgs args{};
   args.rows = data<int64_t>(rows, "rows", rows.numel(), launch.device());

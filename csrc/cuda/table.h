@@ -26,6 +26,8 @@ enum Column {
   kImportanceScale,
   kStep,
   kWeightCorrection,
+  kIndexRun,
+  kIndexStride,
   kColumns,
 };
 enum Flag : int64_t {

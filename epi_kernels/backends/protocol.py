@@ -30,6 +30,8 @@ class Backend(Protocol):
         bool  # ``step`` lies on the parameters' device, and no scalar of a step is read on the host
     )
 
+    places_runs: bool  # honours ``ParamTensors.index_run``, shards that are several runs of neighbours
+
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take parameters of this device and dtype; None when it can."""
         ...

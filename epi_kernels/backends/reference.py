@@ -20,6 +20,7 @@ from epi_kernels.reference.threshold import KthSearch
 class ReferenceBackend:
     name = "reference"
     counts_on_device = False
+    places_runs = True
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype in (torch.float32, torch.bfloat16, torch.float64):

@@ -38,8 +38,10 @@ from epi_kernels.reference.tensors import ParamTensors
     IMPORTANCE_SCALE,
     STEP,  # the parameter's ``step``; step only, where the device counts
     WEIGHT_CORRECTION,  # 0: the weights have no bits beside them; step only
-) = range(17)
-COLUMNS = 17
+    INDEX_RUN,  # 0, or a shard's neighbours: element i is at INDEX_OFFSET + i // run * stride + i % run; step only
+    INDEX_STRIDE,
+) = range(19)
+COLUMNS = 19
 
 # Bits of FLAGS.
 PARAM_BF16 = 1  # param and grad
@@ -157,6 +159,9 @@ def _fill_common(rows: np.ndarray, tensors: Sequence[ParamTensors]) -> list[Tens
         _fill_optional(rows, column, pointed)
     _fill(rows, LAYER, attrgetter("layer"), tensors)
     _fill(rows, INDEX_OFFSET, attrgetter("index_offset"), tensors)
+    if any(map(attrgetter("index_run"), tensors)):
+        _fill(rows, INDEX_RUN, attrgetter("index_run"), tensors)
+        _fill(rows, INDEX_STRIDE, attrgetter("index_stride"), tensors)
     return [tensor for pointed in columns.values() for tensor in _present(pointed)]
 
 

@@ -136,6 +136,7 @@ def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = 
         "CORRECTION": variant.correction,
         "FULL": variant.full,
         "STOCHASTIC": stochastic,
+        "SCATTERED": variant.scattered,
         "UNSCALE": unscale,
         "STATS": stats,
         "ROWS": variant.rows,

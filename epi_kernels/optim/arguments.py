@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import dispatch
+from epi_kernels.distributed import shards
 from epi_kernels.policies.checks import check_interval, check_ratio
 from epi_kernels.policies.checks import is_int as _is_int
 from epi_kernels.policies.checks import is_number as _is_number
@@ -45,6 +46,7 @@ GLOBAL_OPTIONS = (
     "stochastic_rounding",
     "seed",
     "backend",
+    "process_group",
 )
 
 
@@ -258,11 +260,9 @@ def check_param_group(group: dict[str, Any]) -> None:
 
 def check_parameter(param: Tensor, name: str) -> None:
     """Refuses what no backend steps."""
-    if hasattr(param, "placements") and hasattr(param, "device_mesh"):  # a DTensor, without importing it
-        raise NotImplementedError(
-            f"{name} is a DTensor: sharded parameters are not supported yet; use DistributedDataParallel, "
-            "or torch.optim.AdamW with fully_shard"
-        )
+    refusal = shards.refusal(param)
+    if refusal is not None:
+        raise NotImplementedError(f"{name} {refusal}")
     if param.dtype == torch.float16:
         raise ValueError(
             f"{name} is float16, whose range is too small for the step: use bfloat16 weights, "

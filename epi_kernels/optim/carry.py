@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_kernels.distributed.shards import local
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction
 from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import read_moment, write_moment
-from epi_kernels.optim.state import MASK_KEYS, bare_name, complete_state, read_step, shares_importance
+from epi_kernels.optim.sharded_state import localized
+from epi_kernels.optim.state import bare_name, complete_state, read_step, shares_importance
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ def _entries(source: Any) -> tuple[list[str] | None, list[_Source]]:
 
 
 def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
-    entry, what = source.entry, f"the source's state of {name}"
-    if not entry:
+    what = f"the source's state of {name}"
+    if not source.entry:
         return None  # the source never stepped it: its importance is 0
+    entry = localized(source.entry, param, what)
     # a group that came to share its importance has an old one of its own lying about
     shared = "importance" not in entry or (
         "importance_beta" in source.group and shares_importance(source.group)
@@ -63,7 +67,7 @@ def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
     key = "exp_avg_sq" if shared else "importance"
     if key not in entry:
         raise ValueError(f"{what} has neither importance nor exp_avg_sq")
-    importance = read_moment(entry, key, param.shape, what)
+    importance = read_moment(entry, key, local(param).shape, what)
     return Carried(importance, read_step(entry.get("step", 0.0), what), entry)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.distributed.shards import local, wrap
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.pages import zeros
 from epi_kernels.reference import master
@@ -21,7 +22,8 @@ def new_correction(param: Tensor, config: IsolationConfig) -> dict[str, Tensor]:
         return {}
     dtype = master.CORRECTION_DTYPES[config.master_weight_bits]
     # row-major whatever the parameter's strides, as the moments are
-    return {CORRECTION_KEY: zeros(param.shape, dtype, param.device)}
+    weight = local(param)
+    return {CORRECTION_KEY: wrap(zeros(weight.shape, dtype, weight.device), param)}
 
 
 def load_correction(
@@ -32,28 +34,26 @@ def load_correction(
     Raises:
         ValueError: what is saved there is no correction of ``param``.
     """
-    made, value = new_correction(param, config), saved.get(CORRECTION_KEY)
+    made, value, shape = new_correction(param, config), saved.get(CORRECTION_KEY), local(param).shape
     if CORRECTION_KEY in saved and not (
         isinstance(value, Tensor)
         and value.dtype in master.CORRECTION_DTYPES.values()
-        and value.shape == param.shape
+        and value.shape == shape
         and value.layout == torch.strided
         and not value.is_meta
     ):
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
-        raise ValueError(
-            f"{what}: {CORRECTION_KEY} must be int8 or int16 of shape {list(param.shape)}, got {got}"
-        )
+        raise ValueError(f"{what}: {CORRECTION_KEY} must be int8 or int16 of shape {list(shape)}, got {got}")
     if value is not None:
         for ours in made.values():
-            ours.copy_(master.converted(value.detach(), ours.dtype))
+            local(ours).copy_(master.converted(value.detach(), ours.dtype))
     return made
 
 
 def master_weight(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """fp32 (fp64 of fp64), a copy: the weight that the step computes with."""
-    correction = state.get(CORRECTION_KEY)
+    """fp32 (fp64 of fp64), a copy, a DTensor where ``param`` is one: the weight that the step computes with."""
+    weight, correction = local(param.detach()), state.get(CORRECTION_KEY)
     if correction is None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        return param.detach().to(wide, copy=True)
-    return master.join(param.detach().reshape(-1), correction.reshape(-1)).view(param.shape)
+        return wrap(weight.to(wide, copy=True), param)
+    return wrap(master.join(weight.reshape(-1), local(correction).reshape(-1)).view(weight.shape), param)

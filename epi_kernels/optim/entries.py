@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import choose
+from epi_kernels.distributed import shards
 from epi_kernels.optim.arguments import check_parameter
 from epi_kernels.optim.corrections import CORRECTION_KEY
+from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import INT8, MOMENT_KEYS, SCALE_OF
-from epi_kernels.optim.state import MASK_KEYS, shares_importance
+from epi_kernels.optim.state import shares_importance
 from epi_kernels.reference.bits import packed_bytes
 from epi_kernels.reference.codec import scale_bytes
 from epi_kernels.reference.master import CORRECTION_DTYPES
@@ -26,6 +28,11 @@ class Entry(NamedTuple):
     param: Tensor
     name: str
     rng_id: int  # CRC-32 of the name, or the position when unnamed
+
+    @property
+    def weight(self) -> Tensor:
+        """What of the parameter lies on this rank."""
+        return shards.local(self.param)
 
 
 def check_parameters(
@@ -53,10 +60,9 @@ def check_parameters(
             )
 
 
-def check_gradient(entry: Entry, requested_backend: str) -> None:
-    """Refuses what no backend steps, before anything changes."""
-    param, name, grad = entry.param, entry.name, entry.param.grad
-    assert grad is not None
+def check_gradient(entry: Entry, grad: Tensor, requested_backend: str) -> None:
+    """Refuses what no backend steps, before anything changes. ``grad``: what of it lies on this rank."""
+    param, name = entry.weight, entry.name
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {name} is sparse, which MaskedEMAAdamW does not support: "
@@ -79,13 +85,11 @@ def _is_expanded(tensor: Tensor) -> bool:
     return any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape))
 
 
-def check_written_gradient(entry: Entry) -> None:
+def check_written_gradient(entry: Entry, grad: Tensor) -> None:
     """Refuses a gradient that a loss scale cannot be divided out of."""
-    name, grad = entry.name, entry.param.grad
-    assert grad is not None
     if _is_expanded(grad):
         raise RuntimeError(
-            f"the gradient of {name} is expanded (several elements share one place in memory), so a loss scale cannot "
+            f"the gradient of {entry.name} is expanded (several elements share one place in memory), so a loss scale cannot "
             "be divided out of it in place: use .contiguous() on it"
         )
 
@@ -98,7 +102,7 @@ def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
 
     It happens when a parameter is resized or moved after the first step.
     """
-    param = entry.param
+    param, state = entry.weight, local_state(state)
     for key in (*MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS):
         if key in state and not isinstance(state[key], Tensor):
             _refuse_state(entry, key, state[key])
@@ -121,6 +125,11 @@ def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
         _check_bytes(entry, state, key, packed_bytes(param.numel()) if key in state else None)
 
 
+def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state's tensors on this rank."""
+    return {key: shards.local(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
 def _lies_beside(value: Tensor, param: Tensor) -> bool:
     return value.shape == param.shape and value.device == param.device and value.is_contiguous()
 
@@ -131,13 +140,13 @@ def _check_bytes(entry: Entry, state: Mapping[str, Any], key: str, expected: int
     if value is None and expected is None:
         return
     if value is None or not (
-        value.shape == (expected,) and value.device == entry.param.device and value.dtype == torch.uint8
+        value.shape == (expected,) and value.device == entry.weight.device and value.dtype == torch.uint8
     ):
         _refuse_state(entry, key, value)
 
 
 def _refuse_state(entry: Entry, key: str, value: Any) -> None:
-    param = entry.param
+    param = entry.weight
     found = "missing" if value is None else f"a {type(value).__name__}"
     if isinstance(value, Tensor):
         found = f"{value.dtype} {list(value.shape)} on {value.device}"
@@ -151,8 +160,10 @@ def _refuse_state(entry: Entry, key: str, value: Any) -> None:
 def param_tensors(
     param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], layer: int
 ) -> ParamTensors:
+    """Of what lies on this rank."""
+    state = local_state(state)
     return ParamTensors(
-        param=param,
+        param=shards.local(param),
         grad=None,
         exp_avg=state["exp_avg"],
         exp_avg_sq=state["exp_avg_sq"],

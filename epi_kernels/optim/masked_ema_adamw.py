@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from epi_kernels.optim import arguments, carry, schedules
+from epi_kernels.distributed import shards
+from epi_kernels.distributed.world import World
+from epi_kernels.optim import arguments, carry, ranks, schedules
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.corrections import master_weight
@@ -19,8 +21,9 @@ from epi_kernels.optim.masks import check_mask, install_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
 from epi_kernels.optim.report import IsolationReport, warn_nothing_selected
+from epi_kernels.optim.sharded_state import exported
 from epi_kernels.optim.skipped import SkippedSteps
-from epi_kernels.policies.layers import LayerTable, build_layers
+from epi_kernels.policies.layers import LayerTable, Share, build_layers
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
 from epi_kernels.reference import bits
 
@@ -73,6 +76,10 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
+        process_group: ranks that select together. None: all ranks where a parameter is a DTensor (FSDP2's
+            ``fully_shard``, tensor parallelism), else this rank by itself, which is right for
+            ``DistributedDataParallel``. Name one for pipeline stages whose parameters are plain tensors. With a group,
+            ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all its ranks.
 
     Raises:
         ValueError: an argument is out of range; names the argument, the value and what is allowed.
@@ -111,6 +118,7 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         arguments.check_torch_options(
             amsgrad=amsgrad,
@@ -144,6 +152,7 @@ class MaskedEMAAdamW(Optimizer):
             seed=seed,
             backend=backend,
         )
+        self._world = None if process_group is None else World(process_group)
         self._report: IsolationReport | None = None
         self._skipped = SkippedSteps()
         self._warned_nothing_selected = False
@@ -158,7 +167,7 @@ class MaskedEMAAdamW(Optimizer):
         Raises:
             ValueError: an option is out of range or not a group's, a parameter has a dtype that no backend steps,
                 or a name is missing where ``layer_key`` needs one, or taken.
-            NotImplementedError: a parameter is a DTensor.
+            NotImplementedError: a parameter is sharded in a way that is not supported, with what to use instead.
             RuntimeError: the backend asked for cannot step a parameter.
         """
         if not isinstance(param_group, dict):
@@ -177,6 +186,8 @@ class MaskedEMAAdamW(Optimizer):
         group[_VERSION] = state_.STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
+        if self._world is None and any(map(shards.is_sharded, group["params"])):
+            self._world = World()
 
     def _parameters(self) -> Iterator[Entry]:
         """Every parameter in order; unnamed ones go by position."""
@@ -218,14 +229,17 @@ class MaskedEMAAdamW(Optimizer):
         # both set by torch.amp.GradScaler
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
+        grads = self._grads(params)
+        if self._makes_a_template(grads):
+            self._step_plan(params, grads, written=False)
+            return loss
         # what a refresh may refuse is looked at before anything changes
         may_refresh, now = self._refresh_may_follow(), None
-        layers = self._layers() if may_refresh else None
         if may_refresh:
             self._settle()
             found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
             now = None if found_inf else schedules.due_settings(self._config, self.param_groups[0])
+        layers = None if now is None else self._layers(now)
         plan = self._step_plan(params, grads, written=grad_scale is not None)
         if found_inf is not None and (may_refresh or not plan.counts_on_device):
             self._settle()
@@ -233,7 +247,6 @@ class MaskedEMAAdamW(Optimizer):
                 return loss
             found_inf = None
 
-        layers = None if now is None else layers
         stats = None if layers is None else StatsByDevice(len(layers.names), self._config)
         plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
         self._set_isolation_step(self._isolation_step + 1)
@@ -248,8 +261,33 @@ class MaskedEMAAdamW(Optimizer):
         if self._plan is None or not self._plan.fits(params, grads, self.state):
             self._plan = None
             entries = list(self._parameters())
-            self._plan = StepPlan(entries, self.state, self._config, written=written)
+            if self._world is not None and not self._world.agreed:
+                held = ranks.holdings(entries, self._config)
+                self._world.agree(held, ranks.settings(self._config), self._device())
+            self._plan = StepPlan(entries, grads, self.state, self._config, written=written)
         return self._plan
+
+    def _grads(self, params: list[Tensor]) -> list[Tensor | None]:
+        """The gradients; of sharded parameters, what lies on this rank."""
+        grads = [param.grad for param in params]
+        if self._world is None:
+            return grads
+        return shards.local_grads(params, grads, list(map(shards.is_sharded, params)))
+
+    def _device(self) -> torch.device:
+        """Where what is reduced over devices and ranks lies."""
+        for entry in self._parameters():
+            return entry.param.device
+        return torch.device("cpu")
+
+    def _makes_a_template(self, grads: list[Tensor | None]) -> bool:
+        """Whether this is no step of a training run: ``torch.distributed.checkpoint`` makes the state of a fresh
+        optimizer by one with lr 0 and gradients 0, and the state must come out as if it had not."""
+        fresh = self._isolation_step == 0 and not any(self.state.values())
+        if not fresh or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        moves = any(bool(grad.any()) for grad in grads if grad is not None)
+        return not (moves if self._world is None else self._world.any(moves, self._device()))
 
     # ---------------------------------------------------------------- T, where a device may skip steps
 
@@ -264,20 +302,28 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- the refresh
 
-    def _layers(self) -> LayerTable:
+    def _layers(self, now: IsolationConfig) -> LayerTable:
         entries = list(self._parameters())
         for entry in entries:  # what a refresh would stumble over
             arguments.check_group_options({"isolate": entry.group["isolate"]})
             check_state(entry, self.state.get(entry.param, {}))
-        shares = ((param, name, group["isolate"]) for group, param, name, _ in entries)
-        return build_layers(shares, self._config.layer_key)
+        world = self._world
+        if world is not None:
+            settings, held = ranks.settings(now), ranks.holdings(entries, self._config)
+            world.open_refresh(held, settings, self._isolation_step, self._device())
+            return world.layers({name: param for _, param, name, _ in entries})
+        layer_of = self._config.layer_key or (lambda name: name)
+        return build_layers(
+            Share(param, name, param.numel(), layer_of(name), group["isolate"])
+            for group, param, name, _ in entries
+        )
 
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
         self._settle()
-        layers = self._layers()
         now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
+        layers = self._layers(now)
         return self._refresh(layers, StatsByDevice(len(layers.names), now), now, covered=set(), due=False)
 
     def _refresh(
@@ -286,7 +332,8 @@ class MaskedEMAAdamW(Optimizer):
         """Stages 2 to 4, with the numbers in ``now``; ``covered``: parameters whose stats the step has reduced."""
         entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
         partitions, stateless = partition(entries, self.state, layers, covered, now)
-        self._report = refresh(partitions, layers, stateless, stats, now, self._isolation_step)
+        step, device = self._isolation_step, self._device()
+        self._report = refresh(partitions, layers, stateless, stats, now, step, self._world, device)
         schedules.after_refresh(now, self.param_groups, self._report, due=due)
         self._warn_after_refresh(self._report, layers)
         return self._report
@@ -312,20 +359,25 @@ class MaskedEMAAdamW(Optimizer):
         raise ValueError("this parameter is not in any of the optimizer's groups")
 
     def isolation_mask(self, param: Tensor) -> Tensor:
-        """bool tensor of param's shape, a copy: True where the weight is isolated.
+        """bool tensor of param's shape (a DTensor with its placements where it is one), a copy: True where the weight is
+        isolated.
 
         Raises:
             ValueError: the parameter is in no group.
         """
-        self._entry_of(param)
-        packed = self.state[param].get("isolation_mask") if self.state.get(param) else None
+        weight = self._entry_of(param).weight
+        packed = self.state.get(param, {}).get("isolation_mask")
         if packed is None:
-            return torch.zeros(param.shape, dtype=torch.bool, device=param.device)
-        return bits.unpack(packed, param.numel()).view(param.shape)
+            mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+        else:
+            mask = bits.unpack(packed, weight.numel()).view(weight.shape)
+        return shards.wrap(mask, param)
 
     @torch.no_grad()
     def set_isolation_mask(self, param: Tensor, mask: Tensor, *, persistent: bool = False) -> None:
         """Installs a mask (bool, param's shape and device) until the next refresh, or for good.
+
+        For a DTensor: one with its mesh and placements, or the whole mask on every rank.
 
         Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
         ``isolation_ratio=0`` and ``isolate=False`` too. Installing an all-False persistent mask lifts it.
@@ -388,9 +440,17 @@ class MaskedEMAAdamW(Optimizer):
         return state_.bytes_by_kind(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here."""
+        """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.
+
+        Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard.
+        """
         self._settle()
-        return super().state_dict()
+        found = super().state_dict()
+        params = dict.fromkeys(param for group in self.param_groups for param in group["params"])
+        for number, param in enumerate(params):
+            if shards.is_sharded(param) and number in found["state"]:
+                found["state"][number] = exported(found["state"][number], param)
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -406,14 +466,37 @@ class MaskedEMAAdamW(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        state, groups = state_.read_state_dict(state_dict, self.param_groups, self._config)
+        state, groups = self._read(state_dict)
         self._plan = None  # and the state it holds
         self.__setstate__({"state": state, "param_groups": groups})
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _read(self, state_dict: Mapping[str, Any]) -> tuple[Any, Any]:
+        """``read_state_dict``, by all ranks or by none."""
+        found, refused = None, None
+        try:
+            found = state_.read_state_dict(state_dict, self.param_groups, self._config)
+        except Exception as error:
+            refused = error
+        if self._world is not None and self._world.any(refused is not None, self._device()):
+            refused = refused or ValueError(
+                "another rank refused the state dict: nothing was loaded here either"
+            )
+        if refused is not None:
+            raise refused
+        assert found is not None
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        own = ("_config", "_report", "_skipped", "_warned_nothing_selected", "_step_supports_amp_scaling")
+        own = (
+            "_config",
+            "_world",
+            "_report",
+            "_skipped",
+            "_warned_nothing_selected",
+            "_step_supports_amp_scaling",
+        )
         return super().__getstate__() | {name: self.__dict__[name] for name in own}

@@ -7,8 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_kernels.optim.state import zero_mask
-from epi_kernels.reference.bits import pack
+from epi_kernels.distributed.shards import is_sharded, local, shard_of
+from epi_kernels.optim.pages import zeros
+from epi_kernels.reference.bits import pack, packed_bytes
+
+MASK_KEYS = ("isolation_mask", "persistent_mask")
+
+
+def zero_mask(param: Tensor) -> Tensor:
+    """Of what lies on this rank."""
+    weight = local(param)
+    return zeros((packed_bytes(weight.numel()),), torch.uint8, weight.device)
+
+
+def load_mask(value: Any, weight: Tensor, what: str) -> Tensor:
+    """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of weight's shape."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what}: a mask is a tensor, got {type(value).__name__}")
+    if value.dtype == torch.bool and value.shape == weight.shape:
+        return pack(value.to(weight.device))
+    expected = packed_bytes(weight.numel())
+    if value.dtype != torch.uint8 or value.shape != (expected,):
+        raise ValueError(
+            f"{what}: a packed mask of {weight.numel()} elements is uint8 [{expected}], "
+            f"got {value.dtype} {list(value.shape)}; the state is truncated or not ours"
+        )
+    mask = value.detach().to(weight.device, copy=True)
+    spare = -weight.numel() % 8
+    if spare and int(mask[-1]) >> (8 - spare):
+        raise ValueError(f"{what}: padding bits past element {weight.numel()} are set; the state is damaged")
+    return mask
 
 
 def check_mask(mask: Any, param: Tensor) -> None:
@@ -25,11 +53,24 @@ def check_mask(mask: Any, param: Tensor) -> None:
         raise ValueError(f"mask must have the parameter's shape {list(param.shape)}, got {list(mask.shape)}")
     if mask.device != param.device:
         raise ValueError(f"mask must be on the parameter's device {param.device}, got {mask.device}")
+    if is_sharded(mask):
+        like = is_sharded(param) and mask.device_mesh == param.device_mesh
+        if not like or mask.placements != param.placements:
+            raise ValueError("a mask that is a DTensor must have the parameter's mesh and placements")
+
+
+def _part(mask: Tensor, param: Tensor) -> Tensor:
+    """What of the mask lies on this rank; a plain mask is of the whole parameter."""
+    if is_sharded(param) and not is_sharded(mask):
+        shard = shard_of(param)
+        assert shard is not None, "refused when the parameter joined"
+        return mask[shard.slices]
+    return local(mask)
 
 
 def install_mask(state: dict[str, Any], param: Tensor, mask: Tensor, *, persistent: bool) -> None:
     """Until the next refresh, beside persistent bits; or as the persistent bits, beside the others."""
-    packed = pack(mask)
+    packed = pack(_part(mask, param))
     current = state.setdefault("isolation_mask", zero_mask(param))
     lasting = state.pop("persistent_mask", None)
     if persistent:

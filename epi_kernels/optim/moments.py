@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.distributed.shards import local, wrap
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.pages import zeros
 from epi_kernels.reference import codec
@@ -28,12 +29,13 @@ def moment_dtype(key: str, param: Tensor, config: IsolationConfig) -> torch.dtyp
 
 
 def new_moment(key: str, param: Tensor, config: IsolationConfig) -> dict[str, Tensor]:
-    """Zeros, with their scales where they are codes."""
+    """Zeros, with their scales where they are codes: of what lies on this rank, as DTensors where ``param`` is one."""
     dtype = moment_dtype(key, param, config)
     # row-major whatever the parameter's strides: masks, blocks and random numbers count logical positions
-    made = {key: zeros(param.shape, dtype, param.device)}
+    weight = local(param)
+    made = {key: wrap(zeros(weight.shape, dtype, weight.device), param)}
     if dtype == INT8:
-        n_scales = codec.scale_bytes(param.numel())
+        n_scales = codec.scale_bytes(weight.numel())
         made[SCALE_OF[key]] = zeros((n_scales,), torch.uint8, param.device)
     return made
 
@@ -71,7 +73,7 @@ def read_moment(entry: Mapping[str, Any], key: str, shape: torch.Size, what: str
 
 def write_moment(state: dict[str, Any], key: str, values: Tensor) -> None:
     """``values`` into a moment of ours, rounded to nearest where it is narrower."""
-    target = state[key]
+    target = local(state[key])
     if SCALE_OF[key] not in state:
         target.copy_(values)
         return
@@ -85,11 +87,11 @@ def load_moment(
     entry: Mapping[str, Any], key: str, param: Tensor, config: IsolationConfig, what: str
 ) -> dict[str, Tensor]:
     """A moment of a saved state as ours: codes for codes to the bit, anything else by value."""
-    values = read_moment(entry, key, param.shape, what)
+    values = read_moment(entry, key, local(param).shape, what)
     made = new_moment(key, param, config)
     if made[key].dtype == INT8 and entry[key].dtype == INT8:
         for part in (key, SCALE_OF[key]):
-            made[part].copy_(entry[part].detach())
+            local(made[part]).copy_(entry[part].detach())
     else:
         write_moment(made, key, values)
     return made

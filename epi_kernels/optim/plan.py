@@ -17,7 +17,8 @@ from torch import Tensor
 
 from epi_kernels.backends import Backend, choose
 from epi_kernels.backends.addresses import Watch, addresses
-from epi_kernels.backends.batch import StepBatch, share_storage
+from epi_kernels.backends.batch import LOW_PRECISION, StepBatch, share_storage
+from epi_kernels.distributed import shards
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.entries import (
     Entry,
@@ -26,6 +27,7 @@ from epi_kernels.optim.entries import (
     check_written_gradient,
     param_tensors,
 )
+from epi_kernels.optim.moments import moment_dtype
 from epi_kernels.optim.refresh import StatsByDevice
 from epi_kernels.optim.state import complete_state, shares_importance
 from epi_kernels.policies.layers import LayerTable
@@ -48,18 +50,20 @@ class StepPlan:
     def __init__(
         self,
         entries: Sequence[Entry],
+        grads: Sequence[Tensor | None],  # of the entries; of sharded ones, what lies on this rank
         state_of: Mapping[Tensor, dict[str, Any]],
         config: IsolationConfig,
         *,
         written: bool,  # a loss scale will be divided out of the gradients
     ) -> None:
         self._all_params = [entry.param for entry in entries]
-        stepped = [entry for entry in entries if entry.param.grad is not None]
-        for entry in stepped:
-            check_gradient(entry, config.backend)
+        stepped = [entry for entry, grad in zip(entries, grads, strict=True) if grad is not None]
+        for entry, grad in zip(stepped, _present(grads), strict=True):
+            check_gradient(entry, grad, config.backend)
             if written:
-                check_written_gradient(entry)
+                check_written_gradient(entry, grad)
             check_state(entry, state_of.get(entry.param, {}))
+            check_index(entry, config)
         groups = list({id(entry.group): entry.group for entry in stepped}.values())
         # before there is state: a value that cannot be computed with must leave none behind
         hyper_of = {id(group): _hyper_parameters(group) for group in groups}
@@ -67,7 +71,9 @@ class StepPlan:
         self._config = config
         self._stepped = stepped
         self._params = [entry.param for entry in stepped]
+        self._sharded = [shards.is_sharded(param) for param in self._params]
         states = [state_of[entry.param] for entry in stepped]
+        self._rows: list[ParamTensors] = []
         rows_of: dict[int, list[ParamTensors]] = {id(group): [] for group in groups}
         self._group_rows = [(group, rows_of[id(group)]) for group in groups]
         batches: dict[tuple[str, torch.device], tuple[Backend, list[ParamTensors], list[int]]] = {}
@@ -85,8 +91,10 @@ class StepPlan:
             group, param, _, rng_id = entry
             tensors = param_tensors(param, state, group, layer=-1)
             tensors.step, tensors.rng_id = state["step"], rng_id
+            take_index(tensors, param)
             tensors.hyper, tensors.maximize = hyper_of[id(group)], group["maximize"]
             rows_of[id(group)].append(tensors)
+            self._rows.append(tensors)
             _, batch, positions = batches.setdefault((backend.name, param.device), (backend, [], []))
             positions.append(position)
             batch.append(tensors)
@@ -100,16 +108,21 @@ class StepPlan:
         self._state_values = _state_values(state_of)
         self._state_watch = Watch(
             [
-                value
+                shards.local(value)
                 for value in self._state_values
                 if isinstance(value, Tensor) and value.layout == torch.strided
             ]
         )
-        self._addresses = addresses(self._params)
-        on_cpu = all(param.is_cpu for param in self._params)
+        weights = self._weights()
+        self._addresses = addresses(weights)
+        on_cpu = all(weight.is_cpu for weight in weights)
         attributes = (_DTYPE, _IS_CPU if on_cpu else _DEVICE, _SHAPE, _LAYOUT)
-        self._like = [(of, list(map(of, self._params))) for of in attributes]
-        self._weights_like = [(of, list(map(of, self._params))) for of in _OF_WEIGHTS]
+        self._like = [(of, list(map(of, weights))) for of in attributes]
+        self._weights_like = [(of, list(map(of, weights))) for of in _OF_WEIGHTS]
+
+    def _weights(self) -> list[Tensor]:
+        """What of the parameters lies on this rank; FSDP2 may put other memory under them."""
+        return shards.locals_of(self._params, self._sharded) if any(self._sharded) else self._params
 
     @property
     def counts_on_device(self) -> bool:
@@ -128,11 +141,11 @@ class StepPlan:
             return False
         if [grad is None for grad in grads] != self._missing:
             return False
-        present = [grad for grad in grads if grad is not None]
+        present, weights = _present(grads), self._weights()
         return (
             self._switches() == self._fixed
-            and np.array_equal(addresses(self._params), self._addresses)
-            and all(list(map(of, self._params)) == like for of, like in self._weights_like)
+            and np.array_equal(addresses(weights), self._addresses)
+            and all(list(map(of, weights)) == like for of, like in self._weights_like)
             and self._same_state(_state_values(state_of))
             and all(list(map(of, present)) == like for of, like in self._like)
         )
@@ -155,13 +168,15 @@ class StepPlan:
     ) -> None:
         """Steps every entry; with ``stats``, layer statistics are reduced in the same pass."""
         self._take_hyper_parameters()
-        present = self._readable([grad for grad in grads if grad is not None], written=grad_scale is not None)
+        present = self._readable(_present(grads), written=grad_scale is not None)
         if layers is not None:
-            for group, rows in self._group_rows:
-                for tensors in rows:
-                    tensors.layer = layers.row_of.get(tensors.param, -1) if group["isolate"] else -1
+            for entry, tensors in zip(self._stepped, self._rows, strict=True):
+                counted = entry.group["isolate"] and entry.param in layers.counted
+                tensors.layer = layers.row_of[entry.param] if counted else -1
         # kernels write through addresses; autograd must still notice that saved weights have changed
         torch.autograd.graph.increment_version(self._params)
+        if any(self._sharded):
+            torch.autograd.graph.increment_version(self._weights())
         for device, backend, batch, positions in self._batches:
             batch.grads = present if len(self._batches) == 1 else [present[i] for i in positions]
             backend.step(
@@ -181,8 +196,8 @@ class StepPlan:
     def _readable(self, grads: list[Tensor], *, written: bool) -> list[Tensor]:
         """Gradients whose memory holds their values. ``written``: a loss scale is divided out of them in place."""
         if written and not all(map(Tensor.is_contiguous, grads)):
-            for entry in self._stepped:
-                check_written_gradient(entry)
+            for entry, grad in zip(self._stepped, grads, strict=True):
+                check_written_gradient(entry, grad)
         # a lazily negated gradient keeps its sign beside its memory, where kernels do not look
         return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
 
@@ -197,6 +212,37 @@ class StepPlan:
         return [
             (group["maximize"], group["isolate"], shares_importance(group)) for group, _ in self._group_rows
         ]
+
+
+def check_index(entry: Entry, config: IsolationConfig) -> None:
+    """Refuses a shard whose elements' places in the whole the backend cannot count, where random bits need them."""
+    param = entry.param
+    kinds = {param.dtype, moment_dtype("exp_avg", param, config)}
+    if not shares_importance(entry.group):
+        kinds.add(moment_dtype("importance", param, config))
+    if not shards.is_sharded(param) or not config.stochastic_rounding or kinds.isdisjoint(LOW_PRECISION):
+        return
+    shard = shards.shard_of(param)
+    index = None if shard is None else shard.index()
+    backend = choose(config.backend, param.device, param.dtype).backend
+    if index is None or (index.run and not backend.places_runs):
+        raise RuntimeError(
+            f"{entry.name} is sharded as {param.placements}, for which the {backend.name} backend has no stochastic "
+            "rounding: shard it along its first dimension, or pass stochastic_rounding=False"
+            + ("" if index is None else ', or backend="triton"')
+        )
+
+
+def take_index(tensors: ParamTensors, param: Tensor) -> None:
+    """Where a shard's elements lie in the whole: random numbers count logical positions."""
+    shard = shards.shard_of(param) if shards.is_sharded(param) else None
+    index = None if shard is None else shard.index()
+    if index is not None:
+        tensors.index_offset, tensors.index_run, tensors.index_stride = index.offset, index.run, index.stride
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [grad for grad in grads if grad is not None]
 
 
 class _Share(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from epi_kernels.backends import choose
 from epi_kernels.backends.protocol import Backend
+from epi_kernels.distributed import shards
+from epi_kernels.distributed.world import World
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.entries import Entry, param_tensors
 from epi_kernels.optim.report import IsolationReport
@@ -29,8 +31,11 @@ class Partition:
 
     device: torch.device
     backend: Backend
-    tensors: list[ParamTensors]
-    stats_pending: list[ParamTensors]  # eligible, and not covered by the step that led here
+    counted: list[ParamTensors] = field(default_factory=list)  # what this rank counts
+    repeated: list[ParamTensors] = field(default_factory=list)  # another rank counts what it also holds
+    stats_pending: list[ParamTensors] = field(
+        default_factory=list
+    )  # counted, eligible, not covered by the step
 
 
 def partition(
@@ -40,20 +45,21 @@ def partition(
     covered: set[Tensor],  # parameters whose stats the step has already reduced
     config: IsolationConfig,
 ) -> tuple[list[Partition], list[int]]:
-    """Parameters with state by backend and device; per layer, the eligible elements without any."""
+    """Parameters with state by backend and device; per layer, the eligible elements without any, as this rank counts."""
     stateless = [0] * len(layers.names)
     partitions: dict[tuple[str, torch.device], Partition] = {}
     for group, param, _, _ in entries:
         row, state = layers.row_of[param], state_of.get(param)
         if not state:
-            stateless[row] += param.numel() if group["isolate"] else 0
+            counted = group["isolate"] and param in layers.counted
+            stateless[row] += shards.local(param).numel() if counted else 0
             continue
         complete_state(state, param, group, config)
         backend = choose(config.backend, param.device, param.dtype).backend
-        part = partitions.setdefault((backend.name, param.device), Partition(param.device, backend, [], []))
+        part = partitions.setdefault((backend.name, param.device), Partition(param.device, backend))
         tensors = param_tensors(param, state, group, row)
-        part.tensors.append(tensors)
-        if group["isolate"] and param not in covered:
+        (part.counted if param in layers.counted else part.repeated).append(tensors)
+        if group["isolate"] and param in layers.counted and param not in covered:
             part.stats_pending.append(tensors)
     return list(partitions.values()), stateless
 
@@ -89,16 +95,24 @@ def refresh(
     stats_by_device: StatsByDevice,
     config: IsolationConfig,
     step: int,
+    world: World | None,
+    device: torch.device,  # of the values that are reduced over devices and ranks
 ) -> IsolationReport:
-    """Writes every mask anew. ``stats_by_device`` may already hold what the step kernel reduced."""
-    device = partitions[0].device if partitions else torch.device("cpu")
+    """Writes every mask anew. ``stats_by_device`` may already hold what the step kernel reduced.
+
+    ``world``: ranks that select together; None where this rank holds every element that is selected.
+    """
     zeros = torch.tensor(stateless, dtype=torch.int64, device=device)
     k, domain = _domains(table, config)
 
     stats = _stats(partitions, stats_by_device, zeros, device)
+    if world is not None:
+        world.merge_stats_(stats)
     terms = score_terms(stats, torch.tensor(table.n_elements, device=device), config.normalization)
-    found = _threshold(partitions, table, terms, k, domain, zeros, config, device)
+    found = _threshold(partitions, table, terms, k, domain, zeros, config, world, device)
     drift = _mask(partitions, table, terms, found, device)
+    if world is not None:
+        world.sum_report_(drift, stats)
 
     return IsolationReport(
         step=step,
@@ -137,10 +151,16 @@ def _mask(
     thresholds = torch.where(eligible, found.threshold[found.domain], torch.inf)
     drift = torch.zeros(len(table.names), 3, dtype=torch.int64, device=device)
     for part in partitions:
+        part_terms, part_thresholds = _terms_to(terms, part.device), thresholds.to(part.device)
+
+        def select(tensors: list[ParamTensors], into: Tensor, part=part) -> None:
+            masked = [item for item in tensors if item.isolation_mask is not None]
+            part.backend.select(masked, part_terms, part_thresholds, found.keep_factor, into)
+
         part_drift = drift if part.device == device else torch.zeros_like(drift, device=part.device)
-        masked = [item for item in part.tensors if item.isolation_mask is not None]
-        part_terms = _terms_to(terms, part.device)
-        part.backend.select(masked, part_terms, thresholds.to(part.device), found.keep_factor, part_drift)
+        select(part.counted, part_drift)
+        if part.repeated:
+            select(part.repeated, torch.zeros_like(part_drift))
         if part_drift is not drift:
             drift += part_drift.to(device)
     return drift
@@ -178,6 +198,7 @@ def _threshold(
     domain: list[int],
     zeros: Tensor,
     config: IsolationConfig,
+    world: World | None,
     device: torch.device,
 ) -> Thresholds:
     factor = selection.keep_factor(config.hysteresis)
@@ -195,14 +216,15 @@ def _threshold(
         bin_bits=selection.bin_bits(len(k)),
         keep_factor=factor,
     )
-    counted = [[item for item in part.tensors if table.eligible[item.layer]] for part in partitions]
+    counted = [[item for item in part.counted if table.eligible[item.layer]] for part in partitions]
     # a backend that holds every element may search by itself, without a word to the host in between
-    alone = getattr(partitions[0].backend, "find_thresholds", None) if len(partitions) == 1 else None
+    only = partitions[0].backend if world is None and len(partitions) == 1 else None
+    alone = getattr(only, "find_thresholds", None)
     if alone is not None:
         threshold, count_ge = alone(counted[0], terms, problem)
     else:
         sampled = table.total_eligible >= selection.SAMPLE_FROM_ELEMENTS and any(k)
-        search = _search(partitions, counted, terms, problem, device, sampled=sampled)
+        search = _search(partitions, counted, terms, problem, world, device, sampled=sampled)
         threshold, count_ge = search.threshold, search.count_ge
     return Thresholds(threshold, count_ge, problem.domain, factor)
 
@@ -212,11 +234,12 @@ def _search(
     counted: Sequence[Sequence[ParamTensors]],  # per partition: what is eligible
     terms: ScoreTerms,
     problem: SearchProblem,
+    world: World | None,
     device: torch.device,
     *,
     sampled: bool,
 ) -> KthSearch:
-    """Counting passes over all partitions, with the brackets on ``device``."""
+    """Counting passes over all partitions and ranks, with the brackets on ``device``."""
     search = KthSearch.start(problem)
 
     def counting_pass(stride: int) -> None:
@@ -229,6 +252,8 @@ def _search(
                 part.backend.count(tensors, _terms_to(terms, part.device), local, stride)
                 search.histogram += local.histogram.to(device)
         search.add_zero_elements(terms, problem.zeros // stride)
+        if world is not None:
+            world.sum_(search.histogram)
 
     if sampled:
         counting_pass(selection.SAMPLE_STRIDE)

@@ -11,25 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.distributed.shards import local
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
+from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
-from epi_kernels.optim.pages import zeros
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
-from epi_kernels.reference.bits import pack, packed_bytes
+from epi_kernels.optim.sharded_state import localized
 
 STATE_VERSION = 1
 VERSION_KEY = "isolation_version"
-MASK_KEYS = ("isolation_mask", "persistent_mask")
 
 
 def shares_importance(group: Mapping[str, Any]) -> bool:
     """Whether ``exp_avg_sq`` serves as the importance of a group's parameters."""
     return group["importance_beta"] is None or group["importance_beta"] == group["betas"][1]
-
-
-def zero_mask(param: Tensor) -> Tensor:
-    return zeros((packed_bytes(param.numel()),), torch.uint8, param.device)
 
 
 def complete_state(
@@ -46,25 +42,6 @@ def complete_state(
         state.update(new_correction(param, config))
     if "isolation_mask" not in state and config.isolates:
         state["isolation_mask"] = zero_mask(param)
-
-
-def load_mask(value: Tensor, param: Tensor, what: str) -> Tensor:
-    """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of the parameter's shape."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{what}: a mask is a tensor, got {type(value).__name__}")
-    if value.dtype == torch.bool and value.shape == param.shape:
-        return pack(value.to(param.device))
-    expected = packed_bytes(param.numel())
-    if value.dtype != torch.uint8 or value.shape != (expected,):
-        raise ValueError(
-            f"{what}: a packed mask of {param.numel()} elements is uint8 [{expected}], "
-            f"got {value.dtype} {list(value.shape)}; the state is truncated or not ours"
-        )
-    mask = value.detach().to(param.device, copy=True)
-    spare = -param.numel() % 8
-    if spare and int(mask[-1]) >> (8 - spare):
-        raise ValueError(f"{what}: padding bits past element {param.numel()} are set; the state is damaged")
-    return mask
 
 
 def read_step(value: Any, what: str) -> Tensor:
@@ -91,6 +68,7 @@ def _load_param_state(
     saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
 ) -> dict[str, Any]:
     """One parameter's state: clones in our dtypes, checked against the parameter."""
+    saved = localized(saved, param, f"state of {name}")
     known = {"step", *MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS}
     unknown = [key for key in saved if key not in known]
     if unknown:
@@ -108,7 +86,10 @@ def _load_param_state(
     state.update(load_correction(saved, param, config, f"state of {name}"))
     for key in MASK_KEYS:
         if key in saved:
-            state[key] = load_mask(saved[key], param, f"state of {name}, {key}")
+            state[key] = load_mask(saved[key], local(param), f"state of {name}, {key}")
+    for key in MASK_KEYS:  # a sharded state dict has both, in use or not; what p asks for comes back
+        if key in state and not bool(state[key].any()):
+            del state[key]
     complete_state(state, param, group, config)
     return state
 
@@ -127,7 +108,7 @@ def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     for state in states:
         for key, value in state.items():
             if isinstance(value, Tensor):
-                sizes[kind_of.get(key, "other")] += value.numel() * value.element_size()
+                sizes[kind_of.get(key, "other")] += local(value).nbytes
     sizes["total"] = sum(sizes.values())
     return sizes
 

@@ -65,9 +65,12 @@ def encode(x: Tensor, random_bits: Tensor | None, *, signed: bool) -> tuple[Tens
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Inverse of ``encode``: [n] fp32, exact."""
-    n = codes.numel()
-    code = _blocks(codes.to(torch.int32))
-    scale = scales.to(torch.int32).view(-1, 1)
+    return decode_each(_blocks(codes), scales.view(-1, 1), signed=signed).view(-1)[: codes.numel()]
+
+
+def decode_each(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """fp32 of codes' shape: codes whose scales are given element by element, or broadcast."""
+    code, scale = codes.to(torch.int32), scales.to(torch.int32)
     nonfinite = scale == NONFINITE
     exponent = scale.masked_fill(nonfinite, 0) + _LOWEST
     bits = ((code & 0x7F) if signed else code) << 19
@@ -75,7 +78,7 @@ def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     x = x * _power_of_two(exponent - (7 if signed else 15))
     if signed:
         x = (x.view(torch.int32) | ((code & 0x80) << 24)).view(torch.float32)
-    return x.masked_fill(nonfinite, torch.nan if signed else torch.inf).view(-1)[:n]
+    return x.masked_fill(nonfinite, torch.nan if signed else torch.inf)
 
 
 def _blocks(x: Tensor) -> Tensor:

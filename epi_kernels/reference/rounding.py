@@ -36,9 +36,16 @@ def stream_key(seed: int, t: Words, rng_id: Words) -> Words:
     return mix(mix(mixed_seed(seed) ^ (t & _WORD)) ^ (rng_id & _WORD))
 
 
-def random_words(key: int, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Words w0, w1 ([count] int64 holding uint32) of the elements ``start .. start + count - 1``."""
-    index = torch.arange(start, start + count, dtype=torch.int64, device=device)
+def logical_index(
+    count: int, device: torch.device, *, offset: int = 0, run: int = 0, stride: int = 0
+) -> Tensor:
+    """[count] int64: where the elements of a shard lie in the whole tensor (``ParamTensors.index_run``)."""
+    index = torch.arange(count, dtype=torch.int64, device=device)
+    return offset + (index // run * stride + index % run if run else index)
+
+
+def random_words(key: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Words w0, w1 ([n] int64 holding uint32) of the elements at ``index`` ([n] int64)."""
     element_key = mix(key ^ (index >> 32))
     w0 = mix((index & _WORD) ^ element_key)
     w1 = mix((w0 + _GOLDEN) & _WORD)

@@ -80,7 +80,10 @@ def step_(
 
     r_theta = r_exp_avg = r_exp_avg_sq = r_importance = None
     if rng_key is not None:
-        w0, w1 = rounding.random_words(rng_key, tensors.index_offset, n, theta.device)
+        index = rounding.logical_index(
+            n, theta.device, offset=tensors.index_offset, run=tensors.index_run, stride=tensors.index_stride
+        )
+        w0, w1 = rounding.random_words(rng_key, index)
         r_theta, r_exp_avg = w0 & 0xFFFF, w0 >> 16
         r_exp_avg_sq, r_importance = w1 & 0xFFFF, w1 >> 16
     _store(tensors.exp_avg, tensors.exp_avg_scale, m, r_exp_avg, signed=True)

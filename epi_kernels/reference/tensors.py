@@ -39,6 +39,8 @@ class ParamTensors:
     importance_scale: Tensor | None = None
     weight_correction: Tensor | None = None
     index_offset: int = 0  # logical position of element 0 in the whole (unsharded) tensor
+    index_run: int = 0  # element i is at index_offset + i // run * stride + i % run; 0: at index_offset + i
+    index_stride: int = 0
 
     @property
     def u(self) -> Tensor:

@@ -58,6 +58,7 @@ class TritonBackend:
 
     name = "triton"
     counts_on_device = True
+    places_runs = True
 
     def __init__(self, step_chunk: int | None = None, refresh_chunk: int | None = None) -> None:
         self._step_chunk = step_chunk or (LARGEST_BLOCK if INTERPRETED else STEP_CHUNK)
@@ -144,6 +145,7 @@ class TritonBackend:
                     CORRECTION=variant.correction,
                     FULL=variant.full,
                     STOCHASTIC=stochastic_rounding and variant.any_rounded,
+                    SCATTERED=variant.scattered,
                     UNSCALE=grad_scale is not None,
                     STATS=_stats_kind(stats),
                     ROWS=variant.rows,

@@ -36,6 +36,7 @@ _PARAM, _GRAD = tl.constexpr(table.PARAM), tl.constexpr(table.GRAD)
 _EXP_AVG, _EXP_AVG_SQ = tl.constexpr(table.EXP_AVG), tl.constexpr(table.EXP_AVG_SQ)
 _IMPORTANCE, _MASK = tl.constexpr(table.IMPORTANCE), tl.constexpr(table.ISOLATION_MASK)
 _RNG_KEY, _INDEX_OFFSET = tl.constexpr(table.RNG_KEY), tl.constexpr(table.INDEX_OFFSET)
+_INDEX_RUN, _INDEX_STRIDE = tl.constexpr(table.INDEX_RUN), tl.constexpr(table.INDEX_STRIDE)
 _LAYER, _SCALARS, _ROW = tl.constexpr(table.LAYER), tl.constexpr(SCALARS), tl.constexpr(ROW)
 _FLAGS, _SKIPPED = tl.constexpr(table.FLAGS), tl.constexpr(table.SKIPPED)
 _EXP_AVG_SCALE, _EXP_AVG_SQ_SCALE = tl.constexpr(table.EXP_AVG_SCALE), tl.constexpr(table.EXP_AVG_SQ_SCALE)
@@ -96,6 +97,7 @@ def step_kernel(
     CORRECTION: tl.constexpr,  # of master.py
     FULL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SCATTERED: tl.constexpr,
     UNSCALE: tl.constexpr,
     STATS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -132,7 +134,10 @@ def step_kernel(
         multiplier = tl.load(scalars + 9)
 
     # a chunk crosses at most one multiple of 2^32, so two keys serve all of its elements
-    position = tl.load(row + _INDEX_OFFSET) + start
+    index_offset = tl.load(row + _INDEX_OFFSET)
+    position = index_offset + start
+    if SCATTERED:
+        run, stride = tl.load(row + _INDEX_RUN), tl.load(row + _INDEX_STRIDE)
     rng_key = tl.load(row + _RNG_KEY).to(tl.uint32)
     key = mix(rng_key ^ (position >> 32).to(tl.uint32))
     next_key = mix(rng_key ^ ((position >> 32) + 1).to(tl.uint32))
@@ -169,7 +174,12 @@ def step_kernel(
 
         w0 = 0
         w1 = 0
-        if STOCHASTIC:
+        if STOCHASTIC and SCATTERED:
+            at = start + offsets
+            index = index_offset + at // run * stride + at % run
+            w0 = mix(index.to(tl.uint32) ^ mix(rng_key ^ (index >> 32).to(tl.uint32)))
+            w1 = mix(w0 + 0x9E3779B9)
+        elif STOCHASTIC:
             low = first_index + offsets.to(tl.uint32)
             w0 = mix(low ^ tl.where(low < first_index, next_key, key))
             w1 = mix(w0 + 0x9E3779B9)

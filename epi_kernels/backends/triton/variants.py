@@ -25,6 +25,7 @@ class StepVariant(NamedTuple):
     importance: int  # step.SHARED, or step.OWN and its kind
     full: bool
     correction: int = NO_CORRECTION  # of bfloat16 weights: master.py
+    scattered: bool = False  # a shard in several runs of neighbours (table.INDEX_RUN)
 
     @property
     def kinds(self) -> list[int]:
@@ -77,7 +78,7 @@ def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
     item_bytes = np.array(ITEM_BYTES)[np.stack([param, param, state, state, own, stored], axis=1)]
     columns = [_table.PARAM, _table.GRAD, _table.EXP_AVG, _table.EXP_AVG_SQ, _table.IMPORTANCE]
     aligned = aligned_tensors(rows[:, [*columns, _table.WEIGHT_CORRECTION]], item_bytes, chunk)
-    fields = (param, state, importance, aligned, correction)
+    fields = (param, state, importance, aligned, correction, rows[:, _table.INDEX_RUN] != 0)
     return list(map(StepVariant, *(field.tolist() for field in fields)))
 
 

@@ -1,0 +1,197 @@
+"""The ranks whose parameters are selected together: agreement before anything is reduced, then sums and maxima.
+
+A refresh costs one small all-reduce a stage: bytes are in ``World``'s docstring. An ordinary step costs none.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epi_kernels.distributed.shards import Shard, shard_of
+from epi_kernels.policies.layers import LayerKey, LayerTable, Share, build_layers
+from epi_kernels.reference.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one rank holds of one parameter, and what the ranks that hold others of its parts must agree on."""
+
+    name: str
+    layer: Hashable
+    eligible: bool
+    shard: Shard
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks found when they compared their holdings."""
+
+    shares: list[Share]  # of all ranks, each parameter once, in the order of the ranks
+    counted: frozenset[str]  # names of the parameters whose part here is counted here, not on another rank
+    layout: int  # digest of what was compared
+
+
+class World:
+    """Reductions over a process group, of values that every rank has in the same shape.
+
+    Bytes a refresh: 40 to open it (do all ranks mean the same one?); 8 a layer for the extrema (zscore: 24 more, of
+    float64 sums); 8 a bin and domain for each counting pass, 16 KiB with a global threshold, two to four passes; 32 a
+    layer for the report.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group  # None: all ranks
+        self._agreement: Agreement | None = None
+
+    def __deepcopy__(self, memo: dict) -> World:
+        return World(self.group)  # a process group is the process's, not the optimizer's
+
+    # ---------------------------------------------------------------- agreement
+
+    @property
+    def agreed(self) -> bool:
+        return self._agreement is not None
+
+    def forget(self) -> None:
+        """The ranks compare again before the next step."""
+        self._agreement = None
+
+    def agree(self, holdings: Sequence[Holding], settings: dict[str, Any], device: torch.device) -> None:
+        """All ranks compare what they hold and how they are set.
+
+        Raises:
+            ValueError: on every rank: they do not agree, or a parameter's parts do not make up the whole.
+        """
+        ranks: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(ranks, (list(holdings), settings), group=self.group)
+        _check_settings([settings for _, settings in ranks])
+        rank = dist.get_rank(self.group)
+        self._agreement = _compare([held for held, _ in ranks], rank, _layout(holdings))
+
+    def open_refresh(
+        self, holdings: Sequence[Holding], settings: dict[str, Any], step: int, device: torch.device
+    ) -> None:
+        """All ranks refresh now, after the same step; whoever's parameters have changed makes all compare again.
+
+        Raises:
+            ValueError: on every rank: they are at different steps, or do not agree.
+        """
+        stale = self._agreement is None or _layout(holdings) != self._agreement.layout
+        digest = zlib.crc32(repr(sorted(settings.items())).encode())
+        seen = torch.tensor([stale, step, -step, digest, -digest], dtype=torch.int64, device=device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+        any_stale, last, first, high, low = seen.tolist()
+        if last != -first:
+            raise ValueError(
+                f"the ranks are at different steps, {-first} to {last} (this one at {step}): load the same checkpoint on all "
+                "of them, and call step() and refresh_isolation_mask() on all of them"
+            )
+        if any_stale or high != -low:
+            self.agree(holdings, settings, device)
+
+    def layers(self, params: dict[str, Tensor]) -> LayerTable:
+        """The layers of all ranks; rows of ``params`` (by name) among them."""
+        assert self._agreement is not None
+        table = build_layers(share._replace(param=params.get(share.name)) for share in self._agreement.shares)
+        table.counted = {param for name, param in params.items() if name in self._agreement.counted}
+        return table
+
+    # ---------------------------------------------------------------- reductions
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Whether it holds on some rank."""
+        flag = torch.tensor(int(here), dtype=torch.int64, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+    def sum_(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.group)
+
+    def merge_stats_(self, stats: LayerStats) -> None:
+        """Extrema and, for zscore, the sums of all ranks. Counts of non-finite elements stay this rank's but for zscore,
+        which needs them now; else they go with the report's."""
+        extrema = torch.stack([-stats.minimum, stats.maximum])
+        dist.all_reduce(extrema, dist.ReduceOp.MAX, group=self.group)
+        stats.minimum, stats.maximum = -extrema[0], extrema[1]
+        if stats.with_moments:
+            sums = torch.cat(
+                [stats.moments, stats.nonfinite.double().unsqueeze(1)], dim=1
+            )  # exact below 2^53
+            dist.all_reduce(sums, group=self.group)
+            stats.moments, stats.nonfinite = sums[:, :2].contiguous(), sums[:, 2].long()
+
+    def sum_report_(self, drift: Tensor, stats: LayerStats) -> None:
+        """Counts of all ranks: ``drift`` [layers, 3] int64, and the non-finite elements where they are not yet."""
+        nonfinite = stats.nonfinite if not stats.with_moments else torch.zeros_like(stats.nonfinite)
+        counts = torch.cat([drift, nonfinite.unsqueeze(1)], dim=1)
+        dist.all_reduce(counts, group=self.group)
+        drift.copy_(counts[:, :3])
+        if not stats.with_moments:
+            stats.nonfinite = counts[:, 3].contiguous()
+
+
+def holding(
+    param: Tensor, name: str, *, eligible: bool, layer_key: LayerKey | None, options: dict[str, Any]
+) -> Holding:
+    shard = shard_of(param)
+    assert shard is not None, "refused when the parameter joined"
+    layer = name if layer_key is None else layer_key(name)
+    return Holding(name, layer, eligible, shard, tuple(sorted(options.items())))
+
+
+def _layout(holdings: Sequence[Holding]) -> int:
+    """Digest of what may change between refreshes; options follow schedules, and are compared with the layout alone."""
+    return zlib.crc32(repr([(one.name, one.layer, one.eligible, one.shard) for one in holdings]).encode())
+
+
+def _check_settings(ranks: Sequence[dict[str, Any]]) -> None:
+    for number, settings in enumerate(ranks):
+        for name, value in settings.items():
+            if value != ranks[0][name]:
+                raise ValueError(
+                    f"ranks disagree on {name}: {ranks[0][name]!r} on rank 0, {value!r} on rank {number}; "
+                    "give every rank the same"
+                )
+
+
+def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agreement:
+    first: dict[str, tuple[int, Holding]] = {}
+    owner: dict[str, dict[Shard, int]] = {}
+    for number, holdings in enumerate(ranks):
+        for held in holdings:
+            earlier, one = first.setdefault(held.name, (number, held))
+            for what in ("layer", "eligible", "options"):
+                _check_same(held.name, what, (earlier, getattr(one, what)), (number, getattr(held, what)))
+            _check_same(held.name, "shape", (earlier, one.shard.whole), (number, held.shard.whole))
+            if held.shard.n_elements:
+                owner.setdefault(held.name, {}).setdefault(held.shard, number)
+    for name, (_, held) in first.items():
+        parts = list(owner.get(name, {}))
+        n_elements = sum(part.n_elements for part in parts)
+        whole = Shard(held.shard.whole, (), held.shard.whole).n_elements
+        if n_elements != whole:
+            raise ValueError(
+                f"the parts of {name} on {len(ranks)} ranks hold {n_elements} different elements of {whole}: parts of other "
+                "meshes are mixed in, or ranks of its mesh are missing from the optimizer's process_group"
+            )
+    counted = frozenset(held.name for held in ranks[rank] if owner.get(held.name, {}).get(held.shard) == rank)
+    shares = [
+        Share(None, name, Shard(held.shard.whole, (), held.shard.whole).n_elements, held.layer, held.eligible)
+        for name, (_, held) in first.items()
+    ]
+    return Agreement(shares, counted, layout)
+
+
+def _check_same(name: str, what: str, one: tuple[int, Any], other: tuple[int, Any]) -> None:
+    if one[1] != other[1]:
+        raise ValueError(
+            f"ranks disagree on the {what} of {name}: {one[1]!r} on rank {one[0]}, {other[1]!r} on rank {other[0]}"
+        )

@@ -1,0 +1,46 @@
+"""What the ranks of a sharded optimizer must agree on before they reduce anything together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from epi_kernels.distributed.world import Holding, holding
+from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig
+from epi_kernels.optim.entries import Entry
+
+# layers are compared one by one; which backend steps is each rank's own affair, for all give the same bits
+_OWN = ("layer_key", "backend")
+
+
+def settings(config: IsolationConfig) -> dict[str, Any]:
+    return {
+        field.name: _told(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in _OWN
+    }
+
+
+def _told(value: Any) -> Any:
+    """Functions differ from process to process: what they give for a refresh is compared there."""
+    return "a function of T" if callable(value) else value
+
+
+def holdings(entries: Sequence[Entry], config: IsolationConfig) -> list[Holding]:
+    return [
+        holding(
+            param,
+            name,
+            eligible=group["isolate"],
+            layer_key=config.layer_key,
+            options={key: _plain(group[key]) for key in GROUP_OPTIONS if key != "isolate"},
+        )
+        for group, param, name, _ in entries
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value if value is None or isinstance(value, bool) else float(value)

@@ -1,0 +1,94 @@
+"""State of sharded parameters in a state dict: every tensor a DTensor of its parameter's shape, so that it reshards.
+
+A packed mask and a scale a block of 64 have shapes of their own, which no other number of ranks could cut. In a state
+dict a mask is bools, and a scale stands beside every code; both are made for the dict and packed again by loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.distributed.shards import is_sharded, local, shard_of, wrap
+from epi_kernels.optim.masks import MASK_KEYS, zero_mask
+from epi_kernels.optim.moments import INT8, SCALE_OF
+from epi_kernels.reference import bits, codec
+
+_CODES_OF = {scale: key for key, scale in SCALE_OF.items()}
+
+
+def exported(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """A sharded parameter's state as a state dict holds it.
+
+    Both masks are always there, without bits where none is in use: a load in place
+    (``torch.distributed.checkpoint.load``) fills what the dict of a fresh optimizer holds, and drops what it lacks.
+    """
+    weight = local(param)
+    found = dict(state)
+    for key in MASK_KEYS:
+        found.setdefault(key, zero_mask(param))
+    for key, value in found.items():
+        if key in MASK_KEYS:
+            found[key] = wrap(bits.unpack(value, weight.numel()).view(weight.shape), param)
+        elif key in _CODES_OF:
+            each = value.repeat_interleave(codec.BLOCK)[: weight.numel()]
+            found[key] = wrap(each.view(weight.shape), param)
+    return found
+
+
+def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, Any]:
+    """A saved state as this rank's part of ``param`` wants it: plain tensors, a scale a block of this rank's.
+
+    Codes whose blocks began elsewhere come back as the floats they stand for.
+
+    Raises:
+        ValueError: a DTensor laid out otherwise, or a tensor that is no part of a whole of ``param``'s shape.
+    """
+    found = {key: _part(key, value, param, f"{what}, {key}") for key, value in saved.items()}
+    for scale_key, key in _CODES_OF.items():
+        codes, scales = found.get(key), found.get(scale_key)
+        beside = isinstance(codes, Tensor) and isinstance(scales, Tensor) and scales.shape == codes.shape
+        if not beside or codes.dtype != INT8 or scales.dtype != torch.uint8:
+            continue
+        each = scales.reshape(-1)
+        of_blocks = each[:: codec.BLOCK].contiguous()
+        if torch.equal(of_blocks.repeat_interleave(codec.BLOCK)[: each.numel()], each):
+            found[scale_key] = of_blocks
+        else:
+            found[key] = codec.decode_each(codes, scales, signed=key == "exp_avg")
+            del found[scale_key]
+    return found
+
+
+def _part(key: str, value: Any, param: Tensor, what: str) -> Any:
+    if not isinstance(value, Tensor) or key == "step":
+        return value
+    if is_sharded(value):
+        if not is_sharded(param):
+            raise ValueError(
+                f"{what}: a DTensor, but the parameter is not sharded: save with "
+                "torch.distributed.checkpoint, or gather with StateDictOptions(full_state_dict=True)"
+            )
+        same = value.device_mesh == param.device_mesh and value.placements == param.placements
+        if not same or value.shape != param.shape:
+            raise ValueError(
+                f"{what}: a DTensor {list(value.shape)} of {value.placements} on {value.device_mesh}, its parameter is "
+                f"{list(param.shape)} of {param.placements} on {param.device_mesh}: load through "
+                "torch.distributed.checkpoint, which reshards"
+            )
+        return local(value)
+    if not is_sharded(param):
+        return value
+    whole = value
+    if key in MASK_KEYS and value.dtype == torch.uint8 and value.shape == (bits.packed_bytes(param.numel()),):
+        whole = bits.unpack(value, param.numel()).view(param.shape)
+    elif key in _CODES_OF and value.shape == (codec.scale_bytes(param.numel()),):
+        whole = value.repeat_interleave(codec.BLOCK)[: param.numel()].view(param.shape)
+    if whole.shape != param.shape:
+        raise ValueError(f"{what}: expected shape {list(param.shape)}, got {value.dtype} {list(value.shape)}")
+    shard = shard_of(param)
+    assert shard is not None, "refused when the parameter joined"
+    return whole[shard.slices]
