@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from epi_kernels import MaskedEMAAdamW
+from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW
 from python_tests.ranks import on_ranks
 
 SHAPES = {
@@ -35,6 +35,14 @@ OPTIONS = {
     "float32, own importance, layers of blocks": {
         "importance_beta": 0.9,
         "layer_key": lambda name: name.rpartition(".")[0],
+    },
+    "float32, functions of T": {
+        "mask_interval": lambda T: 2 if T < 3 else 3,
+        "isolation_ratio": lambda T: 0.01 * (T + 1),
+    },
+    "float32, adaptive": {
+        "mask_interval": AdaptiveInterval(2, maximum=3, low=0.05, high=0.1),
+        "isolation_ratio": AdaptiveRatio(0.07, low=0.05, high=0.1),
     },
     "bfloat16": {},
     "bfloat16, 24 bits": {"master_weight_bits": 24},
@@ -81,7 +89,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def train(params: dict[str, nn.Parameter], place, backend: str, options: dict, steps: int = 7) -> dict:
     """Everything that must be the same on any number of ranks, unsharded."""
     optimizer = MaskedEMAAdamW(
-        params.items(), lr=1e-2, weight_decay=0.1, backend=backend, **REFRESHES, **options
+        params.items(), lr=1e-2, weight_decay=0.1, backend=backend, **(REFRESHES | options)
     )
     for step in range(steps):
         for name, param in params.items():
@@ -164,3 +172,23 @@ def test_triton_places_random_numbers_of_scattered_shards():
     both = [on_ranks(3, sharded, layout, "bfloat16", backend, 2) for backend in ("triton", "reference")]
     for mine, theirs in zip(*both):
         assert differing(mine, theirs) == []
+
+
+def whose_ratio_differs(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(cut(torch.ones(8), mesh, [Shard(0)]))
+    optimizer = MaskedEMAAdamW(
+        [("w", param)], backend="cpu", mask_interval=2, isolation_ratio=lambda T: 0.5 - rank * T / 8
+    )
+    for _ in range(2):
+        param.grad = cut(torch.arange(8.0), mesh, [Shard(0)])
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return f"{optimizer.param_groups[0]['isolation_step']}: {error}"
+    return "went on"
+
+
+def test_ranks_whose_functions_give_different_values_are_refused():
+    for said in on_ranks(2, whose_ratio_differs):
+        assert said.startswith("1: ranks disagree on isolation_ratio: 0.5 on rank 0, 0.25 on rank 1")
