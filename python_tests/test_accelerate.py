@@ -1,4 +1,4 @@
-"""accelerate.Accelerator with MaskedEMAAdamW: accumulation, clipping, and a saved state that resumes exactly."""
+"""accelerate.Accelerator with MaskedEMAAdamW: accumulation, clipping, an exact resume from its files."""
 
 from __future__ import annotations
 

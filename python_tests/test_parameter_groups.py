@@ -1,4 +1,4 @@
-"""named_parameter_groups and transformer_block: who decays, who takes part, what is one layer, behind any wrapper."""
+"""Parameter groups and layers: who decays, who takes part, what is one block, behind any wrapper."""
 
 from __future__ import annotations
 
@@ -170,8 +170,11 @@ def test_a_block_is_everything_of_one_layer(prefix):
 
 
 def test_wrappers_inside_a_name():
-    name = "module._orig_mod.base_model.model.model.layers.7._fsdp_wrapped_module.self_attn._checkpoint_wrapped_module.q_proj"
-    assert transformer_block(f"{name}.lora_A.default.weight") == "model.layers.7"
+    name = "module._orig_mod.base_model.model.model.layers.7._fsdp_wrapped_module.self_attn"
+    assert (
+        transformer_block(f"{name}._checkpoint_wrapped_module.q_proj.lora_A.default.weight")
+        == "model.layers.7"
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)

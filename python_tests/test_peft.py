@@ -1,4 +1,4 @@
-"""peft's LoRA with MaskedEMAAdamW: the base stays out of the optimizer, adapters are isolated like any weight."""
+"""peft's LoRA with MaskedEMAAdamW: the base is left alone, adapters are isolated like any weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""trl.SFTTrainer with MaskedEMAAdamW: whole models and LoRA adapters, refreshes logged, importance carried, resumes exact."""
+"""trl.SFTTrainer with MaskedEMAAdamW: whole models and LoRA, refreshes logged, importance carried, resumes."""
 
 from __future__ import annotations
 

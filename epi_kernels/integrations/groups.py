@@ -19,13 +19,13 @@ Patterns = str | Iterable[str]
 
 
 def transformer_block(name: str) -> Hashable:
-    """The transformer block a parameter belongs to, as ``layer_key`` takes it; a parameter outside of blocks is alone.
+    """The transformer block a parameter belongs to, for ``layer_key``; a parameter outside of blocks is alone.
 
         MaskedEMAAdamW(named_parameter_groups(model), layer_key=transformer_block)
 
-    "model.layers.3.mlp.up_proj.weight" (Llama, Mistral, Qwen, Gemma) gives "model.layers.3", "transformer.h.3.attn.bias"
-    (GPT-2) "transformer.h.3", "layers.3.attention.dense.weight" (GPT-NeoX) "layers.3". What DDP, FSDP, torch.compile,
-    activation checkpointing and PEFT put before or between makes no difference to a block.
+    "model.layers.3.mlp.up_proj.weight" (Llama, Mistral, Qwen, Gemma) gives "model.layers.3",
+    "transformer.h.3.attn.bias" (GPT-2) "transformer.h.3", "layers.3.attention.dense.weight" (GPT-NeoX) "layers.3".
+    What DDP, FSDP, torch.compile, activation checkpointing and PEFT put before or between makes no difference.
     """
     bare = _WRAPPERS.sub("", name).removeprefix(_DDP).removeprefix(_PEFT)
     found = _BLOCK.search(bare)
@@ -41,17 +41,17 @@ def named_parameter_groups(
     decaying: Collection[str] | None = None,
     include_frozen: bool = False,
 ) -> list[dict[str, Any]]:
-    """Groups of (name, parameter) pairs for MaskedEMAAdamW or torch.optim.AdamW; tied parameters once, empty groups left out.
+    """Groups of (name, parameter) pairs for MaskedEMAAdamW or torch.optim.AdamW.
 
-    Biases and norms have no weight decay, by the rule of ``transformers.Trainer``. Names are as without DDP, FSDP,
-    torch.compile and activation checkpointing, so that a wrapper changes neither what is carried over by name nor
-    random numbers.
+    Biases and norms have no weight decay, by the rule of ``transformers.Trainer``. Tied parameters come once, empty
+    groups not at all. Names are as without DDP, FSDP, torch.compile and activation checkpointing, so that a wrapper
+    changes neither what is carried over by name nor random numbers.
 
     Args:
         model: its parameters' order is kept within a group.
         weight_decay: of the groups that have any.
-        isolate: regular expressions, searched for (``re.search``) in every name a parameter has; those that match none
-            go into groups with ``isolate=False``, whose elements are never selected. None: all take part.
+        isolate: regular expressions, searched for (``re.search``) in every name a parameter has; parameters that
+            match none go into groups with ``isolate=False``, never selected. None: all take part.
         no_isolate: regular expressions of parameters that take no part, whatever ``isolate`` says.
         decaying: names with weight decay, in place of the rule.
         include_frozen: parameters that do not require a gradient too. They count among the eligible elements.
@@ -76,8 +76,8 @@ def named_parameter_groups(
         groups.setdefault((takes_part, decays), []).append((bare[0], param))
     if unmatched:
         raise ValueError(
-            f"no parameter's name matches {', '.join(map(repr, sorted(unmatched)))} (regular expressions, searched for "
-            "in names as model.named_parameters() gives them)"
+            f"no parameter's name matches {', '.join(map(repr, sorted(unmatched)))}; they are regular expressions, "
+            "searched for in names such as those of model.named_parameters()"
         )
     made = []
     for takes_part, decays in ((True, True), (True, False), (False, True), (False, False)):
