@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
 
 from epi_kernels import MaskedEMAAdamW, integrations
 from epi_kernels.integrations import named_parameter_groups, transformer_block
@@ -112,19 +114,19 @@ def test_a_pattern_that_matches_nothing_is_refused():
         named_parameter_groups(tiny("llama"), no_isolate=r"lm_haed")
 
 
-class Wrapped(nn.Module):
-    """Names its module as DDP does; DDP itself wants a process group."""
+@pytest.fixture
+def one_process():
+    """A process group of one, for DDP."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
 
-
-def test_wrappers_change_neither_names_nor_groups():
+def test_wrappers_change_neither_names_nor_groups(one_process):
     plain, model = tiny("gpt2"), tiny("gpt2")
     for i, block in enumerate(model.transformer.h):
         model.transformer.h[i] = checkpoint_wrapper(block)
-    wrapped = Wrapped(torch.compile(model))
+    wrapped = DistributedDataParallel(torch.compile(model))
     assert any(name.startswith("module._orig_mod.") for name, _ in wrapped.named_parameters())
     made = named_parameter_groups(wrapped, isolate=r"^transformer\.h\.0\.")
     expected = named_parameter_groups(plain, isolate=r"^transformer\.h\.0\.")
