@@ -37,7 +37,8 @@ from epi_kernels.demo.pool import usable_cores
 from epi_kernels.demo.protocol import backend_name
 from epi_kernels.demo.tasks import IGNORED, Examples, joined, make_tasks
 from epi_kernels.demo.train import make_model, schedule
-from epi_kernels.training import parameter_groups, state_bytes
+from epi_kernels.integrations import named_parameter_groups
+from epi_kernels.training import state_bytes
 
 NUDGE = 1e-6  # relative, some 8 units in the last place of a float32
 
@@ -121,7 +122,7 @@ def train_once(plan: Plan, ratio: float, configuration: Configuration, seed: int
     model = _model(plan, configuration, seed)
     parameters = list(model.parameters())
     optimizer = MaskedEMAAdamW(
-        parameter_groups(model, plan.weight_decay),
+        named_parameter_groups(model, weight_decay=plan.weight_decay),
         lr=plan.lr,
         isolation_ratio=ratio,
         mask_interval=plan.interval,

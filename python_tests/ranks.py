@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # FSDP2 imports it at its first use, which takes seconds: once, before the ranks are forked
 import torch.distributed as dist
 
 
@@ -37,7 +38,7 @@ def _child(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], a
             timeout=datetime.timedelta(seconds=60),
         )
         result = function(rank, *arguments)
-    except Exception as error:
+    except BaseException as error:  # torch.distributed.checkpoint raises some of these
         result = Failed(type(error).__name__, str(error), traceback.format_exc())
     Path(folder, f"{rank}.partial").write_bytes(pickle.dumps(result))
     Path(folder, f"{rank}.partial").rename(Path(folder, str(rank)))

@@ -313,20 +313,6 @@ def test_unsupported_device_names_every_backend(monkeypatch):
         assert f"{name}:" in str(caught.value)
 
 
-def test_sharded_parameters_are_refused(tmp_path):
-    """Statistics of a local shard are not a layer's: until meshes are supported nothing is computed from them."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        shard = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,))))
-        with pytest.raises(NotImplementedError, match="DTensor"):
-            MaskedEMAAdamW([("w", shard)])
-    finally:
-        dist.destroy_process_group()
-
-
 def resize(optimizer, p):
     p.data = torch.ones(4000)
 

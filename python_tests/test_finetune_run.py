@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from epi_kernels.finetune import command as finetune
-from epi_kernels.finetune import model
 from epi_kernels.report import command as report
-from epi_kernels.training import parameter_groups
 from python_tests.finetune_runs import FAST, arguments, events, same_weights, weights, write_inputs
-from python_tests.tiny_model import backend, command, qa, tiny_llama, write_config, write_jsonl
+from python_tests.tiny_model import backend, command, qa, write_config, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -189,29 +187,6 @@ def test_isolation_options_reach_the_optimizer(files, tmp_path, options):
         assert isinstance(refreshes[0]["threshold"], dict)
     if "0.3" in options:
         assert refreshes[-1]["isolated"] / start["parameters"] == pytest.approx(0.3, abs=0.01)
-
-
-def test_norms_and_biases_have_no_weight_decay():
-    net = tiny_llama()
-    decayed, free = parameter_groups(net, 0.1)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert all("norm" in name for name, _ in free["params"]) and len(free["params"]) == 5
-    assert not any("norm" in name for name, _ in decayed["params"])
-    together = [name for group in (decayed, free) for name, _ in group["params"]]
-    assert sorted(together) == sorted(name for name, _ in net.named_parameters())
-
-
-@pytest.mark.parametrize(
-    "name, block",
-    [
-        ("model.layers.11.mlp.up_proj.weight", "model.layers.11"),
-        ("transformer.h.3.attn.bias", "transformer.h.3"),
-        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-    ],
-)
-def test_a_block_is_everything_of_one_layer(name, block):
-    assert model.block_of(name) == block
 
 
 def test_one_example_trains_without_validation(files, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
 
 from epi_kernels import MaskedEMAAdamW
@@ -106,6 +107,29 @@ def test_refreshes_are_logged_with_everything_else(tmp_path):
         assert 0.09 < line["isolation/share"] < 0.12 and 0 <= line["isolation/jaccard"] <= 1
         assert (line["isolation/ratio"], line["isolation/interval"]) == (0.1, 2)
     assert logged[0]["isolation/entered"] > 0 == logged[0]["isolation/released"]
+
+
+def test_refreshes_reach_tensorboards_event_file(tmp_path):
+    running = trainer(tiny_llama(), arguments(tmp_path, report_to="tensorboard"))
+    add_isolation_callback(running)
+    running.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    logged = [line for line in running.state.log_history if "isolation/share" in line]
+    for name in ("share", "jaccard", "entered", "released"):
+        read = {event.step: event.value for event in events.Scalars(f"train/isolation/{name}")}
+        assert read == {line["step"]: pytest.approx(line[f"isolation/{name}"]) for line in logged}
+        assert list(read) == [2, 4, 6]
+    assert min(event.value for event in events.Scalars("train/isolation/entered")) > 0
+
+
+def test_parameters_that_take_no_part_are_chosen_by_name(tmp_path):
+    running = trainer(tiny_llama(), arguments(tmp_path), isolate=r"self_attn|norm", no_isolate=r"layers\.1\.")
+    running.train()
+    isolated = {name for name, p in running.model.named_parameters() if ours(running).isolation_mask(p).any()}
+    assert isolated
+    for name in isolated:
+        assert ("self_attn" in name or "norm" in name) and "layers.1." not in name
 
 
 def test_carried_importance_protects_from_the_first_step(tmp_path):

@@ -34,7 +34,8 @@ from torch import Tensor
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.demo.tasks import Examples, Tasks, joined, make_tasks
 from epi_kernels.demo.train import make_model, score, train
-from epi_kernels.training import parameter_groups, state_bytes
+from epi_kernels.integrations import named_parameter_groups
+from epi_kernels.training import state_bytes
 
 ADAMW, KEPT, RANDOM, ISOLATION = "adamw", "kept", "random", "isolation"
 
@@ -142,7 +143,7 @@ def learn_a(settings: Settings, seed: int, tick: Tick) -> StageA:
     tasks = _tasks(settings, seed)
     model = make_model(seed, settings.hidden, settings.layers)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.lr_a, fused=True
+        named_parameter_groups(model, weight_decay=settings.weight_decay), lr=settings.lr_a, fused=True
     )
     mixture: Examples = joined(tasks.learn_a, tasks.known)
     train(model, optimizer, mixture, settings.steps_a, settings.batch_a, 2 * seed, lambda step: tick())
@@ -188,7 +189,7 @@ def learn_b(settings: Settings, before: StageA, arm: Arm, tick: Tick) -> StageB:
 def make_optimizer(
     settings: Settings, arm: Arm, model: Any, moments: dict[str, Any], seed: int
 ) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = named_parameter_groups(model, weight_decay=settings.weight_decay)
     if arm.kind == ADAMW:
         return torch.optim.AdamW(groups, lr=arm.lr, fused=True)
     interval = settings.interval if arm.kind == ISOLATION else None

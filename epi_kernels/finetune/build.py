@@ -7,6 +7,7 @@ import platform
 import torch
 
 import epi_kernels
+from epi_kernels.integrations import transformer_block
 
 from . import model
 from .errors import UserError
@@ -42,7 +43,7 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
             isolation_ratio=_ratio(options), mask_interval=_interval(options), mask_warmup=options.mask_warmup,
             importance_beta=options.importance_beta, importance_dtype=named[options.importance_dtype],
             normalization=options.normalization, scope=options.scope,
-            layer_key=model.block_of if options.layer_key == "block" else None, hysteresis=options.hysteresis,
+            layer_key=transformer_block if options.layer_key == "block" else None, hysteresis=options.hysteresis,
             state_dtype=named[options.state_dtype] if options.state_dtype else None,
             master_weight_bits=options.master_weight_bits,
             stochastic_rounding=options.stochastic_rounding, seed=options.seed, backend=options.backend,

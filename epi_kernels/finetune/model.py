@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable
 from logging import ERROR, getLogger
@@ -197,12 +196,6 @@ def pick_device(asked: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {asked}: cpu or cuda")
     return asked
-
-
-def block_of(name: str) -> str:
-    """The transformer block a parameter belongs to ("model.layers.3"), else its own name."""
-    found = re.match(r"(.*?\b(?:layers|layer|h|blocks|block)\.\d+)\.", name)
-    return found.group(1) if found else name
 
 
 def structure_fingerprint(model) -> str:

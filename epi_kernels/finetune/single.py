@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from epi_kernels.files import write_whole
-from epi_kernels.training import parameter_groups, state_bytes
+from epi_kernels.integrations import named_parameter_groups
+from epi_kernels.training import state_bytes
 
 from . import checkpoint, model, packing, plan, protect
 from .build import build_optimizer, build_scheduler, environment
@@ -83,7 +84,9 @@ def one_run(
         packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
-    optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
+    optimizer = build_optimizer(
+        options, named_parameter_groups(net, weight_decay=options.weight_decay), label
+    )
     if source is not None:
         _carry(optimizer, source)
 
@@ -105,7 +108,9 @@ def one_run(
             raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
         start, carried = state["step"], state["carried"]
         # The weights are in new tensors now: the optimizer is built anew over them.
-        optimizer = build_optimizer(options, parameter_groups(net, options.weight_decay), label)
+        optimizer = build_optimizer(
+            options, named_parameter_groups(net, weight_decay=options.weight_decay), label
+        )
         scheduler = build_scheduler(options, optimizer, job.steps)
         optimizer.load_state_dict(both["optimizer"])
         scheduler.load_state_dict(both["scheduler"])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from epi_kernels.integrations.groups import Patterns, named_parameter_groups
 from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
 
 FROM_ARGUMENTS = {
@@ -31,17 +32,17 @@ class OptimizerFactory:
     """What the Trainer makes and then calls with its model."""
 
     def __call__(
-        self, model: torch.nn.Module, *, args: TrainingArguments, options: dict[str, Any]
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        groups: dict[str, Any],
+        options: dict[str, Any],
     ) -> MaskedEMAAdamW:
-        # the Trainer's own rule, which asks nothing of the Trainer
+        # the installed Trainer's own rule, which asks nothing of the Trainer
         decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        groups = [
-            {"params": [pair for pair in named if pair[0] in decaying], "weight_decay": args.weight_decay},
-            {"params": [pair for pair in named if pair[0] not in decaying], "weight_decay": 0.0},
-        ]
         return MaskedEMAAdamW(
-            [group for group in groups if group["params"]],
+            named_parameter_groups(model, weight_decay=args.weight_decay, decaying=decaying, **groups),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -50,9 +51,16 @@ class OptimizerFactory:
 
 
 def masked_ema_adamw(
-    args: TrainingArguments, **options: Any
+    args: TrainingArguments,
+    *,
+    isolate: Patterns | None = None,
+    no_isolate: Patterns | None = None,
+    **options: Any,
 ) -> tuple[type[OptimizerFactory], dict[str, Any]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes. ``options``: of MaskedEMAAdamW, but what ``args`` hold.
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
+
+    ``isolate``, ``no_isolate``: which parameters take part, as in ``named_parameter_groups``. ``options``: of
+    MaskedEMAAdamW, but what ``args`` hold.
 
     Raises:
         ValueError: an option that is one of the TrainingArguments.
@@ -60,7 +68,8 @@ def masked_ema_adamw(
     twice = [f"{name} ({FROM_ARGUMENTS[name]})" for name in options if name in FROM_ARGUMENTS]
     if twice:
         raise ValueError(f"set {', '.join(twice)} in the TrainingArguments, which the optimizer reads")
-    return OptimizerFactory, {"args": args, "options": options}
+    groups = {"isolate": isolate, "no_isolate": no_isolate}
+    return OptimizerFactory, {"args": args, "groups": groups, "options": options}
 
 
 class IsolationCallback(TrainerCallback):

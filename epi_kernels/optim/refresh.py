@@ -151,16 +151,11 @@ def _mask(
     thresholds = torch.where(eligible, found.threshold[found.domain], torch.inf)
     drift = torch.zeros(len(table.names), 3, dtype=torch.int64, device=device)
     for part in partitions:
+        part_drift = drift if part.device == device else torch.zeros_like(drift, device=part.device)
         part_terms, part_thresholds = _terms_to(terms, part.device), thresholds.to(part.device)
-
-        def select(tensors: list[ParamTensors], into: Tensor, part=part) -> None:
+        for tensors, into in ((part.counted, part_drift), (part.repeated, torch.zeros_like(part_drift))):
             masked = [item for item in tensors if item.isolation_mask is not None]
             part.backend.select(masked, part_terms, part_thresholds, found.keep_factor, into)
-
-        part_drift = drift if part.device == device else torch.zeros_like(drift, device=part.device)
-        select(part.counted, part_drift)
-        if part.repeated:
-            select(part.repeated, torch.zeros_like(part_drift))
         if part_drift is not drift:
             drift += part_drift.to(device)
     return drift

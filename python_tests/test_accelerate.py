@@ -1,0 +1,110 @@
+"""accelerate.Accelerator with MaskedEMAAdamW: accumulation, clipping, an exact resume from its files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader
+
+from epi_kernels import MaskedEMAAdamW
+from epi_kernels.integrations import named_parameter_groups
+from python_tests.test_transformers_trainer import Tokens
+from python_tests.tiny_model import backend, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _states_of_its_own():
+    """Accelerate keeps one state a process, and a Trainer of another test may have set it."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def make(model, **options):
+    chosen = {"isolation_ratio": 0.1, "mask_interval": 2, "backend": backend()} | options
+    return MaskedEMAAdamW(named_parameter_groups(model, weight_decay=0.03), lr=2e-3, **chosen)
+
+
+class Run:
+    """Steps of two batches each, their gradient clipped."""
+
+    def __init__(self, seed=0, **options):
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = tiny_llama(seed)
+        loader = DataLoader(Tokens(), batch_size=4)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(
+            model, make(model, **options), loader
+        )
+
+    @property
+    def ours(self) -> MaskedEMAAdamW:
+        return self.optimizer.optimizer
+
+    def batches(self, first, last):
+        for i, batch in enumerate(self.loader):
+            if first <= i < last:
+                with self.accelerator.accumulate(self.model):
+                    self.accelerator.backward(self.model(**batch).loss)
+                    if self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+
+
+def test_a_run_is_the_plain_loops():
+    run, twin = Run(), tiny_llama()
+    run.batches(0, 12)
+    optimizer = make(twin)
+    for i, batch in enumerate(DataLoader(Tokens(), batch_size=4)):
+        if i == 12:
+            break
+        (twin(**batch).loss / 2).backward()
+        if i % 2:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert run.ours.param_groups[0]["isolation_step"] == 6
+    for (name, p), q in zip(run.model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["fp32", "int8"])
+def test_a_loaded_state_continues_with_the_same_bits(tmp_path, options):
+    whole = Run(**options)
+    whole.batches(0, 12)
+    stopped = Run(**options)
+    stopped.batches(0, 6)
+    stopped.accelerator.save_state(tmp_path)
+
+    resumed = Run(seed=9, **options)
+    resumed.accelerator.load_state(tmp_path)
+    masks = [resumed.ours.isolation_mask(p) for p in resumed.model.parameters()]
+    assert any(bool(mask.any()) for mask in masks)
+    resumed.batches(6, 12)
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert torch.equal(whole.ours.isolation_mask(p), resumed.ours.isolation_mask(q)), name
+
+
+def test_masks_selected_before_prepare_act_after_it():
+    earlier, model = Run(), tiny_llama()
+    earlier.batches(0, 12)
+    optimizer = make(model, mask_interval=None)
+    optimizer.carry_importance(earlier.ours)
+    optimizer.refresh_isolation_mask()
+    masks = [optimizer.isolation_mask(p) for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+
+    run = Run.__new__(Run)
+    run.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    run.model, run.optimizer, run.loader = run.accelerator.prepare(
+        model, optimizer, DataLoader(Tokens(), batch_size=4)
+    )
+    run.batches(0, 4)
+    assert sum(int(mask.sum()) for mask in masks) >= int(0.1 * sum(p.numel() for p in model.parameters()))
+    for p, mask, old in zip(model.parameters(), masks, before, strict=True):
+        assert torch.equal(p[mask], old[mask]) and not torch.equal(p, old)

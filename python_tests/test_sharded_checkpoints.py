@@ -1,0 +1,421 @@
+"""Checkpoints of sharded optimizers: saved on some ranks, loaded on others, whole or not at all."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from epi_kernels import MaskedEMAAdamW
+from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
+from epi_kernels.reference.codec import decode_each
+from python_tests.ranks import Failed, on_ranks, outcomes
+
+OPTIONS = {
+    "float32": {"importance_beta": 0.9},
+    "8-bit": {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"},
+    "24 bits": {"dtype": torch.bfloat16, "master_weight_bits": 24},
+}
+
+
+class Net(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in {"a": (65, 64), "b": (7,), "c": (5, 3)}.items():
+            weight = torch.randn(shape, generator=generator).to(dtype)
+            self.register_parameter(name, nn.Parameter(weight))
+
+
+def made(case: str, *, sharded: bool, **more):
+    options = dict(OPTIONS[case]) | more
+    net = Net(options.pop("dtype", torch.float32))
+    if sharded:
+        fully_shard(net)
+    return net, MaskedEMAAdamW(
+        net.named_parameters(), lr=1e-2, isolation_ratio=0.1, mask_interval=2, **options
+    )
+
+
+def grad(name: str, param, step: int) -> torch.Tensor:
+    seed = 1000 * step + ord(name)
+    return torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.dtype)
+
+
+def part(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    return (
+        distribute_tensor(full, param.device_mesh, param.placements) if isinstance(param, DTensor) else full
+    )
+
+
+def steps(net, optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        for name, param in net.named_parameters():
+            param.grad = part(grad(name, param, step), param)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def contents(net, optimizer) -> dict:
+    """Weights, masks and every state, unsharded; codes as the numbers they stand for."""
+    found = {}
+    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    for name, param in net.named_parameters():
+        found[name] = whole(param.detach()).clone()
+        found[name, "isolated"] = whole(optimizer.isolation_mask(param))
+        found[name, "master"] = whole(optimizer.master_weight(param))
+        for key, value in full["state"].get(name, {}).items():
+            found[name, key] = value.clone()
+    return found
+
+
+def persistent(param) -> torch.Tensor:
+    mask = torch.zeros(param.shape, dtype=torch.bool)
+    mask.view(-1)[::5] = True
+    return mask
+
+
+def save(rank: int, case: str, folder: str) -> dict:
+    net, optimizer = made(case, sharded=True)
+    optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
+    steps(net, optimizer, 0, 5)
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    found = contents(net, optimizer)
+    steps(net, optimizer, 5, 8)
+    return {
+        "saved": found,
+        "end": contents(net, optimizer),
+        "step": optimizer.param_groups[0]["isolation_step"],
+    }
+
+
+def load(rank: int, case: str, folder: str) -> dict:
+    net, optimizer = made(case, sharded=True)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.zero_()
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    found = contents(net, optimizer)
+    steps(net, optimizer, 5, 8)
+    return {
+        "saved": found,
+        "end": contents(net, optimizer),
+        "step": optimizer.param_groups[0]["isolation_step"],
+    }
+
+
+def differing(one: dict, other: dict) -> list:
+    assert one.keys() == other.keys()
+    return [key for key in one if not torch.equal(one[key], other[key])]
+
+
+@pytest.mark.parametrize("n, m", [(1, 3), (2, 1), (3, 2), (4, 3), (2, 4)])
+@pytest.mark.parametrize("case", ["float32", "24 bits"])
+def test_saved_on_n_ranks_and_loaded_on_m_it_goes_on_with_the_same_bits(case, n, m, tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    saved = on_ranks(n, save, case, folder)[0]
+    assert saved["saved"]["b", "persistent_mask"].any() and saved["saved"]["a", "isolated"].any()
+    for loaded in on_ranks(m, load, case, folder):
+        assert differing(loaded["saved"], saved["saved"]) == []
+        assert differing(loaded["end"], saved["end"]) == []
+        assert loaded["step"] == saved["step"] == 8
+
+
+@pytest.mark.parametrize("n, m", [(1, 2), (3, 2)])
+def test_8_bit_states_reshard_by_value_within_a_step_of_the_code(n, m, tmp_path):
+    """Blocks of 64 begin with a rank's part: where they begin elsewhere, codes are made anew, to nearest."""
+    folder = str(tmp_path / "checkpoint")
+    saved = on_ranks(n, save_values, folder)[0]
+    for loaded in on_ranks(m, load_values, folder):
+        for key, value in saved.items():
+            # 4 bits of mantissa: half a step is 1/32 of a value, and of the block's largest where values are tiny
+            bound = value.abs() / 32 + value.abs().max() * 2.0**-8
+            assert bool(((loaded[key] - value).abs() <= bound).all()), key
+
+
+def values_of(net, optimizer) -> dict:
+    """What the moments stand for, unsharded."""
+    found = {}
+    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    for name, state in full["state"].items():
+        for key in ("exp_avg", "exp_avg_sq", "importance"):
+            value, scales = state[key].clone(), state.get(f"{key}_scale")
+            assert (scales is not None) == (name == "a")
+            found[name, key] = (
+                value if scales is None else decode_each(value, scales, signed=key == "exp_avg")
+            )
+    return found
+
+
+def save_values(rank: int, folder: str) -> dict:
+    net, optimizer = made("8-bit", sharded=True)
+    steps(net, optimizer, 0, 5)
+    dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=folder)
+    return values_of(net, optimizer)
+
+
+def load_values(rank: int, folder: str) -> dict:
+    net, optimizer = made("8-bit", sharded=True)
+    state = {"optimizer": get_optimizer_state_dict(net, optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(net, optimizer, optim_state_dict=state["optimizer"])
+    return values_of(net, optimizer)
+
+
+def fresh_template(rank: int):
+    net, optimizer = made("float32", sharded=True)
+    before = {name: whole(param.detach()).clone() for name, param in net.named_parameters()}
+    state = get_optimizer_state_dict(net, optimizer)["state"]
+    counts = [float(state[name]["step"]) for name in state], optimizer.param_groups[0]["isolation_step"]
+    sums = {
+        (name, key): float(whole(value).float().abs().sum())
+        for name in state
+        for key, value in state[name].items()
+    }
+    steps(net, optimizer, 0, 5)
+    return counts, sums, before, contents(net, optimizer)
+
+
+def test_the_template_of_a_fresh_optimizer_is_as_if_no_step_had_been_taken():
+    """``get_optimizer_state_dict`` makes it by a step with lr 0 and gradients 0."""
+    net, optimizer = made("float32", sharded=False)
+    steps(net, optimizer, 0, 5)
+    expected = {name: param.detach() for name, param in net.named_parameters()}
+    for (counts, step), sums, _, end in on_ranks(2, fresh_template):
+        assert counts == [0, 0, 0] and step == 0
+        assert set(sums.values()) == {0.0} and ("a", "persistent_mask") in sums
+        assert all(torch.equal(end[name], weight) for name, weight in expected.items())
+
+
+def round_trips(rank: int, folder: str):
+    """Full dicts out and in, by broadcast and by every rank; plain files; torch's AdamW."""
+    net, optimizer = made("float32", sharded=True)
+    optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
+    steps(net, optimizer, 0, 5)
+    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    torch.save(full, f"{folder}/{rank}.pt")
+    full = torch.load(f"{folder}/{rank}.pt", weights_only=True)
+    expected, ways = contents(net, optimizer), {}
+    for way, options in {
+        "every rank": StateDictOptions(full_state_dict=True),
+        "broadcast": StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    }.items():
+        other, fresh = made("float32", sharded=True)
+        other.load_state_dict(net.state_dict())
+        set_optimizer_state_dict(
+            other, fresh, optim_state_dict=full if way == "every rank" or rank == 0 else {}, options=options
+        )
+        ways[way] = contents(other, fresh)
+    other, fresh = made("float32", sharded=True)
+    other.load_state_dict(net.state_dict())
+    fresh.load_state_dict(full)  # whole tensors, keyed by name: each rank takes its part
+    ways["load_state_dict"] = contents(other, fresh)
+    torch.save(optimizer.state_dict(), f"{folder}/sharded-{rank}.pt")
+    other, fresh = made("float32", sharded=True)
+    other.load_state_dict(net.state_dict())
+    fresh.load_state_dict(torch.load(f"{folder}/sharded-{rank}.pt", weights_only=True))
+    ways["this rank's own file"] = contents(other, fresh)
+    return {way: differing(found, expected) for way, found in ways.items()}, full
+
+
+def test_full_and_sharded_state_dicts_go_out_and_in(tmp_path):
+    found = on_ranks(2, round_trips, str(tmp_path))
+    for ways, _ in found:
+        assert ways == dict.fromkeys(ways, []) and len(ways) == 4
+    # one process takes over where two ranks stopped
+    net, optimizer = made("float32", sharded=False)
+    full = found[0][1]
+    optimizer.load_state_dict(full)
+    assert torch.equal(optimizer.isolation_mask(net.a), full["state"]["a"]["isolation_mask"])
+    assert torch.equal(optimizer.state[net.a]["importance"], full["state"]["a"]["importance"])
+
+
+def of_torch(rank: int):
+    net, _ = made("float32", sharded=True)
+    theirs = torch.optim.AdamW(net.parameters())
+    for name, param in net.named_parameters():
+        param.grad = part(grad(name, param, 0), param)
+    theirs.step()
+    ours = MaskedEMAAdamW(net.named_parameters())
+    ours.load_state_dict(theirs.state_dict())
+    same = [
+        torch.equal(whole(ours.state[p]["exp_avg_sq"]), whole(theirs.state[p]["exp_avg_sq"]))
+        for p in net.parameters()
+    ]
+    state = ours.state_dict()
+    for entry in state["state"].values():
+        for key in ("isolation_mask", "persistent_mask"):
+            entry.pop(key)
+    theirs.load_state_dict(state)
+    carried = MaskedEMAAdamW(net.named_parameters(), isolation_ratio=0.1)
+    carried.carry_importance(theirs)
+    return same, carried.refresh_isolation_mask().isolated, ours.param_groups[0]["isolation_step"]
+
+
+def test_torch_adamw_state_loads_and_is_loaded():
+    for same, isolated, step in on_ranks(2, of_torch):
+        assert all(same) and step == 1 and isolated == 418
+
+
+def other_worlds(rank: int):
+    """A state dict of this rank's shards where another rank loads another mesh's."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    net, optimizer = made("float32", sharded=True)
+    steps(net, optimizer, 0, 1)
+    state = optimizer.state_dict()
+    before = contents(net, optimizer)
+    mesh = init_device_mesh("cpu", (2,))
+    moved = distribute_tensor(torch.ones(65, 64), mesh, [Shard(1)])
+    if rank == 1:
+        state["state"][0]["exp_avg"] = moved
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        return str(error), differing(contents(net, optimizer), before)
+    return None
+
+
+def test_a_state_that_one_rank_refuses_is_loaded_on_none():
+    (first, unchanged), (second, as_well) = on_ranks(2, other_worlds)
+    assert "another rank refused" in first and "a DTensor [65, 64]" in second
+    assert unchanged == as_well == []
+
+
+def disagreeing(rank: int, what: str):
+    options = {"isolation_ratio": 0.1, "mask_interval": 2}
+    net = Net(torch.float32)
+    fully_shard(net)
+    if rank == 1:
+        options |= {
+            "isolation_ratio": {"isolation_ratio": 0.2},
+            "lr": {"lr": 0.5},
+            "mask_interval": {"mask_interval": 3},
+        }.get(what, {})
+    named = list(net.named_parameters())
+    optimizer = MaskedEMAAdamW(
+        [("other" if what == "name" and rank == 1 and name == "b" else name, param) for name, param in named],
+        **options,
+    )
+    if what == "isolation_step" and rank == 1:
+        optimizer.param_groups[0]["isolation_step"] = 7
+        optimizer.refresh_isolation_mask()
+    elif what == "isolation_step":
+        optimizer.refresh_isolation_mask()
+    steps(net, optimizer, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    {
+        "isolation_ratio": "ranks disagree on isolation_ratio: 0.1 on rank 0, 0.2 on rank 1",
+        "mask_interval": "ranks disagree on mask_interval",
+        "lr": "ranks disagree on the options of a",
+        "name": "the parts of b on 2 ranks hold 4 different elements of 7",
+        "isolation_step": "the ranks are at different steps, 0 to 7",
+    }.items(),
+)
+def test_ranks_that_disagree_hear_of_it_on_every_rank(what, says):
+    for heard in outcomes(2, disagreeing, what, timeout=60):
+        assert isinstance(heard, Failed) and heard.kind == "ValueError" and says in heard.message, heard
+
+
+def keep(rank: int, folder: str, case: str, sharded: bool) -> dict:
+    net, optimizer = made(case, sharded=sharded)
+    optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
+    steps(net, optimizer, 0, 5)
+    save_checkpoint(folder, net, optimizer)
+    found = contents(net, optimizer)
+    steps(net, optimizer, 5, 6)
+    save_checkpoint(folder, net, optimizer)  # over the first one
+    return found | {"later": contents(net, optimizer)}
+
+
+def restore(rank: int, folder: str, case: str, sharded: bool) -> dict:
+    net, optimizer = made(case, sharded=sharded)
+    load_checkpoint(folder, net, optimizer)
+    return contents(net, optimizer)
+
+
+@pytest.mark.parametrize("ways", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_our_checkpoints_go_between_sharded_and_whole_parameters(ways, tmp_path):
+    folder = str(tmp_path / "last")
+    ranks = [2 if sharded else 1 for sharded in ways]
+    saved = on_ranks(ranks[0], keep, folder, "float32", ways[0])[0]["later"]
+    for loaded in on_ranks(ranks[1], restore, folder, "float32", ways[1]):
+        for key, value in saved.items():
+            if key[-1] not in ("isolation_mask", "persistent_mask"):  # packed, or not: isolated says it
+                assert torch.equal(loaded[key], value), key
+        lasting = [one["b", "persistent_mask"] for one in (saved, loaded)]
+        assert all(bool(one.any()) for one in lasting)
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def damaged(rank: int, folder: str, damage: str):
+    """(what is heard, what has changed)"""
+    net, optimizer = made("float32", sharded=True)
+    steps(net, optimizer, 0, 3)
+    save_checkpoint(folder, net, optimizer)
+    torch.distributed.barrier()
+    if rank == 0 and damage == "cut off":
+        file = sorted(pathlib.Path(folder).glob("*.distcp"))[1]
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    torch.distributed.barrier()
+    if damage == "another model":
+        other = nn.Linear(3, 3)
+        fully_shard(other)
+        fresh = MaskedEMAAdamW(other.named_parameters())
+        weights = [whole(param.detach()).clone() for param in other.parameters()]
+        try:
+            load_checkpoint(folder, other, fresh)
+        except ValueError as error:
+            now = [whole(param.detach()) for param in other.parameters()]
+            return str(error), [one for one, two in zip(weights, now) if not torch.equal(one, two)]
+        return None
+    other, fresh = made("float32", sharded=True)
+    steps(other, fresh, 7, 9)
+    before = contents(other, fresh)
+    try:
+        load_checkpoint(folder, other, fresh)
+    except CheckpointException as error:
+        return type(error).__name__, differing(contents(other, fresh), before)
+    return None
+
+
+@pytest.mark.parametrize(
+    "damage, says", [("cut off", "CheckpointException"), ("another model", "of another model")]
+)
+def test_a_damaged_or_foreign_checkpoint_is_refused_on_every_rank_and_changes_nothing(damage, says, tmp_path):
+    for heard, changed in on_ranks(2, damaged, str(tmp_path / "last"), damage, timeout=60):
+        assert says in heard and changed == []
+
+
+def test_a_crash_between_the_renames_of_a_save_leaves_the_old_checkpoint(tmp_path):
+    folder = tmp_path / "last"
+    saved = on_ranks(1, keep, str(folder), "float32", False)[0]["later"]
+    folder.rename(tmp_path / "last.old")
+    (loaded,) = on_ranks(1, restore, str(folder), "float32", False)
+    assert differing(loaded, saved) == []
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "nothing", *made("float32", sharded=False))
