@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["IsolationReport", "MaskedEMAAdamW", "__version__"]
+__all__ = ["IsolationReport", "MaskedEMAAdamW", "__version__", "load_isolation", "save_isolation"]
 
 # public name -> module that defines it
 _LAZY = {
     "IsolationReport": "epi_kernels.optim",
     "MaskedEMAAdamW": "epi_kernels.optim",
+    "load_isolation": "epi_kernels.optim.exchange",
+    "save_isolation": "epi_kernels.optim.exchange",
 }
 
 if TYPE_CHECKING:
     from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
+    from epi_kernels.optim.exchange import load_isolation, save_isolation
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from epi_kernels.finetune import checkpoint
-from python_tests.stopped_runs import resume, stopped_run, tree, write_inputs
+from python_tests.stopped_runs import forget_sizes, resume, stopped_run, tree, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +31,6 @@ def flip_a_bit(path):
 
 def halve(path):
     os.truncate(path, path.stat().st_size // 2)
-
-
-def forget_sizes(folder):
-    """As if a file had been damaged without a change of its length."""
-    state = json.loads((folder / "state.json").read_text())
-    del state["files"]
-    (folder / "state.json").write_text(json.dumps(state))
 
 
 def drop_a_moment(path):
