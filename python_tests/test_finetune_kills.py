@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from epi_kernels.finetune import checkpoint
-from python_tests.fork_server import serving
+from python_tests.fork_server import Server, serving
 from python_tests.stopped_runs import STEPS, arguments, assert_same_end, story, write_inputs
 
 KILLS = 20
@@ -25,8 +26,11 @@ NEEDED = {STARTING, STEPPING, WRITING}
 
 def written(out: Path) -> dict[str, int]:
     """When the log and the directories of unfinished checkpoints last changed."""
-    found = [out / "log.jsonl", *out.glob("checkpoints/.partial-*")]
-    return {path.name: path.stat().st_mtime_ns for path in found if path.exists()}
+    found = {}
+    for path in [out / "log.jsonl", *out.glob("checkpoints/.partial-*")]:
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            found[path.name] = path.stat().st_mtime_ns
+    return found
 
 
 def phase(out: Path, before: dict[str, int]) -> str:
@@ -50,60 +54,66 @@ def last_whole_step(out: Path) -> int:
     return steps[-1]
 
 
-def wait_until(happens, limit_s: float) -> None:
-    end = time.perf_counter() + limit_s
-    while time.perf_counter() < end and not happens():
-        time.sleep(0.0005)
-
-
 class Killer:
-    """Runs the command over and over, each time killed after a random delay, until it ends by itself."""
+    """Runs the command over and over, each time killed at a random moment, until it ends by itself."""
 
-    def __init__(self, server, seed: int, life_s: float):
+    def __init__(self, server: Server, output: Path, seed: int, life_s: float):
         self.server, self.random, self.life_s = server, random.Random(seed), life_s
+        self.output = output
         self.kills: Counter[str] = Counter()
-        self.progressed = (
-            0  # runs in which a later checkpoint than the one before was reached, yet not the end
-        )
+        self.progressed = 0  # kills that found a later checkpoint than the kill before, yet not the last
 
-    def _sleep(self, out: Path, before: dict[str, int]) -> str:
-        """Returns at a random moment: of a whole life, of the loop, or around the writing of a checkpoint."""
-        since = self.random.choice(["start", "first line", "partial checkpoint"])
+    def satisfied(self) -> bool:
+        return self.kills.total() >= KILLS and self.kills.keys() >= NEEDED and self.progressed >= 3
+
+    def _wait(self, out: Path, before: dict[str, int]) -> str:
+        """Returns at a random moment: of a whole life, a little after a line of the log, or around the writing of a
+        checkpoint; or at the end of the run. Says which."""
+        kind = self.random.choice(["start", "log", "checkpoint"])
         share = self.random.random()
-        if since == "start":
-            delay_s = share * self.life_s
-        elif since == "first line":
-            delay_s = share * self.life_s / 2
-            wait_until(lambda: written(out).get("log.jsonl") != before.get("log.jsonl"), 2 * self.life_s)
+        if kind == "start":
+            count, delay_s = 0, share * self.life_s
         else:
-            delay_s = share * self.life_s / 20
-            skipped = self.random.randrange(3)
-            seen = {name for name in before if name.startswith(".partial-")}
-            enough = len(seen) + skipped
+            count, delay_s = self.random.randint(1, 12 if kind == "log" else 3), share * self.life_s / 20
+        if count:
+            self._wait_for(out, kind, count, before)
+        end = time.perf_counter() + delay_s
+        while time.perf_counter() < end and not (out / "done.json").exists():
+            time.sleep(0.0005)
+        return f"{delay_s * 1000:.0f} ms after {kind} {count}"
 
-            def begun() -> bool:
-                seen.update(path.name for path in out.glob(f"checkpoints/.partial-{checkpoint.PREFIX}*"))
-                return len(seen) > enough
+    def _wait_for(self, out: Path, kind: str, count: int, before: dict[str, int]) -> None:
+        """Until the log has been written to `count` times, or as many checkpoints have been begun."""
 
-            wait_until(begun, 2 * self.life_s)
-        time.sleep(delay_s)
-        return f"{delay_s * 1000:.0f} ms after the {since}"
+        def events() -> set:
+            now = written(out)
+            log = now.pop("log.jsonl", None)
+            return {log} if kind == "log" else {name for name in now if checkpoint.PREFIX in name}
+
+        known = events() | ({before.get("log.jsonl")} if kind == "log" else set(before))
+        enough, end = len(known) + count, time.perf_counter() + 60
+        while len(known) < enough and not (out / "done.json").exists():
+            assert time.perf_counter() < end, f"no {kind} {count}: {self.output.read_text()[-2000:]}"
+            known |= events()
+            time.sleep(0.0005)
 
     def drive(self, begin: list, out: Path) -> None:
         """`begin`: the arguments of a run that begins anew in `out`."""
         reached = 0
         while True:
-            resumable = (out / "run.json").exists()
+            resumable, done = (out / "run.json").exists(), (out / "done.json").exists()
             before = written(out)
             process = self.server.start(["finetune", "--out", out, "--resume"] if resumable else begin)
-            when = self._sleep(out, before)
-            os.kill(process, signal.SIGKILL)
+            when = "at no time"
+            if not done:
+                when = self._wait(out, before)
+                os.kill(process, signal.SIGKILL)
             status = self.server.wait()
             step = last_whole_step(out)
             assert step >= reached, "a checkpoint that was whole is gone"
             if status != -signal.SIGKILL:
-                print(f"ended with {status} before it could be killed {when}")
-                assert status == 0
+                print(f"ended with {status}; was to be killed {when}")
+                assert status == 0, self.output.read_text()[-2000:]
                 return
             doing = phase(out, before)
             print(f"killed {when}, {doing}; whole: step {step}")
@@ -124,11 +134,11 @@ def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path):
         for _ in range(2):  # the first one imports what is imported late
             began = time.perf_counter()
             server.start(["finetune", *arguments(files, undisturbed, *more, "--overwrite")])
-            assert server.wait() == 0, output.read_text()
+            assert server.wait() == 0, output.read_text()[-2000:]
             life_s = time.perf_counter() - began
-        killer = Killer(server, SEED, life_s)
+        killer = Killer(server, output, SEED, life_s)
         runs = 0
-        while runs < 40 and (killer.kills.total() < KILLS or not NEEDED <= killer.kills.keys()):
+        while runs < 100 and not killer.satisfied():
             out = tmp_path / f"out-{runs}"
             runs += 1
             killer.drive(["finetune", *arguments(files, out, *more)], out)
@@ -139,5 +149,4 @@ def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path):
                 path.name for path in undisturbed.rglob("*")
             )
         print(f"seed {SEED}: {killer.kills.total()} kills in {runs} runs: {dict(killer.kills)}")
-    assert killer.kills.total() >= KILLS and killer.kills.keys() >= NEEDED, killer.kills
-    assert killer.progressed >= 3
+    assert killer.satisfied(), (killer.kills, killer.progressed)

@@ -146,6 +146,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(files, undisturbe
     assert story(out) == story(undisturbed)
 
 
+def test_a_run_killed_before_it_removes_old_checkpoints_does_it_later(
+    files, undisturbed, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def killed(run_dir, keep):
+        if len(checkpoint.list_checkpoints(run_dir)) == 3:  # the last step's, too
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoint, "prune", killed)
+        command(finetune, *arguments(files, out))
+    assert resume(out) == 0
+    assert_same_end(out, undisturbed)
+    assert [path.name for path in checkpoint.list_checkpoints(out)] == [
+        path.name for path in checkpoint.list_checkpoints(undisturbed)
+    ]
+
+
 def test_a_run_killed_while_it_puts_the_model_in_place_finishes_it(files, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     replace = os.replace

@@ -118,12 +118,17 @@ def save_checkpoint(
 
     write_directory(target, write)
     _sync(run_dir)  # the names of what a resume needs beside it
+    prune(run_dir, keep)
+    return target
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Removes all checkpoints but the last `keep`."""
     for old in list_checkpoints(run_dir)[:-keep]:
         # Renamed first: a kill midway must not leave half a checkpoint under a checkpoint's name.
         doomed = old.with_name(TEMPORARY + "old-" + old.name)
         os.rename(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    return target
 
 
 def clean(run_dir: Path) -> None:

@@ -109,6 +109,9 @@ def one_run(
             advice = f"if it is damaged, remove {found[-1]} to resume from the checkpoint before it"
             raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
         start, carried = state["step"], state["carried"]
+        checkpoint.prune(
+            directory, options.keep_checkpoints
+        )  # a kill may have come before it; the last one is sound
         log = Log(directory / "log.jsonl", keep_bytes=state["log_bytes"])
         log.write("resume", step=start, environment=environment(job.device), time=time.time())
         _warn_other_environment(saved, job.device)
