@@ -109,9 +109,8 @@ def one_run(
             advice = f"if it is damaged, remove {found[-1]} to resume from the checkpoint before it"
             raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
         start, carried = state["step"], state["carried"]
-        checkpoint.prune(
-            directory, options.keep_checkpoints
-        )  # a kill may have come before it; the last one is sound
+        # A kill may have come before it; only now is the last one known to be sound.
+        checkpoint.prune(directory, options.keep_checkpoints)
         log = Log(directory / "log.jsonl", keep_bytes=state["log_bytes"])
         log.write("resume", step=start, environment=environment(job.device), time=time.time())
         _warn_other_environment(saved, job.device)
