@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["AdaptiveInterval", "AdaptiveRatio", "IsolationReport", "MaskedEMAAdamW", "__version__"]
+__all__ = [
+    "AdaptiveInterval",
+    "AdaptiveRatio",
+    "IsolationReport",
+    "MaskedEMAAdamW",
+    "__version__",
+    "load_isolation",
+    "save_isolation",
+]
 
 # public name -> module that defines it
 _LAZY = {
@@ -19,10 +27,13 @@ _LAZY = {
     "AdaptiveRatio": "epi_kernels.policies.schedule",
     "IsolationReport": "epi_kernels.optim",
     "MaskedEMAAdamW": "epi_kernels.optim",
+    "load_isolation": "epi_kernels.optim.exchange",
+    "save_isolation": "epi_kernels.optim.exchange",
 }
 
 if TYPE_CHECKING:
     from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
+    from epi_kernels.optim.exchange import load_isolation, save_isolation
     from epi_kernels.policies.schedule import AdaptiveInterval, AdaptiveRatio
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -78,3 +80,26 @@ def signalled(after: int, number: int = signal.SIGINT, label: str = "isolation")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train.Run, "step", interrupted)
         yield
+
+
+def stopped_run(files: Path, folder: Path) -> tuple[Path, Path]:
+    """(inputs that can be changed, a run of them interrupted after step 4)."""
+    mine, out = folder / "inputs", folder / "out"
+    shutil.copytree(files, mine)
+    with signalled(3):
+        assert command(finetune, *arguments(mine, out, model="model")) == 130
+    return mine, out
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    """Every file with its content."""
+    return {
+        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def forget_sizes(folder: Path) -> None:
+    """A checkpoint as if its files were changed without a change of their lengths."""
+    state = json.loads((folder / "state.json").read_text())
+    del state["files"]
+    (folder / "state.json").write_text(json.dumps(state))

@@ -22,7 +22,9 @@ from python_tests.stopped_runs import (
     assert_same_end,
     resume,
     signalled,
+    stopped_run,
     story,
+    tree,
     write_inputs,
 )
 from python_tests.tiny_model import command, qa, save_tiny, write_jsonl
@@ -144,6 +146,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(files, undisturbe
     assert story(out) == story(undisturbed)
 
 
+def test_a_run_killed_before_it_removes_old_checkpoints_does_it_later(
+    files, undisturbed, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def killed(run_dir, keep):
+        if len(checkpoint.list_checkpoints(run_dir)) == 3:  # the last step's, too
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoint, "prune", killed)
+        command(finetune, *arguments(files, out))
+    assert resume(out) == 0
+    assert_same_end(out, undisturbed)
+    assert [path.name for path in checkpoint.list_checkpoints(out)] == [
+        path.name for path in checkpoint.list_checkpoints(undisturbed)
+    ]
+
+
 def test_a_run_killed_while_it_puts_the_model_in_place_finishes_it(files, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     replace = os.replace
@@ -158,7 +179,22 @@ def test_a_run_killed_while_it_puts_the_model_in_place_finishes_it(files, undist
         command(finetune, *arguments(files, out))
     assert (out / "config.json").exists() and not (out / "model.safetensors").exists()
     (out / ".partial-model.safetensors").write_bytes(b"half")
+    (out / "checkpoints" / ".partial-probe").write_bytes(b"half")
     assert resume(out) == 0
+    assert_same_end(out, undisturbed)
+    assert not list(out.rglob("*partial*"))
+
+
+def test_a_run_killed_while_it_writes_its_first_file_begins_again(files, undisturbed, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json.partial").write_text('{"version": 1')
+    assert resume(out) == 2
+    assert "no run to resume" in capsys.readouterr().err
+    (out / "precious").write_text("not ours")
+    assert command(finetune, *arguments(files, out)) == 2
+    (out / "precious").unlink()
+    assert command(finetune, *arguments(files, out)) == 0
     assert_same_end(out, undisturbed)
     assert not list(out.rglob("*partial*"))
 
@@ -197,19 +233,7 @@ def test_a_signal_in_the_last_step_stops_before_the_comparison(files, tmp_path):
 
 @pytest.fixture
 def stopped(files, tmp_path):
-    """A run interrupted after step 4, whose inputs can be changed."""
-    mine = tmp_path / "inputs"
-    shutil.copytree(files, mine)
-    out = tmp_path / "out"
-    with signalled(3):
-        assert command(finetune, *arguments(mine, out, model="model")) == 130
-    return mine, out
-
-
-def tree(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return stopped_run(files, tmp_path)
 
 
 def test_resume_refuses_other_arguments_data_or_weights_by_name(stopped, capsys):
@@ -241,41 +265,6 @@ def test_resume_refuses_other_arguments_data_or_weights_by_name(stopped, capsys)
     shutil.move(files / "gone.jsonl", files / "qa.jsonl")
     # What does not change the result may change, and the same arguments may be given again.
     assert resume(out, "--lr", 0.003, "--checkpoint-every", 2, "--keep-checkpoints", 1) == 0
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-
-
-def halve(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-@pytest.mark.parametrize(
-    "name, damage, said",
-    [
-        ("model.safetensors", flip_a_bit, "not those that were saved"),
-        ("model.safetensors", halve, "cannot be loaded"),
-        ("config.json", halve, "cannot be loaded"),
-        ("optimizer.pt", halve, "optimizer.pt: cannot be read"),
-        ("optimizer.pt", lambda path: path.write_bytes(b"no archive"), "optimizer.pt: cannot be read"),
-        ("state.json", halve, "not a checkpoint"),
-        ("state.json", lambda path: path.write_text("{}"), "not a checkpoint"),
-    ],
-)
-def test_a_damaged_checkpoint_is_recognised(stopped, capsys, name, damage, said):
-    _, out = stopped
-    (last,) = checkpoint.list_checkpoints(out)[-1:]
-    damage(last / name)
-    before = tree(out)
-    assert resume(out) == 1
-    text = capsys.readouterr().err
-    assert said in text and f"remove {last} to resume from the checkpoint before it" in text
-    assert tree(out) == before
-    shutil.rmtree(last)
-    assert resume(out) == 0
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from epi_kernels import MaskedEMAAdamW
+from epi_kernels import MaskedEMAAdamW, load_isolation, save_isolation
 from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
 from epi_kernels.reference.codec import decode_each
 from python_tests.ranks import Failed, on_ranks, outcomes
@@ -419,3 +419,28 @@ def test_a_crash_between_the_renames_of_a_save_leaves_the_old_checkpoint(tmp_pat
     assert differing(loaded, saved) == []
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_checkpoint(tmp_path / "nothing", *made("float32", sharded=False))
+
+
+def write_file(rank: int, folder: str) -> dict:
+    net, optimizer = made("float32", sharded=True)
+    optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
+    steps(net, optimizer, 0, 5)
+    save_isolation(optimizer, f"{folder}/isolation.safetensors")
+    return contents(net, optimizer)
+
+
+def read_file(rank: int, folder: str) -> dict:
+    net, optimizer = made("float32", sharded=True)
+    load_isolation(optimizer, f"{folder}/isolation.safetensors")
+    return contents(net, optimizer)
+
+
+def test_a_file_of_masks_and_importance_goes_from_two_ranks_to_three_and_to_one(tmp_path):
+    saved = on_ranks(2, write_file, str(tmp_path))[0]
+    net, optimizer = made("float32", sharded=False)
+    load_isolation(optimizer, tmp_path / "isolation.safetensors")
+    for loaded in [*on_ranks(3, read_file, str(tmp_path)), contents(net, optimizer)]:
+        for name in "abc":
+            assert torch.equal(loaded[name, "isolated"], saved[name, "isolated"])
+            assert torch.equal(loaded[name, "importance"], saved[name, "importance"])
+        assert loaded["b", "persistent_mask"].any()

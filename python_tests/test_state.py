@@ -220,6 +220,10 @@ def _replace(saved, key, value):
     saved["state"][2][key] = value
 
 
+def _keep(saved, *keys):
+    saved["state"][2] = {key: saved["state"][2][key] for key in keys}
+
+
 def _version(saved):
     keys = [key for key in saved["param_groups"][0] if "version" in key]
     assert keys, "a state dict of ours names its version"
@@ -229,11 +233,20 @@ def _version(saved):
 DAMAGE = {
     "truncated-mask": lambda s: _truncate(s, "isolation_mask"),
     "longer-mask": lambda s: _replace(s, "isolation_mask", torch.zeros(9, dtype=torch.uint8)),
+    "mask-of-no-bytes": lambda s: _replace(s, "isolation_mask", torch.zeros(0, dtype=torch.uint8)),
+    "mask-with-padding": lambda s: s["state"][2]["isolation_mask"].bitwise_or_(128),
+    "persistent-with-padding": lambda s: _replace(
+        s, "persistent_mask", torch.full_like(s["state"][2]["isolation_mask"], 255)
+    ),
+    "mask-that-is-no-tensor": lambda s: _replace(s, "isolation_mask", [1]),
     "mask-as-floats": lambda s: _replace(s, "isolation_mask", s["state"][2]["isolation_mask"].float()),
     "truncated-persistent": lambda s: _replace(s, "persistent_mask", torch.zeros(0, dtype=torch.uint8)),
     "moment-of-another-shape": lambda s: _truncate(s, "exp_avg_sq"),
     "importance-of-another-shape": lambda s: _truncate(s, "importance"),
+    "no-step": lambda s: s["state"][2].pop("step"),
+    "no-first-moment": lambda s: s["state"][2].pop("exp_avg"),
     "no-second-moment": lambda s: s["state"][2].pop("exp_avg_sq"),
+    "no-step-nor-moments": lambda s: _keep(s, "isolation_mask", "importance"),
     "unknown-version": _version,
     "foreign-names": lambda s: s["param_groups"][0]["param_names"].__setitem__(3, "other"),
     "fewer-parameters": lambda s: (

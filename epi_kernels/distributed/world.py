@@ -19,6 +19,11 @@ from epi_kernels.policies.layers import LayerKey, LayerTable, Share, build_layer
 from epi_kernels.reference.stats import LayerStats
 
 
+def first_rank() -> bool:
+    """Whether this process writes what one alone may write."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 @dataclass(frozen=True)
 class Holding:
     """What one rank holds of one parameter, and what the ranks that hold others of its parts must agree on."""

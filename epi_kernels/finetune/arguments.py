@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         group,
         "--protect",
-        "importance file (`epi-kernels importance`) or the directory of a previous run: isolates from the first step",
+        "importance file (`epi-kernels importance`, or `save_isolation`) or the directory of a previous run: isolates from the first step",
         metavar="IMP|RUN_DIR",
     )
     add(

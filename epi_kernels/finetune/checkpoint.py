@@ -2,7 +2,7 @@
 
 OUT/checkpoints/step-00000200/   config.json, model.safetensors, tokenizer: loads with AutoModelForCausalLM
                                  optimizer.pt: optimizer and schedule (torch.load, weights_only)
-                                 state.json: step, log length, fingerprint of the weights
+                                 state.json: step, log length, fingerprint of the weights, sizes of the files
 """
 
 from __future__ import annotations
@@ -111,43 +111,62 @@ def save_checkpoint(
             {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
             folder / "optimizer.pt",
         )
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(
-            json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"step": step, **state, "files": files}, indent=1) + "\n", encoding="utf-8"
         )
 
     write_directory(target, write)
+    _sync(run_dir)  # the names of what a resume needs beside it
+    prune(run_dir, keep)
+    return target
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Removes all checkpoints but the last `keep`."""
     for old in list_checkpoints(run_dir)[:-keep]:
         # Renamed first: a kill midway must not leave half a checkpoint under a checkpoint's name.
         doomed = old.with_name(TEMPORARY + "old-" + old.name)
         os.rename(old, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    return target
 
 
 def clean(run_dir: Path) -> None:
     """Removes what a killed writer left behind."""
     for path in (run_dir / "checkpoints").glob(TEMPORARY + "*"):
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     for path in run_dir.glob(TEMPORARY + "*"):
         path.unlink()
 
 
 def load_state(checkpoint: Path) -> dict:
+    """state.json. Raises UserError naming the file that is damaged: that one, or any other that is not as long as it was."""
+    path = checkpoint / "state.json"
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint}: not a checkpoint ({error})") from None
+        raise UserError(f"{path}: not a checkpoint's ({error})") from None
     if not isinstance(state, dict) or not {"step", "log_bytes", "weights", "carried"} <= state.keys():
-        raise UserError(f"{checkpoint}: not a checkpoint (state.json lacks what a resume needs)")
+        raise UserError(f"{path}: not a checkpoint's (it lacks what a resume needs)")
+    for name, size in state.get("files", {}).items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "missing" if found is None else f"{found} bytes, not the {size} that were written"
+            raise UserError(f"{file}: {what}")
     return state
 
 
 def load_optimizer(checkpoint: Path) -> dict:
     """{"optimizer": state_dict, "scheduler": state_dict}, tensors mapped from the file."""
+    path = checkpoint / "optimizer.pt"
     try:
-        return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint / 'optimizer.pt'}: cannot be read ({error})") from None
+        both = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(both, dict) or not {"optimizer", "scheduler"} <= both.keys():
+        raise UserError(f"{path}: cannot be read (it holds no optimizer with its schedule)")
+    return both
 
 
 def save_pretrained(model, tokenizer, folder: Path) -> None:

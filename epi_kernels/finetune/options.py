@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from epi_kernels.files import partial_of
+
 from .errors import UserError
 from .packing import ATTENTION
 
@@ -196,7 +198,8 @@ def check_out(options: Options) -> None:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, not a directory")
-    if not out.exists() or not any(out.iterdir()):
+    # What a kill left of a run's first file is not a run, and nothing to keep.
+    if not out.exists() or all(path == partial_of(out / "run.json") for path in out.iterdir()):
         parent = next(p for p in (out, *out.parents) if p.exists())
         if not parent.is_dir():
             raise UserError(f"--out {out}: {parent} is a file, not a directory")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels.optim import exchange
 from epi_kernels.optim.moments import read_moment
 
 from . import checkpoint
@@ -85,6 +86,11 @@ def _compare(path: Path, found: Mapping[str, torch.Size], wanted: Mapping[str, t
         )
 
 
+def _mean(average: torch.Tensor, beta: float, step: float) -> torch.Tensor:
+    """fp32 mean of the squares that an average which began at 0 has seen in `step` steps; as it is before the first."""
+    return average.float() / (1 - beta**step) if step else average.float()
+
+
 Means = tuple[dict[str, torch.Tensor], "str | None", str]
 
 
@@ -93,8 +99,12 @@ def _from_file(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
     from safetensors import SafetensorError, safe_open
 
     metadata = load_metadata(path)
+    if metadata.get("format") == exchange.FORMAT:
+        return _from_optimizer(path, shapes)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"--protect {path}: not written by `epi-kernels importance`")
+        raise UserError(
+            f"--protect {path}: not written by `epi-kernels importance`, nor by epi_kernels.save_isolation"
+        )
     try:
         with safe_open(path, "pt") as file:
             _compare(
@@ -105,6 +115,20 @@ def _from_file(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
         raise UserError(f"--protect {path}: damaged ({error})") from None
     description = f"importance of {metadata['examples']} examples in {metadata['batches']} batches"
     return means, metadata.get("weights"), description
+
+
+def _from_optimizer(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
+    """The same from what save_isolation wrote, without its bias; where nothing was stepped, zeros."""
+    try:
+        file = exchange.read(path)
+    except ValueError as error:
+        raise UserError(f"--protect {error}") from None
+    _compare(path, {name: one.shape for name, one in file.parameters.items()}, shapes)
+    means = {
+        name: torch.zeros(one.shape) if one.importance is None else _mean(one.importance, one.beta, one.step)
+        for name, one in file.parameters.items()
+    }
+    return means, None, f"an optimizer's importance after step {file.isolation_step}"
 
 
 def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
@@ -127,6 +151,6 @@ def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
             except (KeyError, AttributeError, ValueError) as error:
                 raise UserError(f"--protect {path}: {error}") from None
             beta = group["importance_beta"] if kept == "importance" else group["betas"][1]
-            means[name] = values.float() / (1 - beta ** float(state["step"]))
+            means[name] = _mean(values, beta, float(state["step"]))
     _compare(path, {name: mean.shape for name, mean in means.items()}, shapes)
     return means, run.get("weights"), f"the run's optimizer after step {run['step']}"

@@ -103,17 +103,19 @@ def one_run(
             state = checkpoint.load_state(found[-1])
             net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
             both = checkpoint.load_optimizer(found[-1])
+            # The weights are in new tensors now: the optimizer is built anew over them.
+            optimizer = build_optimizer(
+                options, named_parameter_groups(net, weight_decay=options.weight_decay), label
+            )
+            scheduler = build_scheduler(options, optimizer, job.steps)
+            _load_optimizer(optimizer, both["optimizer"], found[-1])
+            scheduler.load_state_dict(both["scheduler"])
         except UserError as error:
             advice = f"if it is damaged, remove {found[-1]} to resume from the checkpoint before it"
             raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
         start, carried = state["step"], state["carried"]
-        # The weights are in new tensors now: the optimizer is built anew over them.
-        optimizer = build_optimizer(
-            options, named_parameter_groups(net, weight_decay=options.weight_decay), label
-        )
-        scheduler = build_scheduler(options, optimizer, job.steps)
-        optimizer.load_state_dict(both["optimizer"])
-        scheduler.load_state_dict(both["scheduler"])
+        # A kill may have come before it; only now is the last one known to be sound.
+        checkpoint.prune(directory, options.keep_checkpoints)
         log = Log(directory / "log.jsonl", keep_bytes=state["log_bytes"])
         log.write("resume", step=start, environment=environment(job.device), time=time.time())
         _warn_other_environment(saved, job.device)
@@ -226,6 +228,13 @@ def _load_weights(folder: Path, options: Options, device: str, dtype: torch.dtyp
     if model.weights_fingerprint(net) != expected:
         raise UserError("the weights are not those that were saved")
     return net
+
+
+def _load_optimizer(optimizer, state_dict: dict, folder: Path) -> None:
+    try:
+        optimizer.load_state_dict(state_dict)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'optimizer.pt'}: the optimizer refuses it ({error})") from None
 
 
 def _warn_other_environment(saved: dict | None, device: str) -> None:

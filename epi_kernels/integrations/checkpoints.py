@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from epi_kernels.distributed.world import first_rank
 from epi_kernels.optim import MaskedEMAAdamW
 
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -38,12 +39,12 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     """
     target = Path(path)
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
-    if _first_rank():
+    if first_rank():
         shutil.rmtree(partial, ignore_errors=True)
     _wait()
     state = {MODEL: get_model_state_dict(model), OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=partial)
-    if _first_rank():
+    if first_rank():
         for file in (*sorted(partial.iterdir()), partial):
             _sync(file)
         # a directory cannot be replaced in one move: load_checkpoint looks for the old one too
@@ -131,10 +132,6 @@ def _copies(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copies(one) for key, one in value.items()}
     return [_copies(one) for one in value] if isinstance(value, list) else value
-
-
-def _first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _wait() -> None:

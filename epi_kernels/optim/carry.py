@@ -23,12 +23,14 @@ from epi_kernels.optim.state import bare_name, complete_state, read_step, shares
 class Carried:
     """What one parameter takes over: its importance, the step it was collected up to, and what belongs to the weight.
 
-    ``source``: the parameter's state there, for the correction of a weight that is still the same.
+    ``source``: the parameter's state there, for the correction of a weight that is still the same; ``key``: which
+    moment of it served as the importance.
     """
 
     importance: Tensor
     step: Tensor
     source: Mapping[str, Any]
+    key: str
 
 
 class _Source(NamedTuple):
@@ -68,7 +70,7 @@ def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
     if key not in entry:
         raise ValueError(f"{what} has neither importance nor exp_avg_sq")
     importance = read_moment(entry, key, local(param).shape, what)
-    return Carried(importance, read_step(entry.get("step", 0.0), what), entry)
+    return Carried(importance, read_step(entry.get("step", 0.0), what), entry, key)
 
 
 def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:

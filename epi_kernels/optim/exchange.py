@@ -1,0 +1,273 @@
+"""Masks and importance in a safetensors file: for another optimizer, or another program.
+
+NAME                  importance, of the parameter's shape: fp32, bf16 or fp64 as it is stored; 8-bit codes as the bf16
+                      values that they stand for, exactly
+isolation_mask/NAME   uint8 [ceil(n / 8)]: element i, row-major, is bit i % 8 of byte i // 8; bits past the last are 0
+persistent_mask/NAME  the same, where there is one
+
+The metadata say what it is (`format`, `version`) and of whom: `parameters` is a JSON object, name -> shape, step and
+beta. The importance is an average that began at 0: divided by 1 - beta^step it is the mean squared gradient. A
+parameter that was never stepped has step null and no importance. Names are without DDP's and torch.compile's prefixes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.distributed import shards
+from epi_kernels.distributed.world import first_rank
+from epi_kernels.files import whole
+from epi_kernels.optim.carry import match_source
+from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
+from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
+from epi_kernels.optim.moments import INT8
+from epi_kernels.optim.state import bare_name
+from epi_kernels.reference import bits
+
+FORMAT = "epi-kernels isolation"
+VERSION = "1"
+STATISTIC = "exponential moving average of the squared gradient; divide by 1 - beta^step for its mean"
+IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class SavedParameter:
+    """One parameter in a file. ``importance`` is None where it was never stepped."""
+
+    shape: torch.Size
+    step: int
+    beta: float
+    importance: Tensor | None
+    masks: dict[str, Tensor]  # by state key, packed; their lengths are not yet checked
+
+
+@dataclass(frozen=True)
+class SavedIsolation:
+    """A whole file: T of the optimizer that wrote it, and its parameters by name."""
+
+    isolation_step: int
+    parameters: dict[str, SavedParameter]
+
+
+def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> None:
+    """Writes the importance and the masks of an optimizer's parameters, whole or not at all.
+
+    `load_isolation` reads it, and `epi-kernels finetune --protect`. The module's docstring says what is where. Of sharded
+    parameters it is a call of all ranks, of which the first writes.
+
+    Raises:
+        TypeError: it is no MaskedEMAAdamW.
+        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet.
+        OSError: the file cannot be written; what was at ``path`` is still there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    entries = _named_entries(optimizer)
+    carried = match_source(optimizer, [entry.param for entry in entries.values()], list(entries))
+    writes = not any(shards.is_sharded(entry.param) for entry in entries.values()) or first_rank()
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    for (name, entry), taken in zip(entries.items(), carried, strict=True):
+        parameters[name] = {"shape": list(entry.param.shape), "step": None}
+        if taken is not None:
+            group = entry.group
+            beta = group["importance_beta"] if taken.key == "importance" else group["betas"][1]
+            parameters[name] |= {"step": int(taken.step), "beta": float(beta)}
+            codes = taken.source[taken.key].dtype == INT8
+            # 4 bits of mantissa, exponents within bf16's
+            values = taken.importance.bfloat16() if codes else taken.importance.contiguous()
+            tensors[name] = _whole(values, entry.param)
+        state = optimizer.state.get(entry.param, {})
+        for key in MASK_KEYS if shards.is_sharded(entry.param) else ():
+            mask = bits.unpack(state.get(key, zero_mask(entry.param)), entry.weight.numel())
+            state = state | {key: bits.pack(_whole(mask.view(entry.weight.shape), entry.param))}
+        tensors.update({f"{key}/{name}": state[key] for key in MASK_KEYS if key in state})
+        if not writes:  # the first rank's
+            tensors.clear()
+    if not writes:
+        return
+    config = optimizer._config
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "statistic": STATISTIC,
+        "isolation_step": str(optimizer._isolation_step),
+        "isolation_ratio": repr(config.isolation_ratio),
+        "normalization": config.normalization,
+        "scope": config.scope,
+        "parameters": json.dumps(parameters),
+    }
+    try:
+        with whole(Path(path)) as partial:
+            save_file(tensors, partial, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+@torch.no_grad()
+def load_isolation(
+    optimizer: MaskedEMAAdamW, path: str | os.PathLike[str], *, masks: bool = True, importance: bool = True
+) -> None:
+    """Takes over what `save_isolation` wrote of the same parameters, matched by name, all or nothing.
+
+    The importance goes in as ``carry_importance`` takes another optimizer's: a new stage begins, T at 0 and
+    ``exp_avg`` zero. The masks go in as they are, in place of those that are there: isolated from the next step on, the
+    persistent ones for good and the others until the next refresh. Without ``importance`` the run goes on as it was.
+    Corrections of weights (``master_weight_bits``) belong to the weights: they are not in the file, and stay.
+
+    Raises:
+        TypeError: it is no MaskedEMAAdamW.
+        ValueError: the file is damaged, no file of ours or of another version, or is another model's; parameters have no
+            names; or nothing is asked for. Nothing has changed then.
+        OSError: there is no such file.
+    """
+    if not masks and not importance:
+        raise ValueError("load_isolation with masks=False and importance=False loads nothing")
+    entries = _named_entries(optimizer)
+    saved = read(path).parameters
+    _check_same_model(path, entries, saved)
+    packed = {
+        name: {
+            key: load_mask(mask, entry.param, f"{path}, {key} of {name}")
+            for key, mask in saved[name].masks.items()
+        }
+        for name, entry in entries.items()
+        if masks
+    }
+    if importance:
+        optimizer.carry_importance(_as_state_dict(saved))
+    for name, found in packed.items():
+        _install(optimizer, entries[name].param, found)
+
+
+def read(path: str | os.PathLike[str]) -> SavedIsolation:
+    """A file that `save_isolation` wrote, its tensors mapped from it.
+
+    Raises:
+        ValueError: it is damaged, no file of ours, or of another version.
+        OSError: there is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path}: not written by save_isolation (its format is {metadata.get('format')!r})"
+                )
+            if metadata.get("version") != VERSION:
+                raise ValueError(
+                    f"{path}: has version {metadata.get('version')!r}; this release reads {VERSION!r}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no whole safetensors file ({error})") from None
+    try:
+        records = json.loads(metadata["parameters"])
+        parameters = {name: _take(name, record, tensors) for name, record in records.items()}
+        isolation_step = int(metadata["isolation_step"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    if tensors:
+        raise ValueError(f"{path}: damaged (holds {', '.join(sorted(tensors)[:5])}, of no parameter)")
+    return SavedIsolation(isolation_step, parameters)
+
+
+def _take(name: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> SavedParameter:
+    """One parameter's part, taken out of ``tensors``."""
+    shape, importance = torch.Size(record["shape"]), None
+    step, beta = 0, 0.0
+    if record["step"] is not None:
+        step, beta = int(record["step"]), float(record["beta"])
+        if step < 0 or not 0 <= beta < 1:
+            raise ValueError(f"{name} has step {step} and beta {beta}")
+        importance = tensors.pop(name)
+        if importance.dtype not in IMPORTANCE_DTYPES or importance.shape != shape:
+            found = f"{importance.dtype} {list(importance.shape)}"
+            raise ValueError(f"the importance of {name} must be floats {list(shape)}, is {found}")
+    masks = {}
+    for key in MASK_KEYS:
+        mask = tensors.pop(f"{key}/{name}", None)
+        if mask is not None:
+            if mask.dtype != torch.uint8:
+                raise ValueError(f"{key} of {name} must be packed, uint8, is {mask.dtype}")
+            masks[key] = mask
+    return SavedParameter(shape, step, beta, importance, masks)
+
+
+def _named_entries(optimizer: MaskedEMAAdamW) -> dict[str, Entry]:
+    """The parameters by the names that a file has."""
+    if not isinstance(optimizer, MaskedEMAAdamW):
+        raise TypeError(
+            f"save_isolation and load_isolation take a MaskedEMAAdamW, got {type(optimizer).__name__}"
+        )
+    if not all("param_names" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "a file knows parameters by name, and this optimizer's have none: make it with (name, tensor) pairs, "
+            "e.g. MaskedEMAAdamW(model.named_parameters())"
+        )
+    entries: dict[str, Entry] = {}
+    for entry in optimizer._parameters():
+        name = bare_name(entry.name)
+        if (
+            name in entries
+            or name == "__metadata__"
+            or name.startswith(tuple(f"{key}/" for key in MASK_KEYS))
+        ):
+            raise ValueError(
+                f"a parameter named {entry.name!r} cannot be told apart in a file: give it another name"
+            )
+        entries[name] = entry
+    return entries
+
+
+def _whole(piece: Tensor, param: Tensor) -> Tensor:
+    """Of this rank's part, all; a call of all ranks where ``param`` is sharded."""
+    wrapped = shards.wrap(piece, param)
+    return wrapped.full_tensor() if shards.is_sharded(wrapped) else piece
+
+
+def _check_same_model(
+    path: str | os.PathLike[str], entries: dict[str, Entry], saved: dict[str, SavedParameter]
+) -> None:
+    wrong = [f"{name} is not in the file" for name in entries if name not in saved]
+    wrong += [f"{name} is not in the optimizer" for name in saved if name not in entries]
+    wrong += [
+        f"{name} is {list(saved[name].shape)} in the file, {list(entry.param.shape)} in the optimizer"
+        for name, entry in entries.items()
+        if name in saved and saved[name].shape != entry.param.shape
+    ]
+    if wrong:
+        more = f" ({len(wrong)} differences)" if len(wrong) > 5 else ""
+        raise ValueError(f"{path}: of another model: {'; '.join(wrong[:5])}{more}")
+
+
+def _as_state_dict(saved: dict[str, SavedParameter]) -> dict[str, Any]:
+    """What ``carry_importance`` takes: a source whose importance is its exp_avg_sq."""
+    state = {
+        index: {"step": one.step, "exp_avg_sq": one.importance}
+        for index, one in enumerate(saved.values())
+        if one.importance is not None
+    }
+    return {"state": state, "param_groups": [{"params": list(range(len(saved))), "param_names": list(saved)}]}
+
+
+def _install(optimizer: MaskedEMAAdamW, param: Tensor, packed: dict[str, Tensor]) -> None:
+    """The file's masks of one parameter in place of its own."""
+    if not packed and not any(key in optimizer.state.get(param, {}) for key in MASK_KEYS):
+        return
+    for key in reversed(MASK_KEYS):  # the persistent one first: the other one is laid over it
+        mask = torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+        if key in packed:
+            mask = bits.unpack(packed[key], param.numel()).view(param.shape)
+        optimizer.set_isolation_mask(param, mask, persistent=key == "persistent_mask")
