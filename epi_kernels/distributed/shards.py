@@ -34,33 +34,42 @@ def locals_of(tensors: Sequence[Tensor], sharded: Sequence[bool]) -> list[Tensor
     return [_LOCAL(tensor) if one else tensor for tensor, one in zip(tensors, sharded, strict=True)]
 
 
-def local_grads(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], sharded: Sequence[bool]
-) -> list[Tensor | None]:
+def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], bool]:
     """The gradients' memory on this rank, laid out as the parameters are; a redistributed one becomes ``.grad``.
+
+    Returns also whether all of them are DTensors that share their parameters' specs, dtype and shape included.
 
     Raises:
         RuntimeError: a DTensor's gradient is none, or lies on another mesh.
     """
+    from torch.distributed.tensor import DTensor
+
     found: list[Tensor | None] = []
-    for param, grad, one in zip(params, grads, sharded, strict=True):
-        if grad is None or not one:
+    alike = True
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None:
+            found.append(None)
+        elif type(param) is not DTensor:
+            alike = False
             found.append(grad)
-            continue
-        if not is_sharded(grad) or grad.device_mesh != param.device_mesh:
-            raise RuntimeError(
-                f"a gradient is a {type(grad).__name__} beside a parameter that is a DTensor on {param.device_mesh}: "
-                "gradients must be DTensors on their parameter's mesh"
-            )
-        if (
-            grad.placements != param.placements
-        ):  # Partial, say, of a weight that tensor parallelism replicates
-            grad = param.grad = grad.redistribute(placements=param.placements)
-        piece = _LOCAL(grad)
-        found.append(
-            piece if type(piece) is Tensor else grad.to_local().wait()
-        )  # an async collective's result
-    return found
+        elif type(grad) is DTensor and grad._spec is param._spec and type(grad._local_tensor) is Tensor:
+            found.append(grad._local_tensor)  # as FSDP2 leaves them: asked of hundreds in every step
+        else:
+            alike = False
+            found.append(_laid_out(param, grad))
+    return found, alike
+
+
+def _laid_out(param: Any, grad: Any) -> Tensor:
+    if not is_sharded(grad) or grad.device_mesh != param.device_mesh:
+        raise RuntimeError(
+            f"a gradient is a {type(grad).__name__} beside a parameter that is a DTensor on {param.device_mesh}: "
+            "gradients must be DTensors on their parameter's mesh"
+        )
+    if grad.placements != param.placements:  # Partial, say, of a weight that tensor parallelism replicates
+        grad = param.grad = grad.redistribute(placements=param.placements)
+    piece = grad.to_local()
+    return piece.wait() if hasattr(piece, "wait") else piece  # an async collective's result
 
 
 def wrap(piece: Tensor, param: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,19 @@ def check_parameters(
             raise ValueError(
                 "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
             )
+
+
+def check_given(groups: Sequence[Mapping[str, Any]], n_given: int) -> None:
+    """Refuses groups whose parameters somebody has exchanged for other ones, of another number: names, layers and masks
+    would no longer be theirs."""
+    n_found = sum(len(group["params"]) for group in groups)
+    named = all(len(group.get("param_names", group["params"])) == len(group["params"]) for group in groups)
+    if n_found != n_given or not named:
+        raise RuntimeError(
+            f"the optimizer was made with {n_given} parameters and its groups now hold {n_found}: DeepSpeed's ZeRO "
+            "replaces them by flat buffers, which tears layers apart. Use FSDP2, "
+            "torch.distributed.fsdp.fully_shard, or DeepSpeed without ZeRO (stage 0)"
+        )
 
 
 def check_gradient(entry: Entry, grad: Tensor, requested_backend: str) -> None:

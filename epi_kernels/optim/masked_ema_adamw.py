@@ -16,7 +16,7 @@ from epi_kernels.optim import arguments, carry, ranks, schedules
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.corrections import master_weight
-from epi_kernels.optim.entries import Entry, check_parameters, check_state
+from epi_kernels.optim.entries import Entry, check_given, check_parameters, check_state
 from epi_kernels.optim.masks import check_mask, install_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
@@ -156,6 +156,7 @@ class MaskedEMAAdamW(Optimizer):
         self._report: IsolationReport | None = None
         self._skipped = SkippedSteps()
         self._warned_nothing_selected = False
+        self._n_given = 0  # parameters, of all groups
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
 
@@ -186,6 +187,7 @@ class MaskedEMAAdamW(Optimizer):
         group[_VERSION] = state_.STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
+        self._n_given += len(self.param_groups[-1]["params"])
         if self._world is None and any(map(shards.is_sharded, group["params"])):
             self._world = World()
 
@@ -229,7 +231,7 @@ class MaskedEMAAdamW(Optimizer):
         # both set by torch.amp.GradScaler
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         params = [param for group in self.param_groups for param in group["params"]]
-        grads = self._grads(params)
+        grads, alike = self._grads(params)
         if self._makes_a_template(grads):
             self._step_plan(params, grads, written=False)
             return loss
@@ -240,7 +242,7 @@ class MaskedEMAAdamW(Optimizer):
             found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
             now = None if found_inf else schedules.due_settings(self._config, self.param_groups[0])
         layers = None if now is None else self._layers(now)
-        plan = self._step_plan(params, grads, written=grad_scale is not None)
+        plan = self._step_plan(params, grads, written=grad_scale is not None, alike=alike)
         if found_inf is not None and (may_refresh or not plan.counts_on_device):
             self._settle()
             if bool(found_inf):
@@ -256,10 +258,13 @@ class MaskedEMAAdamW(Optimizer):
             self._refresh(layers, stats, now, covered=plan.covered(), due=True)
         return loss
 
-    def _step_plan(self, params: list[Tensor], grads: list[Tensor | None], *, written: bool) -> StepPlan:
+    def _step_plan(
+        self, params: list[Tensor], grads: list[Tensor | None], *, written: bool, alike: bool = False
+    ) -> StepPlan:
         """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
-        if self._plan is None or not self._plan.fits(params, grads, self.state):
+        if self._plan is None or not self._plan.fits(params, grads, self.state, alike=alike):
             self._plan = None
+            check_given(self.param_groups, self._n_given)
             entries = list(self._parameters())
             if self._world is not None and not self._world.agreed:
                 held = ranks.holdings(entries, self._config)
@@ -267,12 +272,12 @@ class MaskedEMAAdamW(Optimizer):
             self._plan = StepPlan(entries, grads, self.state, self._config, written=written)
         return self._plan
 
-    def _grads(self, params: list[Tensor]) -> list[Tensor | None]:
-        """The gradients; of sharded parameters, what lies on this rank."""
+    def _grads(self, params: list[Tensor]) -> tuple[list[Tensor | None], bool]:
+        """The gradients; of sharded parameters, what lies on this rank, and whether all are known to fit them."""
         grads = [param.grad for param in params]
         if self._world is None:
-            return grads
-        return shards.local_grads(params, grads, list(map(shards.is_sharded, params)))
+            return grads, False
+        return shards.local_grads(params, grads)
 
     def _device(self) -> torch.device:
         """Where what is reduced over devices and ranks lies."""
@@ -496,6 +501,7 @@ class MaskedEMAAdamW(Optimizer):
             "_world",
             "_report",
             "_skipped",
+            "_n_given",
             "_warned_nothing_selected",
             "_step_supports_amp_scaling",
         )

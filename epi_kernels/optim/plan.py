@@ -104,7 +104,7 @@ class StepPlan:
         ]
         # what the plan relies on
         self._fixed = self._switches()
-        self._missing = [param.grad is None for param in self._all_params]
+        self._missing = [grad is None for grad in grads]
         self._state_values = _state_values(state_of)
         self._state_watch = Watch(
             [
@@ -119,6 +119,9 @@ class StepPlan:
         attributes = (_DTYPE, _IS_CPU if on_cpu else _DEVICE, _SHAPE, _LAYOUT)
         self._like = [(of, list(map(of, weights))) for of in attributes]
         self._weights_like = [(of, list(map(of, weights))) for of in _OF_WEIGHTS]
+        # a shard's own tensor, which nobody swaps, may be held; looking at the tensors that are there costs less
+        self._shards = weights if weights and all(self._sharded) else None
+        self._shards_watch = None if self._shards is None else Watch(weights)
 
     def _weights(self) -> list[Tensor]:
         """What of the parameters lies on this rank; FSDP2 may put other memory under them."""
@@ -134,21 +137,25 @@ class StepPlan:
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         state_of: Mapping[Tensor, dict[str, Any]],
+        *,
+        alike: bool,
     ) -> bool:
         """Whether the plan still is what a new one would be, but for the gradients' addresses and what groups say
-        of the step."""
+        of the step. ``alike``: gradients are known to have their weights' dtype, shape and device."""
         if len(params) != len(self._all_params) or not all(map(is_, params, self._all_params)):
             return False
         if [grad is None for grad in grads] != self._missing:
             return False
+        if self._switches() != self._fixed or not self._same_state(_state_values(state_of)):
+            return False
         present, weights = _present(grads), self._weights()
-        return (
-            self._switches() == self._fixed
-            and np.array_equal(addresses(weights), self._addresses)
-            and all(list(map(of, weights)) == like for of, like in self._weights_like)
-            and self._same_state(_state_values(state_of))
-            and all(list(map(of, present)) == like for of, like in self._like)
-        )
+        if self._shards_watch is not None and self._shards is not None:
+            same_weights = all(map(is_, weights, self._shards)) and self._shards_watch.unmoved()
+        else:
+            same_weights = np.array_equal(addresses(weights), self._addresses) and all(
+                list(map(of, weights)) == like for of, like in self._weights_like
+            )
+        return same_weights and (alike or all(list(map(of, present)) == like for of, like in self._like))
 
     def _same_state(self, values: list[Any]) -> bool:
         return (
