@@ -185,7 +185,7 @@ def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agre
         if n_elements != whole:
             raise ValueError(
                 f"the parts of {name} on {len(ranks)} ranks hold {n_elements} different elements of {whole}: parts of other "
-                "meshes are mixed in, or ranks of its mesh are missing from the optimizer's process_group"
+                "meshes are mixed in, or ranks of its mesh are missing (set_process_group)"
             )
     counted = frozenset(held.name for held in ranks[rank] if owner.get(held.name, {}).get(held.shard) == rank)
     shares = [

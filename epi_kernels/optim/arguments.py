@@ -46,7 +46,6 @@ GLOBAL_OPTIONS = (
     "stochastic_rounding",
     "seed",
     "backend",
-    "process_group",
 )
 
 

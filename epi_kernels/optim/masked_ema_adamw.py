@@ -76,10 +76,10 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
-        process_group: ranks that select together. None: all ranks where a parameter is a DTensor (FSDP2's
-            ``fully_shard``, tensor parallelism), else this rank by itself, which is right for
-            ``DistributedDataParallel``. Name one for pipeline stages whose parameters are plain tensors. With a group,
-            ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all its ranks.
+
+    Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
+    together, and ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all of them; else each
+    selects by itself, which is right for ``DistributedDataParallel``. ``set_process_group`` names other ranks.
 
     Raises:
         ValueError: an argument is out of range; names the argument, the value and what is allowed.
@@ -118,7 +118,6 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         backend: str = "auto",
-        process_group: Any = None,
     ) -> None:
         arguments.check_torch_options(
             amsgrad=amsgrad,
@@ -152,11 +151,12 @@ class MaskedEMAAdamW(Optimizer):
             seed=seed,
             backend=backend,
         )
-        self._world = None if process_group is None else World(process_group)
+        self._world: World | None = None
         self._report: IsolationReport | None = None
         self._skipped = SkippedSteps()
         self._warned_nothing_selected = False
         self._n_given = 0  # parameters, of all groups
+        self._given_lr_0 = False  # some group
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
 
@@ -188,6 +188,7 @@ class MaskedEMAAdamW(Optimizer):
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
         self._n_given += len(self.param_groups[-1]["params"])
+        self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
         if self._world is None and any(map(shards.is_sharded, group["params"])):
             self._world = World()
 
@@ -208,6 +209,11 @@ class MaskedEMAAdamW(Optimizer):
     def _set_isolation_step(self, value: int) -> None:
         for group in self.param_groups:
             group[_STEP] = value
+
+    def set_process_group(self, group: Any) -> None:
+        """Which ranks (a ``torch.distributed`` group) select together, for pipeline stages whose parameters are plain
+        tensors, or where only some of all ranks train. A call of all of them, before the first step."""
+        self._world = World(group)
 
     # ---------------------------------------------------------------- the step
 
@@ -289,7 +295,7 @@ class MaskedEMAAdamW(Optimizer):
         """Whether this is no step of a training run: ``torch.distributed.checkpoint`` makes the state of a fresh
         optimizer by one with lr 0 and gradients 0, and the state must come out as if it had not."""
         fresh = self._isolation_step == 0 and not any(self.state.values())
-        if not fresh or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if not fresh or self._given_lr_0 or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         moves = any(bool(grad.any()) for grad in grads if grad is not None)
         return not (moves if self._world is None else self._world.any(moves, self._device()))
@@ -502,6 +508,7 @@ class MaskedEMAAdamW(Optimizer):
             "_report",
             "_skipped",
             "_n_given",
+            "_given_lr_0",
             "_warned_nothing_selected",
             "_step_supports_amp_scaling",
         )
