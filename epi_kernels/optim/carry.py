@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,13 +73,14 @@ def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
     return Carried(importance, read_step(entry.get("step", 0.0), what), entry, key)
 
 
-def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:
-    """What each of ``params`` takes over: by name where both sides have names, else by position.
+def match_source(source: Any, ours: Sequence[Entry], *, named: bool) -> list[Carried | None]:
+    """What each of ``ours`` takes over: by name where both sides have names, else by position.
 
     Raises before anything changes when a parameter has no counterpart or its shape differs.
     """
+    params, names = [entry.param for entry in ours], [entry.name for entry in ours]
     source_names, entries = _entries(source)
-    if names is not None and source_names is not None:
+    if named and source_names is not None:
         by_name = {bare_name(name): entry for name, entry in zip(source_names, entries, strict=True)}
         missing = [name for name in names if bare_name(name) not in by_name]
         if missing:
@@ -95,8 +96,7 @@ def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> 
         matched = entries
     if not any(source.entry for source in matched):
         raise ValueError("the source carries no importance: it has no state for any of these parameters")
-    labels = names if names is not None else [f"param_{i}" for i in range(len(params))]
-    return [_take(found, param, label) for found, param, label in zip(matched, params, labels, strict=True)]
+    return [_take(found, param, name) for found, param, name in zip(matched, params, names, strict=True)]
 
 
 def fresh_states(
@@ -127,3 +127,16 @@ def fresh_states(
                 state["step"].copy_(taken.step)
         fresh.append(state)
     return fresh
+
+
+def put_states(
+    entries: Sequence[Entry],
+    fresh: Sequence[dict[str, Any]],
+    state_of: MutableMapping[Tensor, dict[str, Any]],
+) -> None:
+    """In place of what was there; a parameter whose fresh state is empty has none."""
+    for entry, state in zip(entries, fresh, strict=True):
+        if state:
+            state_of[entry.param] = state
+        else:
+            state_of.pop(entry.param, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,28 @@ class Entry(NamedTuple):
     def weight(self) -> Tensor:
         """What of the parameter lies on this rank."""
         return shards.local(self.param)
+
+
+def list_entries(param_groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+    """Every parameter in order; unnamed ones go by position."""
+    position = 0
+    for group in param_groups:
+        names = group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            name = f"param_{position}" if names is None else names[i]
+            yield Entry(group, param, name, position if names is None else zlib.crc32(name.encode()))
+            position += 1
+
+
+def entry_of(param: Tensor, param_groups: Iterable[dict[str, Any]]) -> Entry:
+    """
+    Raises:
+        ValueError: the parameter is in no group.
+    """
+    for entry in list_entries(param_groups):
+        if entry.param is param:
+            return entry
+    raise ValueError("this parameter is not in any of the optimizer's groups")
 
 
 def check_parameters(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,20 +11,27 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import World
-from epi_kernels.optim import arguments, carry, ranks, schedules
+from epi_kernels.optim import arguments, carry, layers, ranks, schedules
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.corrections import master_weight
-from epi_kernels.optim.entries import Entry, check_given, check_parameters, check_state
-from epi_kernels.optim.masks import check_mask, install_mask
+from epi_kernels.optim.entries import (
+    Entry,
+    check_given,
+    check_parameters,
+    check_state,
+    entry_of,
+    list_entries,
+)
+from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
-from epi_kernels.optim.report import IsolationReport, warn_nothing_selected
-from epi_kernels.optim.sharded_state import exported
+from epi_kernels.optim.report import IsolationReport, warn_after_refresh
+from epi_kernels.optim.sharded_state import export_states
 from epi_kernels.optim.skipped import SkippedSteps
-from epi_kernels.policies.layers import LayerTable, Share, build_layers
+from epi_kernels.optim.template import is_fresh, moves_nothing
+from epi_kernels.policies.layers import LayerTable
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
-from epi_kernels.reference import bits
 
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
 
@@ -193,14 +199,7 @@ class MaskedEMAAdamW(Optimizer):
             self._world = World()
 
     def _parameters(self) -> Iterator[Entry]:
-        """Every parameter in order; unnamed ones go by position."""
-        position = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for i, param in enumerate(group["params"]):
-                name = f"param_{position}" if names is None else names[i]
-                yield Entry(group, param, name, position if names is None else zlib.crc32(name.encode()))
-                position += 1
+        return list_entries(self.param_groups)
 
     @property
     def _isolation_step(self) -> int:
@@ -247,7 +246,7 @@ class MaskedEMAAdamW(Optimizer):
             self._settle()
             found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
             now = None if found_inf else schedules.due_settings(self._config, self.param_groups[0])
-        layers = None if now is None else self._layers(now)
+        table = None if now is None else self._layers(now)
         plan = self._step_plan(params, grads, written=grad_scale is not None, alike=alike)
         if found_inf is not None and (may_refresh or not plan.counts_on_device):
             self._settle()
@@ -255,13 +254,13 @@ class MaskedEMAAdamW(Optimizer):
                 return loss
             found_inf = None
 
-        stats = None if layers is None else StatsByDevice(len(layers.names), self._config)
-        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
+        stats = None if table is None else StatsByDevice(len(table.names), self._config)
+        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=table, stats=stats)
         self._set_isolation_step(self._isolation_step + 1)
         if found_inf is not None:  # the device knows whether it was a step
             self._skipped.note(found_inf)
-        if now is not None and layers is not None and stats is not None:
-            self._refresh(layers, stats, now, covered=plan.covered(), due=True)
+        if now is not None and table is not None and stats is not None:
+            self._refresh(table, stats, now, covered=plan.covered(), due=True)
         return loss
 
     def _step_plan(
@@ -292,13 +291,8 @@ class MaskedEMAAdamW(Optimizer):
         return torch.device("cpu")
 
     def _makes_a_template(self, grads: list[Tensor | None]) -> bool:
-        """Whether this is no step of a training run: ``torch.distributed.checkpoint`` makes the state of a fresh
-        optimizer by one with lr 0 and gradients 0, and the state must come out as if it had not."""
-        fresh = self._isolation_step == 0 and not any(self.state.values())
-        if not fresh or self._given_lr_0 or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        moves = any(bool(grad.any()) for grad in grads if grad is not None)
-        return not (moves if self._world is None else self._world.any(moves, self._device()))
+        fresh = not self._given_lr_0 and is_fresh(self.param_groups, self.state)
+        return fresh and moves_nothing(self.param_groups, grads, self._world, self._device())
 
     # ---------------------------------------------------------------- T, where a device may skip steps
 
@@ -315,59 +309,36 @@ class MaskedEMAAdamW(Optimizer):
 
     def _layers(self, now: IsolationConfig) -> LayerTable:
         entries = list(self._parameters())
-        for entry in entries:  # what a refresh would stumble over
-            arguments.check_group_options({"isolate": entry.group["isolate"]})
-            check_state(entry, self.state.get(entry.param, {}))
-        world = self._world
-        if world is not None:
-            settings, held = ranks.settings(now), ranks.holdings(entries, self._config)
-            world.open_refresh(held, settings, self._isolation_step, self._device())
-            return world.layers({name: param for _, param, name, _ in entries})
-        layer_of = self._config.layer_key or (lambda name: name)
-        return build_layers(
-            Share(param, name, param.numel(), layer_of(name), group["isolate"])
-            for group, param, name, _ in entries
-        )
+        layers.check_before_refresh(entries, self.state)
+        return layers.find_layers(entries, now, self._world, self._isolation_step, self._device())
 
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
         self._settle()
         now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
-        layers = self._layers(now)
-        return self._refresh(layers, StatsByDevice(len(layers.names), now), now, covered=set(), due=False)
+        table = self._layers(now)
+        return self._refresh(table, StatsByDevice(len(table.names), now), now, covered=set(), due=False)
 
     def _refresh(
-        self, layers: LayerTable, stats: StatsByDevice, now: IsolationConfig, covered: set[Tensor], due: bool
+        self, table: LayerTable, stats: StatsByDevice, now: IsolationConfig, covered: set[Tensor], due: bool
     ) -> IsolationReport:
         """Stages 2 to 4, with the numbers in ``now``; ``covered``: parameters whose stats the step has reduced."""
         entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
-        partitions, stateless = partition(entries, self.state, layers, covered, now)
+        partitions, stateless = partition(entries, self.state, table, covered, now)
         step, device = self._isolation_step, self._device()
-        self._report = refresh(partitions, layers, stateless, stats, now, step, self._world, device)
+        self._report = refresh(partitions, table, stateless, stats, now, step, self._world, device)
         schedules.after_refresh(now, self.param_groups, self._report, due=due)
-        self._warn_after_refresh(self._report, layers)
+        self._warned_nothing_selected = warn_after_refresh(
+            self._report, table, warned_before=self._warned_nothing_selected
+        )
         return self._report
-
-    def _warn_after_refresh(self, report: IsolationReport, layers: LayerTable) -> None:
-        if report.selects_nothing and report.ratio > 0 and not self._warned_nothing_selected:
-            self._warned_nothing_selected = True
-            warn_nothing_selected(report.ratio, layers.total_eligible)
-        # reading the count warns; on a GPU it stays there until somebody reads it
-        if all(param.device.type == "cpu" for param in layers.row_of):
-            _ = report.nonfinite
 
     def isolation_report(self) -> IsolationReport | None:
         """Figures of the last refresh, None before the first. Nothing synchronises until they are read."""
         return self._report
 
     # ---------------------------------------------------------------- masks
-
-    def _entry_of(self, param: Tensor) -> Entry:
-        for entry in self._parameters():
-            if entry.param is param:
-                return entry
-        raise ValueError("this parameter is not in any of the optimizer's groups")
 
     def isolation_mask(self, param: Tensor) -> Tensor:
         """bool tensor of param's shape (a DTensor with its placements where it is one), a copy: True where the weight is
@@ -376,13 +347,8 @@ class MaskedEMAAdamW(Optimizer):
         Raises:
             ValueError: the parameter is in no group.
         """
-        weight = self._entry_of(param).weight
-        packed = self.state.get(param, {}).get("isolation_mask")
-        if packed is None:
-            mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-        else:
-            mask = bits.unpack(packed, weight.numel()).view(weight.shape)
-        return shards.wrap(mask, param)
+        entry_of(param, self.param_groups)
+        return unpacked_mask(self.state.get(param, {}), param)
 
     @torch.no_grad()
     def set_isolation_mask(self, param: Tensor, mask: Tensor, *, persistent: bool = False) -> None:
@@ -397,7 +363,7 @@ class MaskedEMAAdamW(Optimizer):
             TypeError: the mask is no dense bool tensor.
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
-        group = self._entry_of(param).group
+        group = entry_of(param, self.param_groups).group
         check_mask(mask, param)
         state = self.state[param]
         state_.complete_state(state, param, group, self._config)
@@ -418,17 +384,11 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: a parameter has no counterpart there, or one of another shape, or there is no state at all.
         """
         entries = list(self._parameters())
-        params = [param for _, param, _, _ in entries]
         named = all("param_names" in group for group in self.param_groups)
-        names = [name for _, _, name, _ in entries] if named else None
-        carried = carry.match_source(source, params, names)
+        carried = carry.match_source(source, entries, named=named)
         fresh = carry.fresh_states(entries, carried, self.state, self._config)
         self._plan = None  # and the state it holds
-        for param, state in zip(params, fresh, strict=True):
-            if state:
-                self.state[param] = state
-            else:
-                self.state.pop(param, None)
+        carry.put_states(entries, fresh, self.state)
         self._skipped.read()
         self._set_isolation_step(0)
         schedules.start_schedules(self.param_groups, self._config)
@@ -442,7 +402,7 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: its state does not fit it.
         """
-        entry, state = self._entry_of(param), self.state.get(param, {})
+        entry, state = entry_of(param, self.param_groups), self.state.get(param, {})
         check_state(entry, state)
         return master_weight(param, state)
 
@@ -457,10 +417,7 @@ class MaskedEMAAdamW(Optimizer):
         """
         self._settle()
         found = super().state_dict()
-        params = dict.fromkeys(param for group in self.param_groups for param in group["params"])
-        for number, param in enumerate(params):
-            if shards.is_sharded(param) and number in found["state"]:
-                found["state"][number] = exported(found["state"][number], param)
+        export_states(found["state"], self.param_groups)
         return found
 
     @torch.no_grad()
@@ -477,28 +434,16 @@ class MaskedEMAAdamW(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        state, groups = self._read(state_dict)
+        state, groups = ranks.all_or_none(
+            lambda: state_.read_state_dict(state_dict, self.param_groups, self._config),
+            self._world,
+            self._device(),
+        )
         self._plan = None  # and the state it holds
         self.__setstate__({"state": state, "param_groups": groups})
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _read(self, state_dict: Mapping[str, Any]) -> tuple[Any, Any]:
-        """``read_state_dict``, by all ranks or by none."""
-        found, refused = None, None
-        try:
-            found = state_.read_state_dict(state_dict, self.param_groups, self._config)
-        except Exception as error:
-            refused = error
-        if self._world is not None and self._world.any(refused is not None, self._device()):
-            refused = refused or ValueError(
-                "another rank refused the state dict: nothing was loaded here either"
-            )
-        if refused is not None:
-            raise refused
-        assert found is not None
-        return found
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()

@@ -6,7 +6,7 @@ dict a mask is bools, and a scale stands beside every code; both are made for th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,14 @@ def exported(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
             each = value.repeat_interleave(codec.BLOCK)[: weight.numel()]
             found[key] = wrap(each.view(weight.shape), param)
     return found
+
+
+def export_states(states: dict[Any, dict[str, Any]], param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Puts ``exported`` in a state dict's ``state``, by the numbers that torch gives parameters there."""
+    params = dict.fromkeys(param for group in param_groups for param in group["params"])
+    for number, param in enumerate(params):
+        if is_sharded(param) and number in states:
+            states[number] = exported(states[number], param)
 
 
 def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, Any]:
