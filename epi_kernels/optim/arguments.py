@@ -271,3 +271,12 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(f"{name} is complex: optimize torch.view_as_real(param) instead")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"{name} has dtype {param.dtype}: use float32, bfloat16 or float64")
+
+
+def refuse_capture() -> None:
+    """
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("step() cannot be captured in a CUDA graph: capturable=True is not supported yet")

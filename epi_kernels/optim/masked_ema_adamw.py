@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import World
-from epi_kernels.optim import arguments, carry, layers, ranks, schedules
+from epi_kernels.optim import arguments, carry, ranks, schedules, stepping
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import (
     Entry,
-    check_given,
     check_parameters,
     check_state,
     entry_of,
@@ -25,15 +23,19 @@ from epi_kernels.optim.entries import (
 )
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
-from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
-from epi_kernels.optim.report import IsolationReport, warn_after_refresh
+from epi_kernels.optim.refresh import StatsByDevice
+from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.sharded_state import export_states
 from epi_kernels.optim.skipped import SkippedSteps
-from epi_kernels.optim.template import is_fresh, moves_nothing
-from epi_kernels.policies.layers import LayerTable
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
 
+if TYPE_CHECKING:
+    from epi_kernels.optim.release import GradientRelease
+
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
+_COPIED = """
+    _config _world _report _skipped _n_given _given_lr_0 _warned_nothing_selected _step_supports_amp_scaling
+""".split()
 
 
 class MaskedEMAAdamW(Optimizer):
@@ -94,7 +96,9 @@ class MaskedEMAAdamW(Optimizer):
     Source: EPI, arXiv 2604.14010 (Evolving Parameter Isolation).
     """
 
-    _plan: StepPlan | None = None  # kept from step to step; never copied or pickled
+    # never copied or pickled
+    _plan: StepPlan | None = None  # kept from step to step
+    _release: GradientRelease | None = None  # set by enable_gradient_release
 
     def __init__(
         self,
@@ -225,64 +229,30 @@ class MaskedEMAAdamW(Optimizer):
                 graph is being captured. Nothing has changed then.
             ValueError: a schedule gives a ratio or an interval that is not allowed; likewise.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() cannot be captured in a CUDA graph: capturable=True is not supported yet"
-            )
-        loss = None
+        arguments.refuse_capture()
+        release, loss = self._release, None
+        if release is not None:
+            release.refuse_scaler()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # both set by torch.amp.GradScaler
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads, alike = self._grads(params)
-        if self._makes_a_template(grads):
-            self._step_plan(params, grads, written=False)
-            return loss
-        # what a refresh may refuse is looked at before anything changes
-        may_refresh, now = self._refresh_may_follow(), None
-        if may_refresh:
-            self._settle()
-            found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
-            now = None if found_inf else schedules.due_settings(self._config, self.param_groups[0])
-        table = None if now is None else self._layers(now)
-        plan = self._step_plan(params, grads, written=grad_scale is not None, alike=alike)
-        if found_inf is not None and (may_refresh or not plan.counts_on_device):
-            self._settle()
-            if bool(found_inf):
-                return loss
-            found_inf = None
-
-        stats = None if table is None else StatsByDevice(len(table.names), self._config)
-        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=table, stats=stats)
-        self._set_isolation_step(self._isolation_step + 1)
-        if found_inf is not None:  # the device knows whether it was a step
-            self._skipped.note(found_inf)
-        if now is not None and table is not None and stats is not None:
-            self._refresh(table, stats, now, covered=plan.covered(), due=True)
+        if release is not None and release.is_open:
+            release.finish()
+        else:
+            stepping.step_at_once(self)
+        if release is not None:
+            release.end_step()
         return loss
 
-    def _step_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], *, written: bool, alike: bool = False
-    ) -> StepPlan:
-        """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
-        if self._plan is None or not self._plan.fits(params, grads, self.state, alike=alike):
-            self._plan = None
-            check_given(self.param_groups, self._n_given)
-            entries = list(self._parameters())
-            if self._world is not None and not self._world.agreed:
-                held = ranks.holdings(entries, self._config)
-                self._world.agree(held, ranks.settings(self._config), self._device())
-            self._plan = StepPlan(entries, grads, self.state, self._config, written=written)
-        return self._plan
+    def _forget_plans(self) -> None:
+        """And the state they hold."""
+        self._plan = None
+        if self._release is not None:
+            self._release.forget()
 
-    def _grads(self, params: list[Tensor]) -> tuple[list[Tensor | None], bool]:
-        """The gradients; of sharded parameters, what lies on this rank, and whether all are known to fit them."""
-        grads = [param.grad for param in params]
-        if self._world is None:
-            return grads, False
-        return shards.local_grads(params, grads)
+    def _refuse_in_a_step(self, what: str) -> None:
+        if self._release is not None:
+            self._release.refuse_while_open(what)
 
     def _device(self) -> torch.device:
         """Where what is reduced over devices and ranks lies."""
@@ -290,15 +260,13 @@ class MaskedEMAAdamW(Optimizer):
             return entry.param.device
         return torch.device("cpu")
 
-    def _makes_a_template(self, grads: list[Tensor | None]) -> bool:
-        fresh = not self._given_lr_0 and is_fresh(self.param_groups, self.state)
-        return fresh and moves_nothing(self.param_groups, grads, self._world, self._device())
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.forget_accumulated()
 
     # ---------------------------------------------------------------- T, where a device may skip steps
-
-    def _refresh_may_follow(self) -> bool:
-        """Whether a refresh follows the step at hand, for any number of steps that were skipped unread."""
-        return schedules.refresh_may_follow(self._config, self.param_groups[0], self._skipped.unread)
 
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
@@ -307,32 +275,15 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- the refresh
 
-    def _layers(self, now: IsolationConfig) -> LayerTable:
-        entries = list(self._parameters())
-        layers.check_before_refresh(entries, self.state)
-        return layers.find_layers(entries, now, self._world, self._isolation_step, self._device())
-
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
+        self._refuse_in_a_step("refresh_isolation_mask()")
         self._settle()
         now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
-        table = self._layers(now)
-        return self._refresh(table, StatsByDevice(len(table.names), now), now, covered=set(), due=False)
-
-    def _refresh(
-        self, table: LayerTable, stats: StatsByDevice, now: IsolationConfig, covered: set[Tensor], due: bool
-    ) -> IsolationReport:
-        """Stages 2 to 4, with the numbers in ``now``; ``covered``: parameters whose stats the step has reduced."""
-        entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
-        partitions, stateless = partition(entries, self.state, table, covered, now)
-        step, device = self._isolation_step, self._device()
-        self._report = refresh(partitions, table, stateless, stats, now, step, self._world, device)
-        schedules.after_refresh(now, self.param_groups, self._report, due=due)
-        self._warned_nothing_selected = warn_after_refresh(
-            self._report, table, warned_before=self._warned_nothing_selected
-        )
-        return self._report
+        table = stepping.layers_of(self, now)
+        stats = StatsByDevice(len(table.names), now)
+        return stepping.refresh_masks(self, table, stats, now, covered=set(), due=False)
 
     def isolation_report(self) -> IsolationReport | None:
         """Figures of the last refresh, None before the first. Nothing synchronises until they are read."""
@@ -363,6 +314,7 @@ class MaskedEMAAdamW(Optimizer):
             TypeError: the mask is no dense bool tensor.
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
+        self._refuse_in_a_step("set_isolation_mask()")
         group = entry_of(param, self.param_groups).group
         check_mask(mask, param)
         state = self.state[param]
@@ -383,11 +335,12 @@ class MaskedEMAAdamW(Optimizer):
             TypeError: the source is neither an optimizer nor a state dict.
             ValueError: a parameter has no counterpart there, or one of another shape, or there is no state at all.
         """
+        self._refuse_in_a_step("carry_importance()")
         entries = list(self._parameters())
         named = all("param_names" in group for group in self.param_groups)
         carried = carry.match_source(source, entries, named=named)
         fresh = carry.fresh_states(entries, carried, self.state, self._config)
-        self._plan = None  # and the state it holds
+        self._forget_plans()
         carry.put_states(entries, fresh, self.state)
         self._skipped.read()
         self._set_isolation_step(0)
@@ -415,6 +368,7 @@ class MaskedEMAAdamW(Optimizer):
 
         Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard.
         """
+        self._refuse_in_a_step("state_dict()")
         self._settle()
         found = super().state_dict()
         export_states(found["state"], self.param_groups)
@@ -439,22 +393,13 @@ class MaskedEMAAdamW(Optimizer):
             self._world,
             self._device(),
         )
-        self._plan = None  # and the state it holds
+        self._forget_plans()
         self.__setstate__({"state": state, "param_groups": groups})
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_in_a_step("a copy")
         self._settle()
-        own = (
-            "_config",
-            "_world",
-            "_report",
-            "_skipped",
-            "_n_given",
-            "_given_lr_0",
-            "_warned_nothing_selected",
-            "_step_supports_amp_scaling",
-        )
-        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+        return super().__getstate__() | {name: self.__dict__[name] for name in _COPIED}

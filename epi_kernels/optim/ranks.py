@@ -50,6 +50,14 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool) else float(value)
 
 
+def agree_once(
+    world: World | None, entries: Sequence[Entry], config: IsolationConfig, device: torch.device
+) -> None:
+    """Before the first step, and after what the ranks know has changed: a call of all of them."""
+    if world is not None and not world.agreed:
+        world.agree(holdings(entries, config), settings(config), device)
+
+
 def all_or_none(read: Callable[[], T], world: World | None, device: torch.device) -> T:
     """What ``read`` gives, where no rank's refuses.
 

@@ -6,8 +6,8 @@ come out as if it had not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,20 +15,18 @@ from torch import Tensor
 from epi_kernels.distributed.world import World
 from epi_kernels.optim.schedules import STEP_KEY
 
-
-def is_fresh(param_groups: Sequence[Mapping[str, Any]], state_of: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-    """Whether no step was taken, and nothing loaded."""
-    return param_groups[0][STEP_KEY] == 0 and not any(state_of.values())
+if TYPE_CHECKING:
+    from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 
 
-def moves_nothing(
-    param_groups: Sequence[Mapping[str, Any]],
-    grads: Sequence[Tensor | None],
-    world: World | None,
-    device: torch.device,
-) -> bool:
-    """Whether lr and gradients are 0, on all ranks: a call of all of them."""
-    if any(float(group["lr"]) != 0 for group in param_groups):
-        return False
+def may_be_template(optimizer: MaskedEMAAdamW) -> bool:
+    """Whether no step was taken, nothing loaded, and lr 0 was put into all groups since they were made."""
+    groups = optimizer.param_groups
+    fresh = groups[0][STEP_KEY] == 0 and not any(optimizer.state.values())
+    return fresh and not optimizer._given_lr_0 and all(float(group["lr"]) == 0 for group in groups)
+
+
+def moves_nothing(grads: Sequence[Tensor | None], world: World | None, device: torch.device) -> bool:
+    """Whether all gradients are 0, on all ranks: a call of all of them."""
     moves = any(bool(grad.any()) for grad in grads if grad is not None)
     return not (moves if world is None else world.any(moves, device))
