@@ -27,6 +27,7 @@ from epi_kernels.optim.refresh import StatsByDevice
 from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.sharded_state import export_states
 from epi_kernels.optim.skipped import SkippedSteps
+from epi_kernels.optim.uncompiled import uncompiled
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One optimization step; refreshes the mask after it when one is due. Returns the closure's loss.
@@ -275,6 +277,7 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- the refresh
 
+    @uncompiled
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
@@ -301,6 +304,7 @@ class MaskedEMAAdamW(Optimizer):
         entry_of(param, self.param_groups)
         return unpacked_mask(self.state.get(param, {}), param)
 
+    @uncompiled
     @torch.no_grad()
     def set_isolation_mask(self, param: Tensor, mask: Tensor, *, persistent: bool = False) -> None:
         """Installs a mask (bool, param's shape and device) until the next refresh, or for good.
@@ -321,6 +325,7 @@ class MaskedEMAAdamW(Optimizer):
         state_.complete_state(state, param, group, self._config)
         install_mask(state, param, mask, persistent=persistent)
 
+    @uncompiled
     @torch.no_grad()
     def carry_importance(self, source: Optimizer | dict[str, Any]) -> None:
         """Starts a new stage from another optimizer's statistics, so that old abilities stay protected.
@@ -374,6 +379,7 @@ class MaskedEMAAdamW(Optimizer):
         export_states(found["state"], self.param_groups)
         return found
 
+    @uncompiled
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of ours or of torch.optim.AdamW; one that does not fit is refused whole.

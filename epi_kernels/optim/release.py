@@ -24,6 +24,7 @@ from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition
 from epi_kernels.optim.release_checks import NO_SCALER, check_model, check_processwide, second_gradient
 from epi_kernels.optim.template import may_be_template
+from epi_kernels.optim.uncompiled import uncompiled
 
 
 def enable_gradient_release(
@@ -200,6 +201,7 @@ class GradientRelease:
             for param in self._handles.keys() - set(params):
                 self._handles.pop(param).remove()
 
+    @uncompiled
     @torch.no_grad()
     def _on_gradient(self, param: Tensor) -> None:
         grad = param.grad
