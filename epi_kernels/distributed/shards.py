@@ -24,6 +24,11 @@ def is_sharded(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def any_sharded(tensors: Sequence[Tensor]) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in set(map(type, tensors))
+
+
 def local(tensor: Tensor) -> Tensor:
     """The memory on this rank."""
     return _LOCAL(tensor) if is_sharded(tensor) else tensor

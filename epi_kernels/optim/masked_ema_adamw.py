@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,8 +189,6 @@ class MaskedEMAAdamW(Optimizer):
         super().add_param_group(group)
         self._n_given += len(self.param_groups[-1]["params"])
         self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
-        if self._world is None and any(map(shards.is_sharded, group["params"])):
-            self._world = World()
 
     def _parameters(self) -> Iterator[Entry]:
         """Every parameter in order; unnamed ones go by position."""
@@ -237,6 +235,7 @@ class MaskedEMAAdamW(Optimizer):
         # both set by torch.amp.GradScaler
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         params = [param for group in self.param_groups for param in group["params"]]
+        self._join_ranks(params)
         grads, alike = self._grads(params)
         if self._makes_a_template(grads):
             self._step_plan(params, grads, written=False)
@@ -278,6 +277,11 @@ class MaskedEMAAdamW(Optimizer):
             self._plan = StepPlan(entries, grads, self.state, self._config, written=written)
         return self._plan
 
+    def _join_ranks(self, params: Sequence[Tensor]) -> None:
+        """Accelerate puts DTensors in the place of parameters that an optimizer was made with."""
+        if self._world is None and shards.any_sharded(params):
+            self._world = World()
+
     def _grads(self, params: list[Tensor]) -> tuple[list[Tensor | None], bool]:
         """The gradients; of sharded parameters, what lies on this rank, and whether all are known to fit them."""
         grads = [param.grad for param in params]
@@ -315,6 +319,7 @@ class MaskedEMAAdamW(Optimizer):
 
     def _layers(self, now: IsolationConfig) -> LayerTable:
         entries = list(self._parameters())
+        self._join_ranks([entry.param for entry in entries])
         for entry in entries:  # what a refresh would stumble over
             arguments.check_group_options({"isolate": entry.group["isolate"]})
             check_state(entry, self.state.get(entry.param, {}))
@@ -486,6 +491,7 @@ class MaskedEMAAdamW(Optimizer):
 
     def _read(self, state_dict: Mapping[str, Any]) -> tuple[Any, Any]:
         """``read_state_dict``, by all ranks or by none."""
+        self._join_ranks([entry.param for entry in self._parameters()])
         found, refused = None, None
         try:
             found = state_.read_state_dict(state_dict, self.param_groups, self._config)
