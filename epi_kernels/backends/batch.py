@@ -41,7 +41,7 @@ class StepCounts:
         if self._shared is not None:
             self._shared[self._index] += 1
         elif self._steps:
-            torch._foreach_add_(self._steps, 1.0)
+            torch._foreach_add_(self._steps, 1.0)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def share_storage(steps: Sequence[Tensor]) -> bool:

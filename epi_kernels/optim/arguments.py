@@ -147,7 +147,7 @@ def check_torch_options(
         )
 
 
-def _ratio(given: Any) -> tuple[float, RatioSchedule | None]:
+def _ratio(given: float | RatioSchedule) -> tuple[float, RatioSchedule | None]:
     """(p at T = 0, what sets it later)."""
     if isinstance(given, AdaptiveRatio):
         return given.initial, given
@@ -158,7 +158,7 @@ def _ratio(given: Any) -> tuple[float, RatioSchedule | None]:
     ), None
 
 
-def _interval(given: Any) -> tuple[int | None, IntervalSchedule | None]:
+def _interval(given: int | IntervalSchedule | None) -> tuple[int | None, IntervalSchedule | None]:
     """(H at T = 0, what sets it later)."""
     if isinstance(given, AdaptiveInterval):
         return given.initial, given

@@ -55,7 +55,7 @@ def check_mask(mask: Any, param: Tensor) -> None:
         raise ValueError(f"mask must be on the parameter's device {param.device}, got {mask.device}")
     if is_sharded(mask):
         like = is_sharded(param) and mask.device_mesh == param.device_mesh
-        if not like or mask.placements != param.placements:
+        if not like or mask.placements != getattr(param, "placements", None):
             raise ValueError("a mask that is a DTensor must have the parameter's mesh and placements")
 
 
