@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from epi_kernels.backends import capture
 from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import World
 from epi_kernels.optim import arguments, carry, ranks, schedules
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.captured import ReplayedSteps, check_capture
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, check_given, check_parameters, check_state
 from epi_kernels.optim.masks import check_mask, install_mask
@@ -57,7 +59,10 @@ class MaskedEMAAdamW(Optimizer):
             maximize, isolate (take part in isolation, default True) and importance_beta.
         lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         foreach, fused: accepted and without effect, because every backend is both; refused together.
-        amsgrad, differentiable, capturable: refused when True (capturable: not yet).
+        amsgrad, differentiable: refused when True.
+        capturable: ``step()`` may be captured in a CUDA graph (Triton backend). Take a step first, capture, replay; a
+            refresh stays outside: call ``refresh_isolation_mask()`` between replays. T is exact there and in
+            ``state_dict()``. An lr that changes must be a float32 tensor on the parameters' device.
         isolation_ratio: p in [0, 1); 0 is plain AdamW. Or a function of T (an int: the steps done), asked when the
             optimizer is made (T = 0) and at every refresh; or an ``AdaptiveRatio``, which follows the masks' drift.
         mask_interval: H, steps between refreshes; None never refreshes by itself (static masks). Or a function of
@@ -89,6 +94,7 @@ class MaskedEMAAdamW(Optimizer):
     """
 
     _plan: StepPlan | None = None  # kept from step to step; never copied or pickled
+    _replayed: ReplayedSteps | None = None  # beside it, with capturable=True
 
     def __init__(
         self,
@@ -122,7 +128,6 @@ class MaskedEMAAdamW(Optimizer):
         arguments.check_torch_options(
             amsgrad=amsgrad,
             foreach=foreach,
-            capturable=capturable,
             differentiable=differentiable,
             fused=fused,
         )
@@ -150,6 +155,7 @@ class MaskedEMAAdamW(Optimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
+            capturable=capturable,
         )
         self._world: World | None = None
         self._report: IsolationReport | None = None
@@ -182,6 +188,7 @@ class MaskedEMAAdamW(Optimizer):
             {entry.name: entry.param for entry in self._parameters()},
             requested_backend=self._config.backend,
             needs_names=self._config.layer_key is not None,
+            capturable=self._config.capturable,
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[_VERSION] = state_.STATE_VERSION
@@ -224,10 +231,8 @@ class MaskedEMAAdamW(Optimizer):
                 graph is being captured. Nothing has changed then.
             ValueError: a schedule gives a ratio or an interval that is not allowed; likewise.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() cannot be captured in a CUDA graph: capturable=True is not supported yet"
-            )
+        if capture.capturing():
+            return self._captured_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -263,6 +268,25 @@ class MaskedEMAAdamW(Optimizer):
             self._refresh(layers, stats, now, covered=plan.covered(), due=True)
         return loss
 
+    def _captured_step(self, closure: Callable[[], Any] | None) -> Any:
+        """A step that a graph will replay: nothing is waited for, no refresh, T by the device's count."""
+        if not self._config.capturable:
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph: make the optimizer with capturable=True"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads, alike = self._grads(params)
+        plan = self._plan
+        check_capture(plan, plan is not None and plan.fits(params, grads, self.state, alike=alike))
+        assert plan is not None
+        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=None, stats=None)
+        return loss
+
     def _step_plan(
         self, params: list[Tensor], grads: list[Tensor | None], *, written: bool, alike: bool = False
     ) -> StepPlan:
@@ -274,7 +298,11 @@ class MaskedEMAAdamW(Optimizer):
             if self._world is not None and not self._world.agreed:
                 held = ranks.holdings(entries, self._config)
                 self._world.agree(held, ranks.settings(self._config), self._device())
+            if self._config.capturable:
+                self._settle()
             self._plan = StepPlan(entries, grads, self.state, self._config, written=written)
+            step = self._plan.a_step() if self._config.capturable else None
+            self._replayed = None if step is None else ReplayedSteps(step, self._isolation_step)
         return self._plan
 
     def _join_ranks(self, params: Sequence[Tensor]) -> None:
@@ -312,8 +340,11 @@ class MaskedEMAAdamW(Optimizer):
 
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
-        if self._skipped.unread:
-            self._set_isolation_step(self._isolation_step - self._skipped.read())
+        skipped = self._skipped.read() if self._skipped.unread else 0
+        if self._replayed is not None:
+            self._set_isolation_step(self._replayed.isolation_step())
+        elif skipped:
+            self._set_isolation_step(self._isolation_step - skipped)
 
     # ---------------------------------------------------------------- the refresh
 
@@ -428,7 +459,7 @@ class MaskedEMAAdamW(Optimizer):
         names = [name for _, _, name, _ in entries] if named else None
         carried = carry.match_source(source, params, names)
         fresh = carry.fresh_states(entries, carried, self.state, self._config)
-        self._plan = None  # and the state it holds
+        self._plan = self._replayed = None  # and the state they hold
         for param, state in zip(params, fresh, strict=True):
             if state:
                 self.state[param] = state
@@ -483,7 +514,7 @@ class MaskedEMAAdamW(Optimizer):
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         state, groups = self._read(state_dict)
-        self._plan = None  # and the state it holds
+        self._plan = self._replayed = None  # and the state they hold
         self.__setstate__({"state": state, "param_groups": groups})
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

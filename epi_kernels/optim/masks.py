@@ -73,12 +73,14 @@ def install_mask(state: dict[str, Any], param: Tensor, mask: Tensor, *, persiste
     packed = pack(_part(mask, param))
     current = state.setdefault("isolation_mask", zero_mask(param))
     lasting = state.pop("persistent_mask", None)
+    # in place: a captured graph goes on reading there
     if persistent:
         others = current if lasting is None else current & ~lasting
-        state["isolation_mask"] = others | packed
+        current.copy_(others | packed)
         if bool(packed.any()):
             state["persistent_mask"] = packed
     elif lasting is None:
-        state["isolation_mask"] = packed
+        current.copy_(packed)
     else:
-        state["isolation_mask"], state["persistent_mask"] = packed | lasting, lasting
+        current.copy_(packed | lasting)
+        state["persistent_mask"] = lasting
