@@ -59,7 +59,7 @@ build: $(VENV)/.built
 
 test: build
 	$(PY) -m ruff check .
-	$(QUIET_THREADS) $(PY) -m pytest -q -n $(JOBS) --timeout=600 $(TEST_ARGS)
+	$(QUIET_THREADS) $(PY) -m pytest -q -n $(JOBS) --dist worksteal --timeout=600 $(TEST_ARGS)
 
 demo: build
 	$(VENV)/bin/epi-kernels demo $(DEMO_ARGS)

@@ -12,8 +12,10 @@ zeroed, and neither side profits from where its pages happen to lie. Gradients a
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -68,6 +70,40 @@ def parameters(case: Case) -> list[torch.nn.Parameter]:
     return params
 
 
+class OfSquares(torch.nn.Module):
+    """A model of these parameters, whose gradients are they themselves."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.params = torch.nn.ParameterList(params)
+
+    def forward(self) -> torch.Tensor:
+        return sum((0.5 * param.square().sum() for param in self.params), torch.zeros(()))
+
+
+def under_fsdp2(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Shards with gradients, as FSDP2 leaves them on its only rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = OfSquares(params)
+    for param in params:
+        param.grad = None
+    fully_shard(model)
+    model().backward()
+    return list(model.parameters())
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+
 def our_optimizer(
     case: Case, params: list[torch.nn.Parameter], backend: str, **options: Any
 ) -> MaskedEMAAdamW:
@@ -93,10 +129,15 @@ def plan(request: pytest.FixtureRequest) -> Iterator[Plan]:
 
 
 @pytest.fixture(scope="module")
-def step_pair(request: pytest.FixtureRequest, plan: Plan) -> Pair:
+def step_pair(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Pair]:
     """Ours with no refresh due, and torch's fused AdamW over the same weights and moments."""
     case: Case = request.param
-    params = parameters(case)
+    with one_rank() if case.sharded else contextlib.nullcontext():
+        yield made_pair(case, plan)
+
+
+def made_pair(case: Case, plan: Plan) -> Pair:
+    params = under_fsdp2(parameters(case)) if case.sharded else parameters(case)
     ours = our_optimizer(case, params, plan.backend, mask_interval=None)
     torchs = torch.optim.AdamW(params, **HYPER, fused=True)
     torchs.step()

@@ -47,6 +47,7 @@ STEP_FLOAT32 = Target("ratio.p50", 1.02)
 STEP_BFLOAT16 = Target("ratio.p50", 0.75)
 STEP_BFLOAT16_STOCHASTIC = Target("ratio.p50", 0.9)
 STEP_INT8 = Target("ratio.p50", 0.9)
+HOST_FSDP2 = Target("ratio.p50", 0.2)
 REFRESH = Target("ratio.p50", 1.0)
 # Linear cost: every timed call finds cold caches, so that no size profits from them.
 LINE = Target("line.deviation", 0.3)
@@ -66,6 +67,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # of MaskedEMAAdamW
     target: Target | None = None
     cold: bool = False  # caches are emptied before every timed call
+    sharded: bool = False  # under FSDP2, on one rank
 
     def tensor_sizes(self) -> list[int]:
         share, rest = divmod(self.elements, self.tensors)
@@ -206,5 +208,6 @@ def _cold_cases(name: str, plan: Plan) -> list[Case]:
 
 def tensors_cases(plan: Plan) -> list[Case]:
     """What a step costs the host, where the tensors are many and small."""
-    n = MANY_TENSORS * ELEMENTS_OF_EACH
-    return [Case(f"tensors-f32-{MANY_TENSORS}", "tensors", torch.float32, n, MANY_TENSORS)]
+    n, name = MANY_TENSORS * ELEMENTS_OF_EACH, f"tensors-f32-{MANY_TENSORS}"
+    plain = Case(name, "tensors", torch.float32, n, MANY_TENSORS)
+    return [plain, replace(plain, name=f"{name}-fsdp2", target=HOST_FSDP2, sharded=True)]

@@ -46,6 +46,7 @@ STEP_TITLES = {
     "step-f32-own-importance": "float32, importance of its own",
     "step-f32-ratio-0": "float32, ratio 0",
     "tensors-f32-300": "float32, 300 tensors of 1,000",
+    "tensors-f32-300-fsdp2": "the same under FSDP2, one rank",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -28,6 +29,9 @@ class Failed:
 
 
 def _child(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
+    # what torchrun sets; the group is made from a file, so nobody listens at the address
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     torch.set_num_threads(1)  # a forked process must not use its parent's threads
     try:
         dist.init_process_group(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.integrations import named_parameter_groups
+from python_tests.ranks import on_ranks
 from python_tests.test_transformers_trainer import Tokens
 from python_tests.tiny_model import backend, tiny_llama
 
@@ -108,3 +111,42 @@ def test_masks_selected_before_prepare_act_after_it():
     assert sum(int(mask.sum()) for mask in masks) >= int(0.1 * sum(p.numel() for p in model.parameters()))
     for p, mask, old in zip(model.parameters(), masks, before, strict=True):
         assert torch.equal(p[mask], old[mask]) and not torch.equal(p, old)
+
+
+def under_fsdp2(rank: int) -> dict:
+    """Two steps of FSDP2 as Accelerate prepares it, with a refresh after the second; masks and weights, whole."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.transformer_cls_names_to_wrap = ["LlamaDecoderLayer"]
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = tiny_llama()
+    model, optimizer = accelerator.prepare(model, make(model))
+    return two_steps(accelerator.backward, model, optimizer, optimizer.optimizer)
+
+
+def two_steps(backward, model, optimizer, ours) -> dict:
+    for step in range(2):
+        batch = torch.randint(60, (2, 8), generator=torch.Generator().manual_seed(step))
+        backward(model(input_ids=batch, labels=batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def whole(tensor):
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    found = {}
+    for group in ours.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            found[name] = whole(param.detach()), whole(ours.isolation_mask(param))
+    return found
+
+
+def test_fsdp2_puts_shards_in_the_place_of_parameters_and_the_masks_are_one_process():
+    model = tiny_llama()
+    alone = make(model)
+    expected = two_steps(lambda loss: loss.backward(), model, alone, alone)
+    assert sum(int(mask.sum()) for _, mask in expected.values()) > 0
+    for found in on_ranks(2, under_fsdp2):  # both with the same batch: equal gradients, whose mean is exact
+        assert found.keys() == expected.keys()
+        for name, (weight, mask) in expected.items():
+            assert torch.equal(found[name][0], weight) and torch.equal(found[name][1], mask), name

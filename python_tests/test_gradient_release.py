@@ -605,6 +605,8 @@ def test_what_cannot_be_enabled():
     with pytest.raises(RuntimeError, match="another optimizer"):
         enable_gradient_release(net, optimizer_of(net))
     handle.remove()
+    with pytest.raises(RuntimeError, match="capturable=True: a graph replays"):
+        enable_gradient_release(net, optimizer_of(net, backend="triton", capturable=True))
     net.embed.sparse = True
     with pytest.raises(RuntimeError, match="embed has sparse gradients"):
         enable_gradient_release(net, optimizer)

@@ -6,24 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW
-from python_tests.ranks import Failed, on_ranks, outcomes
+from python_tests.ranks import on_ranks
+from python_tests.sharded import REFRESHES, cut, gradient, weights, whole
 
-SHAPES = {
-    "embedding": (37, 24),  # tied: the model has it twice, the optimizer once
-    "block.0.weight": (24, 40),
-    "block.0.norm": (24,),
-    "block.1.weight": (65, 130),  # above 4,096 elements: 8-bit states are codes
-    "block.1.norm": (7,),  # fewer rows than some meshes have ranks, once cut twice
-    "experts": (5, 6, 9),
-    "bias": (3,),
-    "single": (1, 1),
-}
-REFRESHES = {"isolation_ratio": 0.07, "mask_interval": 3}
 OPTIONS = {
     "float32": {},
     "float32, zscore": {"normalization": "zscore"},
@@ -59,31 +48,6 @@ LAYOUTS = {
     "columns and FSDP": ((2, 2), lambda n: [Shard(0), Shard(n - 1) if n > 1 else Replicate()]),
     "rows and FSDP": ((2, 2), lambda n: [_StridedShard(0, split_factor=2), Shard(0)]),
 }
-
-
-def gradient(name: str, step: int, dtype: torch.dtype) -> torch.Tensor:
-    rng = np.random.default_rng([step, *name.encode()])
-    scale = 10.0 ** rng.integers(-4, 0)
-    return torch.from_numpy(rng.standard_normal(SHAPES[name]).astype(np.float32) * scale).to(dtype)
-
-
-def weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng(7)
-    return {
-        name: torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
-        for name, shape in SHAPES.items()
-    }
-
-
-def cut(tensor: torch.Tensor, mesh, placements) -> DTensor:
-    """This rank's part of a tensor that every rank has; ``distribute_tensor`` does not know strided shards."""
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    part = tensor[tuple(slice(start, start + n) for start, n in zip(offset, shape))].clone()
-    return DTensor.from_local(part, mesh, placements, shape=tensor.shape, stride=tensor.stride())
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(params: dict[str, nn.Parameter], place, backend: str, options: dict, steps: int = 7) -> dict:
@@ -192,126 +156,3 @@ def whose_ratio_differs(rank: int) -> str:
 def test_ranks_whose_functions_give_different_values_are_refused():
     for said in on_ranks(2, whose_ratio_differs):
         assert said.startswith("1: ranks disagree on isolation_ratio: 0.5 on rank 0, 0.25 on rank 1")
-
-
-def stage_of_a_pipeline(rank: int, shared: bool):
-    """Ranks 0 and 1 hold different plain parameters; ``shared``: rank 2 is a replica of rank 1."""
-    names = list(SHAPES)[::2] if rank == 0 else list(SHAPES)[1::2]
-    params = {name: nn.Parameter(one) for name, one in weights(torch.float32).items() if name in names}
-    optimizer = MaskedEMAAdamW(params.items(), lr=1e-2, weight_decay=0.1, **REFRESHES)
-    optimizer.set_process_group(torch.distributed.group.WORLD)
-    for step in range(7):
-        for name, param in params.items():
-            param.grad = gradient(name, step, torch.float32)
-        optimizer.step()
-    masks = {name: optimizer.isolation_mask(param) for name, param in params.items()}
-    return masks, optimizer.isolation_report().isolated
-
-
-@pytest.mark.parametrize("n_ranks", [2, 3])
-def test_stages_of_a_pipeline_select_together_and_replicas_count_once(n_ranks):
-    expected = alone("float32", "cpu")
-    for masks, isolated in on_ranks(n_ranks, stage_of_a_pipeline, n_ranks == 3):
-        assert isolated == expected["report"]["isolated"]
-        for name, mask in masks.items():
-            assert torch.equal(mask, expected[name, "mask"])
-
-
-def fsdp1(rank: int, use_orig_params: bool):
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    net = FullyShardedDataParallel(
-        nn.Linear(8, 8), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    MaskedEMAAdamW(net.named_parameters())
-
-
-@pytest.mark.parametrize("use_orig_params", [True, False])
-def test_fsdp1_is_refused_and_the_message_points_to_fsdp2(use_orig_params):
-    for heard in outcomes(2, fsdp1, use_orig_params):
-        assert isinstance(heard, Failed) and heard.kind == "NotImplementedError"
-        assert "FSDP1" in heard.message and "fully_shard" in heard.message
-
-
-def test_zero_3_is_refused():
-    param = nn.Parameter(torch.ones(3))
-    param.ds_id = 0  # what DeepSpeed marks a partitioned parameter with
-    with pytest.raises(NotImplementedError, match="ZeRO-3.*fully_shard"):
-        MaskedEMAAdamW([("w", param)])
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_groups_whose_parameters_became_a_flat_buffer_are_refused(named):
-    """As DeepSpeed's ZeRO-1 and ZeRO-2 leave them, tried with DeepSpeed 0.19."""
-    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
-    optimizer = MaskedEMAAdamW([("a", weights[0]), ("b", weights[1])] if named else weights)
-    flat = nn.Parameter(torch.cat([weight.detach().view(-1) for weight in weights]))
-    flat.grad = torch.ones(7)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match="made with 2 parameters .* now hold 1: DeepSpeed"):
-        optimizer.step()
-    assert torch.equal(flat, torch.ones(7)) and not optimizer.state
-
-
-def mixed(rank: int):
-    """A replicated plain parameter among sharded ones counts once."""
-    mesh = init_device_mesh("cpu", (2,))
-    params = {
-        name: nn.Parameter(one if name == "bias" else cut(one, mesh, [Shard(0)]))
-        for name, one in weights(torch.float32).items()
-    }
-    optimizer = MaskedEMAAdamW(params.items(), lr=1e-2, weight_decay=0.1, **REFRESHES)
-    for step in range(7):
-        for name, param in params.items():
-            full = gradient(name, step, torch.float32)
-            param.grad = full if name == "bias" else cut(full, mesh, [Shard(0)])
-        optimizer.step()
-    return {name: whole(optimizer.isolation_mask(param)) for name, param in params.items()}
-
-
-def test_a_plain_parameter_among_sharded_ones_counts_once():
-    expected = alone("float32", "cpu")
-    for masks in on_ranks(2, mixed):
-        assert all(torch.equal(mask, expected[name, "mask"]) for name, mask in masks.items())
-
-
-def partial_gradient(rank: int):
-    mesh = init_device_mesh("cpu", (2,))
-    param = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Replicate()]))
-    optimizer = MaskedEMAAdamW([("w", param)], lr=0.1, weight_decay=0.0)
-    param.grad = DTensor.from_local(torch.full((4,), float(rank + 1)), mesh, [Partial()])
-    optimizer.step()
-    return optimizer.state[param]["exp_avg"].to_local(), param.grad.placements == param.placements
-
-
-def test_a_partial_gradient_is_summed_first():
-    for exp_avg, redistributed in on_ranks(2, partial_gradient):
-        assert torch.allclose(exp_avg, torch.full((4,), 0.3)) and redistributed
-
-
-def collectives(rank: int):
-    """Calls of all-reduce, by step."""
-    mesh = init_device_mesh("cpu", (2,))
-    param = nn.Parameter(cut(torch.ones(8, 4), mesh, [Shard(0)]))
-    optimizer = MaskedEMAAdamW([("w", param)], isolation_ratio=0.1, mask_interval=4)
-    calls, counts, original = [], [], torch.distributed.all_reduce
-
-    def counted(tensor, *arguments, **options):
-        calls.append(tensor.nbytes)
-        return original(tensor, *arguments, **options)
-
-    torch.distributed.all_reduce = counted
-    for _ in range(5):
-        calls.clear()
-        param.grad = cut(torch.arange(32.0).view(8, 4), mesh, [Shard(0)])
-        optimizer.step()
-        counts.append(list(calls))
-    return counts
-
-
-def test_an_ordinary_step_reduces_nothing_and_a_refresh_a_few_small_tensors():
-    for counts in on_ranks(2, collectives):
-        assert counts[0] == counts[1] == counts[2] == counts[4] == []
-        opening, extrema, *passes, report = counts[3]
-        assert (opening, extrema, report) == (40, 8, 32)  # one layer
-        assert 1 <= len(passes) <= 4 and set(passes) == {2049 * 8}  # a counting pass each, 2,048 bins

@@ -25,6 +25,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase
 
 from epi_kernels import MaskedEMAAdamW
+from python_tests.harness import Target, triton_has_wheels
 
 SOON = {"isolation_ratio": 0.1, "mask_interval": 2}
 
@@ -45,6 +46,12 @@ def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         "8-bit states": {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8", **SOON},
     }
     return [OptimizerInput(params=None, kwargs=kwargs, desc=name) for name, kwargs in configurations.items()]
+
+
+def few_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
+    """Of an interpreted backend, which takes a hundred times as long."""
+    kwargs = {"isolation_ratio": 0.1, "mask_interval": 5}
+    return [OptimizerInput(params=None, kwargs=kwargs, desc="a few refreshes")]
 
 
 def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
@@ -77,6 +84,7 @@ def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
 
 def info(backend: str) -> OptimizerInfo:
     """Of a class whose default is this backend."""
+    interpreted = Target(backend).interpreted
 
     class Optimizer(MaskedEMAAdamW):
         def __init__(self, params, *args, **kwargs):
@@ -85,9 +93,11 @@ def info(backend: str) -> OptimizerInfo:
     Optimizer.__name__ = f"MaskedEMAAdamW_{backend}"
     return OptimizerInfo(
         Optimizer,
-        optim_inputs_func=inputs,
+        optim_inputs_func=few_inputs if interpreted else inputs,
         optim_error_inputs_func=error_inputs,
-        scheduler_inputs=(
+        scheduler_inputs=([lambda optimizer: StepLR(optimizer, gamma=0.9, step_size=10)],)
+        if interpreted
+        else (
             [lambda optimizer: StepLR(optimizer, gamma=0.9, step_size=10)],
             [lambda optimizer: CosineAnnealingLR(optimizer, T_max=60)],
             [lambda optimizer: LambdaLR(optimizer, lambda epoch: 0.97**epoch)],
@@ -102,7 +112,8 @@ def info(backend: str) -> OptimizerInfo:
     )
 
 
-INFOS = [info("reference"), info("cpu")]
+# without a device Triton's kernels run through its interpreter
+INFOS = [info(name) for name in ("reference", "cpu", *(["triton"] if triton_has_wheels() else []))]
 
 
 def regression(device: Any, dtype: torch.dtype, *, contiguous: bool = True) -> tuple[list, Callable]:

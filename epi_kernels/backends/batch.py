@@ -41,7 +41,7 @@ class StepCounts:
         if self._shared is not None:
             self._shared[self._index] += 1
         elif self._steps:
-            torch._foreach_add_(self._steps, 1.0)
+            torch._foreach_add_(self._steps, 1.0)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def share_storage(steps: Sequence[Tensor]) -> bool:
@@ -71,6 +71,9 @@ class StepBatch:
         for _, run in groupby(range(len(self.tensors)), key=lambda i: id(self.tensors[i].hyper)):
             rows = list(run)
             self.runs.append((rows[0], rows[-1] + 1))
+        self.capturable = False  # what lies on the device may be kept for a CUDA graph
+        self.host_rows: bytes | None = None
+        self.device_rows: Tensor | None = None
         self.any_low_precision = any(_is_low_precision(item) for item in self.tensors)
         self._table: PointerTable | None = None
 

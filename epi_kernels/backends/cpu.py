@@ -27,6 +27,7 @@ class CpuBackend:
 
     name = "cpu"
     counts_on_device = False
+    captures = False
     places_runs = True
 
     def __init__(self, isa: str | None = None) -> None:

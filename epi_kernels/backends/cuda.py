@@ -158,6 +158,7 @@ def aligned(rows: np.ndarray, pointers: list[int]) -> np.ndarray:
 class CudaBackend:
     name = "cuda"
     counts_on_device = True
+    captures = False
     places_runs = False
 
     def __init__(self) -> None:

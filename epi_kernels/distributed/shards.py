@@ -8,20 +8,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # The wrapper's own tensor. ``to_local()`` goes through autograd and takes 20 times as long, which hundreds of
 # parameters would feel in every step.
 _LOCAL = attrgetter("_local_tensor")
 
 
-def is_sharded(value: Any) -> bool:
+def is_sharded(value: Any) -> TypeGuard[DTensor]:
     """Whether it is a DTensor, replicated ones included."""
     module = sys.modules.get("torch.distributed.tensor")  # who has one has imported it
     return module is not None and isinstance(value, module.DTensor)
+
+
+def any_sharded(tensors: Sequence[Tensor]) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in set(map(type, tensors))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -74,7 +82,7 @@ def _laid_out(param: Any, grad: Any) -> Tensor:
         )
     if grad.placements != param.placements:  # Partial, say, of a weight that tensor parallelism replicates
         grad = param.grad = grad.redistribute(placements=param.placements)
-    piece = grad.to_local()
+    piece: Any = grad.to_local()
     return piece.wait() if hasattr(piece, "wait") else piece  # an async collective's result
 
 
@@ -165,7 +173,12 @@ def shard_of(tensor: Tensor) -> Shard | None:
     if coordinate is None:  # this rank is not in the mesh
         return Shard(whole, (0,) * len(whole), (0,) * len(whole))
     cuts = [
-        (placement.dim, int(getattr(placement, "split_factor", 1)), tensor.device_mesh.size(axis), position)
+        (
+            getattr(placement, "dim", 0),
+            int(getattr(placement, "split_factor", 1)),
+            tensor.device_mesh.size(axis),
+            position,
+        )
         for axis, (placement, position) in enumerate(zip(tensor.placements, coordinate, strict=True))
         if not placement.is_replicate()
     ]

@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.world import first_rank
 from epi_kernels.optim import MaskedEMAAdamW
@@ -43,7 +45,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
         shutil.rmtree(partial, ignore_errors=True)
     _wait()
     state = {MODEL: get_model_state_dict(model), OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=partial)
+    save(state, checkpoint_id=partial)
     if first_rank():
         for file in (*sorted(partial.iterdir()), partial):
             _sync(file)
@@ -72,12 +74,12 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
         folder = folder.with_name(folder.name + ".old")
     if not (folder / ".metadata").exists():
         raise FileNotFoundError(f"{path}: no checkpoint of torch.distributed.checkpoint is there")
-    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata = FileSystemReader(folder).read_metadata()
     template = {MODEL: get_model_state_dict(model), OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
     _check_names(template, metadata, folder)
     state = _copies(template)
     _fit(state[OPTIMIZER]["state"], metadata)
-    dcp.load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder)
     optimizer.load_state_dict(state[OPTIMIZER])  # refused by all ranks or by none
     set_model_state_dict(model, state[MODEL])
 

@@ -66,6 +66,7 @@ class IsolationConfig:
     stochastic_rounding: bool
     seed: int
     backend: str
+    capturable: bool = False
     ratio_schedule: RatioSchedule | None = None
     interval_schedule: IntervalSchedule | None = None
 
@@ -127,9 +128,7 @@ def check_group_options(options: dict[str, Any]) -> None:
             _require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
-def check_torch_options(
-    *, amsgrad: bool, foreach: Any, capturable: bool, differentiable: bool, fused: Any
-) -> None:
+def check_torch_options(*, amsgrad: bool, foreach: Any, differentiable: bool, fused: Any) -> None:
     """torch.optim.AdamW's own switches: honoured, or refused with what to use instead."""
     if amsgrad:
         raise ValueError(
@@ -141,13 +140,9 @@ def check_torch_options(
         )
     if foreach and fused:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together")
-    if capturable:
-        raise NotImplementedError(
-            "capturable=True is not supported yet: use capturable=False outside CUDA graphs"
-        )
 
 
-def _ratio(given: Any) -> tuple[float, RatioSchedule | None]:
+def _ratio(given: float | RatioSchedule) -> tuple[float, RatioSchedule | None]:
     """(p at T = 0, what sets it later)."""
     if isinstance(given, AdaptiveRatio):
         return given.initial, given
@@ -158,7 +153,7 @@ def _ratio(given: Any) -> tuple[float, RatioSchedule | None]:
     ), None
 
 
-def _interval(given: Any) -> tuple[int | None, IntervalSchedule | None]:
+def _interval(given: int | IntervalSchedule | None) -> tuple[int | None, IntervalSchedule | None]:
     """(H at T = 0, what sets it later)."""
     if isinstance(given, AdaptiveInterval):
         return given.initial, given
@@ -185,6 +180,7 @@ def make_config(
     stochastic_rounding: bool | None,
     seed: int,
     backend: str,
+    capturable: bool,
 ) -> IsolationConfig:
     """Validates the global options."""
     ratio, ratio_schedule = _ratio(isolation_ratio)
@@ -241,6 +237,7 @@ def make_config(
         stochastic_rounding=stochastic_rounding is not False,
         seed=int(seed),
         backend=backend,
+        capturable=bool(capturable),
         ratio_schedule=ratio_schedule,
         interval_schedule=interval_schedule,
     )
@@ -271,12 +268,3 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(f"{name} is complex: optimize torch.view_as_real(param) instead")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"{name} has dtype {param.dtype}: use float32, bfloat16 or float64")
-
-
-def refuse_capture() -> None:
-    """
-    Raises:
-        RuntimeError: a CUDA graph is being captured.
-    """
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("step() cannot be captured in a CUDA graph: capturable=True is not supported yet")

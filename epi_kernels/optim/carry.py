@@ -73,14 +73,13 @@ def _take(source: _Source, param: Tensor, name: str) -> Carried | None:
     return Carried(importance, read_step(entry.get("step", 0.0), what), entry, key)
 
 
-def match_source(source: Any, ours: Sequence[Entry], *, named: bool) -> list[Carried | None]:
-    """What each of ``ours`` takes over: by name where both sides have names, else by position.
+def match_source(source: Any, params: list[Tensor], names: list[str] | None) -> list[Carried | None]:
+    """What each of ``params`` takes over: by name where both sides have names, else by position.
 
     Raises before anything changes when a parameter has no counterpart or its shape differs.
     """
-    params, names = [entry.param for entry in ours], [entry.name for entry in ours]
     source_names, entries = _entries(source)
-    if named and source_names is not None:
+    if names is not None and source_names is not None:
         by_name = {bare_name(name): entry for name, entry in zip(source_names, entries, strict=True)}
         missing = [name for name in names if bare_name(name) not in by_name]
         if missing:
@@ -96,7 +95,8 @@ def match_source(source: Any, ours: Sequence[Entry], *, named: bool) -> list[Car
         matched = entries
     if not any(source.entry for source in matched):
         raise ValueError("the source carries no importance: it has no state for any of these parameters")
-    return [_take(found, param, name) for found, param, name in zip(matched, params, names, strict=True)]
+    labels = names if names is not None else [f"param_{i}" for i in range(len(params))]
+    return [_take(found, param, label) for found, param, label in zip(matched, params, labels, strict=True)]
 
 
 def fresh_states(

@@ -59,19 +59,25 @@ def entry_of(param: Tensor, param_groups: Iterable[dict[str, Any]]) -> Entry:
 
 
 def check_parameters(
-    params: Any, names: dict[str, Tensor], *, requested_backend: str, needs_names: bool
+    params: Any, names: dict[str, Tensor], *, requested_backend: str, needs_names: bool, capturable: bool
 ) -> None:
     """What a group brings, before it joins: tensors or (name, tensor) pairs. ``names``: those taken.
 
     Raises:
         ValueError: a dtype that no backend steps, a name that is taken, or missing where names are needed.
+        NotImplementedError: a parameter is sharded in an unsupported way, or its backend cannot be captured.
     """
     for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
         named = isinstance(entry, tuple) and len(entry) == 2
         name, param = entry if named else (f"param_{position}", entry)
         if isinstance(param, Tensor):  # torch itself refuses what is not
             check_parameter(param, str(name))
-            choose(requested_backend, param.device, param.dtype)
+            backend = choose(requested_backend, param.device, param.dtype).backend
+            if capturable and not backend.captures:
+                raise NotImplementedError(
+                    f"capturable=True: the {backend.name} backend, which steps {name}, cannot be captured in a CUDA graph; "
+                    "the triton backend can, on a CUDA device"
+                )
             if named and names.setdefault(str(name), param) is not param:
                 raise ValueError(
                     f"two parameters are named {name!r}: names choose layers, random numbers and what importance "

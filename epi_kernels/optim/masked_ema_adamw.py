@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import World
 from epi_kernels.optim import arguments, carry, ranks, schedules, stepping
 from epi_kernels.optim import state as state_
+from epi_kernels.optim.captured import ReplayedSteps, is_captured
 from epi_kernels.optim.corrections import master_weight
-from epi_kernels.optim.entries import (
-    Entry,
-    check_parameters,
-    check_state,
-    entry_of,
-    list_entries,
-)
+from epi_kernels.optim.entries import Entry, check_parameters, check_state, entry_of, list_entries
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice
@@ -66,7 +60,10 @@ class MaskedEMAAdamW(Optimizer):
             maximize, isolate (take part in isolation, default True) and importance_beta.
         lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         foreach, fused: accepted and without effect, because every backend is both; refused together.
-        amsgrad, differentiable, capturable: refused when True (capturable: not yet).
+        amsgrad, differentiable: refused when True.
+        capturable: ``step()`` may be captured in a CUDA graph (Triton backend). Take a step first, capture, replay; a
+            refresh stays outside: call ``refresh_isolation_mask()`` between replays. T is exact there and in
+            ``state_dict()``. An lr that changes must be a float32 tensor on the parameters' device.
         isolation_ratio: p in [0, 1); 0 is plain AdamW. Or a function of T (an int: the steps done), asked when the
             optimizer is made (T = 0) and at every refresh; or an ``AdaptiveRatio``, which follows the masks' drift.
         mask_interval: H, steps between refreshes; None never refreshes by itself (static masks). Or a function of
@@ -99,6 +96,7 @@ class MaskedEMAAdamW(Optimizer):
 
     # never copied or pickled
     _plan: StepPlan | None = None  # kept from step to step
+    _replayed: ReplayedSteps | None = None  # beside it, with capturable=True
     _release: GradientRelease | None = None  # set by enable_gradient_release
 
     def __init__(
@@ -133,7 +131,6 @@ class MaskedEMAAdamW(Optimizer):
         arguments.check_torch_options(
             amsgrad=amsgrad,
             foreach=foreach,
-            capturable=capturable,
             differentiable=differentiable,
             fused=fused,
         )
@@ -161,6 +158,7 @@ class MaskedEMAAdamW(Optimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
+            capturable=capturable,
         )
         self._world: World | None = None
         self._report: IsolationReport | None = None
@@ -193,6 +191,7 @@ class MaskedEMAAdamW(Optimizer):
             {entry.name: entry.param for entry in self._parameters()},
             requested_backend=self._config.backend,
             needs_names=self._config.layer_key is not None,
+            capturable=self._config.capturable,
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[_VERSION] = state_.STATE_VERSION
@@ -200,8 +199,6 @@ class MaskedEMAAdamW(Optimizer):
         super().add_param_group(group)
         self._n_given += len(self.param_groups[-1]["params"])
         self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
-        if self._world is None and any(map(shards.is_sharded, group["params"])):
-            self._world = World()
 
     def _parameters(self) -> Iterator[Entry]:
         return list_entries(self.param_groups)
@@ -231,14 +228,16 @@ class MaskedEMAAdamW(Optimizer):
                 graph is being captured. Nothing has changed then.
             ValueError: a schedule gives a ratio or an interval that is not allowed; likewise.
         """
-        arguments.refuse_capture()
+        captured = is_captured(capturable=self._config.capturable)
         release, loss = self._release, None
         if release is not None:
             release.refuse_scaler()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if release is not None and release.is_open:
+        if captured:
+            stepping.captured_step(self)
+        elif release is not None and release.is_open:
             release.finish()
         else:
             stepping.step_at_once(self)
@@ -248,7 +247,7 @@ class MaskedEMAAdamW(Optimizer):
 
     def _forget_plans(self) -> None:
         """And the state they hold."""
-        self._plan = None
+        self._plan = self._replayed = None
         if self._release is not None:
             self._release.forget()
 
@@ -258,9 +257,7 @@ class MaskedEMAAdamW(Optimizer):
 
     def _device(self) -> torch.device:
         """Where what is reduced over devices and ranks lies."""
-        for entry in self._parameters():
-            return entry.param.device
-        return torch.device("cpu")
+        return next((entry.param.device for entry in self._parameters()), torch.device("cpu"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch."""
@@ -270,10 +267,17 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- T, where a device may skip steps
 
+    def _refresh_may_follow(self) -> bool:
+        """Whether a refresh follows the step at hand, for any number of steps that were skipped unread."""
+        return schedules.refresh_may_follow(self._config, self.param_groups[0], self._skipped.unread)
+
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
-        if self._skipped.unread:
-            self._set_isolation_step(self._isolation_step - self._skipped.read())
+        skipped = self._skipped.read() if self._skipped.unread else 0
+        if self._replayed is not None:
+            self._set_isolation_step(self._replayed.isolation_step())
+        elif skipped:
+            self._set_isolation_step(self._isolation_step - skipped)
 
     # ---------------------------------------------------------------- the refresh
 
@@ -343,7 +347,8 @@ class MaskedEMAAdamW(Optimizer):
         self._refuse_in_a_step("carry_importance()")
         entries = list(self._parameters())
         named = all("param_names" in group for group in self.param_groups)
-        carried = carry.match_source(source, entries, named=named)
+        names = [entry.name for entry in entries] if named else None
+        carried = carry.match_source(source, [entry.param for entry in entries], names)
         fresh = carry.fresh_states(entries, carried, self.state, self._config)
         self._forget_plans()
         carry.put_states(entries, fresh, self.state)
@@ -394,6 +399,7 @@ class MaskedEMAAdamW(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        stepping.join_ranks(self, [entry.param for entry in self._parameters()])
         state, groups = ranks.all_or_none(
             lambda: state_.read_state_dict(state_dict, self.param_groups, self._config),
             self._world,

@@ -66,7 +66,7 @@ def check_mask(mask: Any, param: Tensor) -> None:
         raise ValueError(f"mask must be on the parameter's device {param.device}, got {mask.device}")
     if is_sharded(mask):
         like = is_sharded(param) and mask.device_mesh == param.device_mesh
-        if not like or mask.placements != param.placements:
+        if not like or mask.placements != getattr(param, "placements", None):
             raise ValueError("a mask that is a DTensor must have the parameter's mesh and placements")
 
 
@@ -84,12 +84,14 @@ def install_mask(state: dict[str, Any], param: Tensor, mask: Tensor, *, persiste
     packed = pack(_part(mask, param))
     current = state.setdefault("isolation_mask", zero_mask(param))
     lasting = state.pop("persistent_mask", None)
+    # in place: a captured graph goes on reading there
     if persistent:
         others = current if lasting is None else current & ~lasting
-        state["isolation_mask"] = others | packed
+        current.copy_(others | packed)
         if bool(packed.any()):
             state["persistent_mask"] = packed
     elif lasting is None:
-        state["isolation_mask"] = packed
+        current.copy_(packed)
     else:
-        state["isolation_mask"], state["persistent_mask"] = packed | lasting, lasting
+        current.copy_(packed | lasting)
+        state["persistent_mask"] = lasting

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from epi_kernels.distributed import shards
 from epi_kernels.optim import layers, ranks, schedules, stepping
 from epi_kernels.optim.accumulation import Backwards
-from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options, refuse_capture
+from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.optim.captured import is_captured
 from epi_kernels.optim.entries import Entry, check_given
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.plan import StepPlan
@@ -25,6 +26,7 @@ from epi_kernels.optim.refresh import StatsByDevice, partition
 from epi_kernels.optim.release_checks import NO_SCALER, check_model, check_processwide, second_gradient
 from epi_kernels.optim.template import may_be_template
 from epi_kernels.optim.uncompiled import uncompiled
+from epi_kernels.policies.checks import is_int, require
 
 
 def enable_gradient_release(
@@ -51,29 +53,31 @@ def enable_gradient_release(
 
     After a backward that was broken off by an exception, those parameters that had their gradients are stepped.
     ``optimizer.step()`` ends that step, as in torch: parameters without a gradient are skipped; ``load_state_dict`` (and
-    the model's) goes back to a checkpoint. A further ``backward()`` before either is refused when it reaches a parameter
-    that was stepped, before it changes anything.
+    the model's) goes back to a checkpoint. A further ``backward()`` before either is refused at the first parameter that
+    was stepped: where it takes the same way, before it changes anything.
 
     Raises:
         TypeError: ``optimizer`` is no MaskedEMAAdamW.
         ValueError: ``model`` lacks a parameter of the optimizer, or ``accumulation_steps`` is no int >= 1.
-        RuntimeError: DistributedDataParallel averages these gradients later, modules with sparse gradients, gradients
-            that are released already. In ``backward()``: an enabled ``torch.amp.GradScaler`` is in use,
+        RuntimeError: DistributedDataParallel averages these gradients later, modules with sparse gradients,
+            ``capturable=True``, gradients that are released already. In ``backward()``: an enabled ``torch.amp.GradScaler`` is in use,
             ``create_graph=True``, a second gradient for one step, or what ``step()`` refuses.
     """
     if not isinstance(optimizer, MaskedEMAAdamW):
         raise TypeError(f"gradient release steps a MaskedEMAAdamW, got {type(optimizer).__name__}")
-    if (
-        isinstance(accumulation_steps, bool)
-        or not isinstance(accumulation_steps, int)
-        or accumulation_steps < 1
-    ):
-        raise ValueError(f"accumulation_steps must be an int >= 1, got {accumulation_steps!r}")
+    at_least_1 = is_int(accumulation_steps) and accumulation_steps >= 1
+    require(at_least_1, "accumulation_steps", accumulation_steps, "an int >= 1")
     if optimizer._release is not None:
         raise RuntimeError("the optimizer releases its gradients already: call remove() on the handle first")
+    if optimizer._config.capturable:
+        raise RuntimeError(
+            "capturable=True: a graph replays the step on all gradients where they lie, and gradient release frees them: "
+            "make the optimizer with capturable=False"
+        )
     entries = list(optimizer._parameters())
+    stepping.join_ranks(optimizer, [entry.param for entry in entries])
     check_model(model, entries)
-    check_processwide({entry.param: entry.name for entry in entries})
+    check_processwide(entries)
     ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
     handle = GradientRelease(optimizer, accumulation_steps)
     optimizer._release = handle
@@ -219,28 +223,27 @@ class GradientRelease:
     def _begin(self) -> None:
         """Looks at what a step may refuse before anything changes."""
         optimizer = self._optimizer
-        refuse_capture()
+        is_captured(capturable=False)
         groups = optimizer.param_groups
         known = [param for group in groups for param in group["params"]]
+        stepping.join_ranks(optimizer, known)
         same_groups = len(groups) == len(self._groups) and all(map(is_, groups, self._groups))
         if not same_groups or len(known) != len(self._entries) or not all(map(is_, known, self._entries)):
             check_given(groups, optimizer._n_given)
             self._entries = {entry.param: entry for entry in optimizer._parameters()}
             self._groups = list(groups)
         if not self._looked_around:
-            check_processwide({param: entry.name for param, entry in self._entries.items()}, scalers=True)
+            check_processwide(self._entries.values(), scalers=True)
             self._looked_around = True
         for group in groups:
             check_group_options({key: group[key] for key in GROUP_OPTIONS})
-        now: IsolationConfig | None = None
-        if schedules.refresh_may_follow(optimizer._config, groups[0], optimizer._skipped.unread):
+        entries, now = list(self._entries.values()), None
+        if optimizer._refresh_may_follow():
             optimizer._settle()
             now = schedules.due_settings(optimizer._config, groups[0])
         if now is not None:
-            layers.check_before_refresh(list(self._entries.values()), optimizer.state)
-        ranks.agree_once(
-            optimizer._world, list(self._entries.values()), optimizer._config, optimizer._device()
-        )
+            layers.check_before_refresh(entries, optimizer.state)
+        ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
         self._now, self._n_states = now, len(optimizer.state)
         self._may_be_template = may_be_template(optimizer)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from epi_kernels.optim.entries import Entry
@@ -49,9 +49,10 @@ def check_model(model: nn.Module, entries: Sequence[Entry]) -> None:
             raise RuntimeError(f"the gradient of {entry.name} is released by another optimizer already")
 
 
-def check_processwide(names: dict[Tensor, str], *, scalers: bool = False) -> None:
+def check_processwide(entries: Iterable[Entry], *, scalers: bool = False) -> None:
     """Refuses what neither model nor optimizer show: DistributedDataParallel around a module that knows nothing of it, and
     a GradScaler that has scaled a loss. Looks at every object once: tenths of a second with a million of them."""
+    names = {entry.param: entry.name for entry in entries}
     for one in _objects_of(DistributedDataParallel):
         shared = [names[param] for param in one.parameters() if param in names]
         if shared:

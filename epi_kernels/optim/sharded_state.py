@@ -58,8 +58,9 @@ def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, A
     found = {key: _part(key, value, param, f"{what}, {key}") for key, value in saved.items()}
     for scale_key, key in _CODES_OF.items():
         codes, scales = found.get(key), found.get(scale_key)
-        beside = isinstance(codes, Tensor) and isinstance(scales, Tensor) and scales.shape == codes.shape
-        if not beside or codes.dtype != INT8 or scales.dtype != torch.uint8:
+        if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or codes.shape != scales.shape:
+            continue
+        if codes.dtype != INT8 or scales.dtype != torch.uint8:
             continue
         each = scales.reshape(-1)
         of_blocks = each[:: codec.BLOCK].contiguous()

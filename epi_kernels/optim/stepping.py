@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from epi_kernels.distributed import shards
+from epi_kernels.distributed.world import World
 from epi_kernels.optim import ranks, schedules
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.captured import ReplayedSteps, check_capture
 from epi_kernels.optim.entries import check_given
 from epi_kernels.optim.layers import check_before_refresh, find_layers
 from epi_kernels.optim.plan import StepPlan
@@ -27,13 +30,12 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
     # both set by torch.amp.GradScaler
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    join_ranks(optimizer, params)
     grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
     if may_be_template(optimizer) and moves_nothing(grads, optimizer._world, optimizer._device()):
         plan_of(optimizer, params, grads, written=False)
         return
-    # for any number of steps that were skipped unread
-    may_refresh = schedules.refresh_may_follow(config, first_group, optimizer._skipped.unread)
-    now = None
+    may_refresh, now = optimizer._refresh_may_follow(), None
     if may_refresh:
         optimizer._settle()
         found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
@@ -55,6 +57,23 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
         refresh_masks(optimizer, table, stats, now, covered=plan.covered(), due=True)
 
 
+def captured_step(optimizer: MaskedEMAAdamW) -> None:
+    """A step that a graph will replay: nothing is waited for, no refresh, T by the device's count."""
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
+    plan = optimizer._plan
+    check_capture(plan, plan is not None and plan.fits(params, grads, optimizer.state, alike=alike))
+    assert plan is not None
+    plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=None, stats=None)
+
+
+def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
+    """Accelerate puts DTensors in the place of parameters that an optimizer was made with."""
+    if optimizer._world is None and shards.any_sharded(params):
+        optimizer._world = World()
+
+
 def plan_of(
     optimizer: MaskedEMAAdamW,
     params: list[Tensor],
@@ -70,14 +89,19 @@ def plan_of(
         check_given(optimizer.param_groups, optimizer._n_given)
         entries = list(optimizer._parameters())
         ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
+        if optimizer._config.capturable:
+            optimizer._settle()
         plan = StepPlan(entries, grads, optimizer.state, optimizer._config, written=written)
+        step = plan.a_step() if optimizer._config.capturable else None
         optimizer._plan = plan
+        optimizer._replayed = None if step is None else ReplayedSteps(step, optimizer._isolation_step)
     return plan
 
 
 def layers_of(optimizer: MaskedEMAAdamW, now: IsolationConfig) -> LayerTable:
     """The layers of a refresh with the numbers in ``now``; what it may refuse is refused here."""
     entries = list(optimizer._parameters())
+    join_ranks(optimizer, [entry.param for entry in entries])
     check_before_refresh(entries, optimizer.state)
     step, device = optimizer._isolation_step, optimizer._device()
     return find_layers(entries, now, optimizer._world, step, device)
