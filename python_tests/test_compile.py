@@ -126,7 +126,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 class Recorder:
-    """The operators, with every call checked instead of made once."""
+    """The operators, with every call checked before it is made."""
 
     def __init__(self, ops):
         self._ops = ops
