@@ -161,7 +161,8 @@ def load_model(
                 # Not pad_token_id: it would freeze that embedding row, which may be the end token's.
                 config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             torch.manual_seed(seed)
-            loaded = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+            # Not .to(dtype): it would round buffers (of rotary embeddings) that from_pretrained keeps in float32.
+            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             if tokenizer is not None:
                 loaded.generation_config.pad_token_id = tokenizer.pad_token_id
         else:
