@@ -185,6 +185,22 @@ def test_ranks_share_the_rows_of_one_process_evenly(ranks, batch_size, accumulat
         assert len(parts[0]) == -(-len(rows) // (ranks * batch_size)) or ranks > 1
 
 
+def added(rank: int) -> list:
+    """Gradients of rank 0 alone, of both, of none; of two dtypes, one of them not contiguous."""
+    params = [nn.Parameter(torch.zeros(3, 2, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 2]
+    if rank == 0:
+        params[0].grad = torch.ones(3, 2)
+    params[1].grad = torch.full((3, 2), 1.0 + rank, dtype=torch.bfloat16)
+    params[2].grad = torch.arange(6.0).view(2, 3).t() * (1 + rank)
+    Ranks(rank, 2).add_gradients(params)
+    return [None if param.grad is None else param.grad.tolist() for param in params]
+
+
+def test_gradients_that_some_ranks_lack_are_added_up():
+    wanted = [torch.ones(3, 2), torch.full((3, 2), 3.0), 3 * torch.arange(6.0).view(2, 3).t()]
+    assert on_ranks(2, added) == [[*(one.tolist() for one in wanted), None]] * 2
+
+
 class Odd(nn.Module):
     """On 4 ranks blocks of 64 begin anywhere, and one has nothing of `c`."""
 

@@ -288,13 +288,9 @@ def _log_start(log: Log, prepared: Prepared, net, memory: plan.Memory, label: st
 def _finish(one: Run, outcome: Outcome, bytes_: dict[str, int]) -> None:
     ended = (outcome.validation_loss, outcome.retain_before, outcome.retain_after)
     losses = dict(zip(LOSSES, ended, strict=True))
+    peak = peak_memory_bytes(one.job.device)
     one.log.write(
-        "end",
-        step=outcome.step,
-        **losses,
-        state_bytes=bytes_,
-        peak_memory_bytes=peak_memory_bytes(one.job.device),
-        time=time.time(),
+        "end", step=outcome.step, **losses, state_bytes=bytes_, peak_memory_bytes=peak, time=time.time()
     )
     checkpoint.export(one.directory / "checkpoints" / f"{checkpoint.PREFIX}{outcome.step:08d}", one.directory)
     done = {"step": outcome.step, **losses, "state_bytes": bytes_}
