@@ -72,6 +72,26 @@ def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, A
     return found
 
 
+def compact(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A sharded parameter's state, gathered whole, in the form that one process saves: masks packed, a scale a block.
+
+    Where a rank's blocks began inside the whole's, scales stay beside every code: both forms load.
+    """
+    found = dict(entry)
+    for key in MASK_KEYS:
+        if key in found:
+            found[key] = bits.pack(found[key])
+    if "persistent_mask" in found and not bool(found["persistent_mask"].any()):
+        del found["persistent_mask"]  # `exported` had put it there
+    for scale_key in _CODES_OF:
+        if scale_key in found:
+            each = found[scale_key].reshape(-1)
+            of_blocks = each[:: codec.BLOCK].contiguous()
+            if torch.equal(of_blocks.repeat_interleave(codec.BLOCK)[: each.numel()], each):
+                found[scale_key] = of_blocks
+    return found
+
+
 def _part(key: str, value: Any, param: Tensor, what: str) -> Any:
     if not isinstance(value, Tensor) or key == "step":
         return value
