@@ -74,6 +74,7 @@ class StepBatch:
         self.capturable = False  # what lies on the device may be kept for a CUDA graph
         self.host_rows: bytes | None = None
         self.device_rows: Tensor | None = None
+        self.device_tables: tuple = ()  # all that the kernels of the last step read and write beside the tensors
         self.any_low_precision = any(_is_low_precision(item) for item in self.tensors)
         self._table: PointerTable | None = None
 

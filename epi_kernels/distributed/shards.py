@@ -113,7 +113,7 @@ def refusal(param: Tensor) -> str | None:
     if is_sharded(param):
         if any(placement.is_partial() for placement in param.placements):
             return "is a DTensor with partial values: redistribute it to Shard or Replicate placements"
-        if shard_of(param) is None:
+        if shard_of(param) is None or largest_shard(param) is None:
             return (
                 f"is a DTensor of placements {param.placements} and shape {list(param.shape)}, whose parts are no "
                 "boxes of the whole: choose shapes that the mesh divides, or other placements"
@@ -172,6 +172,16 @@ def shard_of(tensor: Tensor) -> Shard | None:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the mesh
         return Shard(whole, (0,) * len(whole), (0,) * len(whole))
+    return _shard_at(tensor, coordinate)
+
+
+def largest_shard(tensor: DTensor) -> Shard | None:
+    """The box of the mesh's first rank, which no other is larger than: the same asked on any rank."""
+    return _shard_at(tensor, [0] * tensor.device_mesh.ndim)
+
+
+def _shard_at(tensor: DTensor, coordinate: Sequence[int]) -> Shard | None:
+    whole = tuple(tensor.shape)
     cuts = [
         (
             getattr(placement, "dim", 0),

@@ -5,8 +5,9 @@ A refresh costs one small all-reduce a stage: bytes are in ``World``'s docstring
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,24 @@ from epi_kernels.reference.stats import LayerStats
 def first_rank() -> bool:
     """Whether this process writes what one alone may write."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_first_rank(write: Callable[[], None]) -> None:
+    """``write()`` by the first rank; a call of all ranks, which go on when it is done.
+
+    Raises:
+        Exception: what it raised, on every rank.
+    """
+    heard: list[Exception | None] = [None]
+    if first_rank():
+        try:
+            write()
+        except Exception as error:
+            heard = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(heard, src=0)
+    if heard[0] is not None:
+        raise heard[0]
 
 
 @dataclass(frozen=True)
@@ -48,16 +67,31 @@ class World:
     """Reductions over a process group, of values that every rank has in the same shape.
 
     Bytes a refresh: 40 to open it (do all ranks mean the same one?); 8 a layer for the extrema (zscore: 24 more, of
-    float64 sums); 8 a bin and domain for each counting pass, 16 KiB with a global threshold, two to four passes; 32 a
+    float64 sums); 8 a bin and domain for each counting pass, 16 KiB with a global threshold, two to five passes; 32 a
     layer for the report.
+
+    Raises:
+        ValueError: ``group`` is no process group of this rank's.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"a process group of torch.distributed that this rank is in is needed, got {group!r}"
+            )
         self.group = group  # None: all ranks
         self._agreement: Agreement | None = None
 
     def __deepcopy__(self, memo: dict) -> World:
         return World(self.group)  # a process group is the process's, not the optimizer's
+
+    def __reduce__(self) -> tuple:
+        if self.group is not None:
+            raise TypeError(
+                "an optimizer with set_process_group cannot be pickled: a process group does not travel. Save its "
+                "state_dict(), and set the group of the one that loads it"
+            )
+        return World, ()
 
     # ---------------------------------------------------------------- agreement
 
@@ -66,41 +100,49 @@ class World:
         return self._agreement is not None
 
     def forget(self) -> None:
-        """The ranks compare again before the next step."""
+        """The ranks compare again before the next step; all of them forget, or none."""
         self._agreement = None
 
-    def agree(self, holdings: Sequence[Holding], settings: dict[str, Any], device: torch.device) -> None:
-        """All ranks compare what they hold and how they are set.
+    def agree(
+        self, holdings: Sequence[Holding], settings: dict[str, Any], step: int, *, votes: bool = False
+    ) -> bool:
+        """All ranks compare what they hold, how they are set and where they are. Returns whether all vote yes.
 
         Raises:
             ValueError: on every rank: they do not agree, or a parameter's parts do not make up the whole.
         """
         ranks: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(ranks, (list(holdings), settings), group=self.group)
-        _check_settings([settings for _, settings in ranks])
+        dist.all_gather_object(ranks, (list(holdings), settings, step, votes), group=self.group)
+        _check_settings([settings for _, settings, _, _ in ranks])
+        steps = [step for _, _, step, _ in ranks]
+        if min(steps) != max(steps):
+            raise ValueError(_other_steps(min(steps), max(steps), step))
         rank = dist.get_rank(self.group)
-        self._agreement = _compare([held for held, _ in ranks], rank, _layout(holdings))
+        self._agreement = _compare([held for held, _, _, _ in ranks], rank, _layout(holdings))
+        return all(vote for _, _, _, vote in ranks)
 
     def open_refresh(
         self, holdings: Sequence[Holding], settings: dict[str, Any], step: int, device: torch.device
     ) -> None:
-        """All ranks refresh now, after the same step; whoever's parameters have changed makes all compare again.
+        """All ranks refresh now, after the same step; whoever's parameters or options have changed makes all compare
+        again.
 
         Raises:
             ValueError: on every rank: they are at different steps, or do not agree.
         """
-        stale = self._agreement is None or _layout(holdings) != self._agreement.layout
-        digest = zlib.crc32(repr(sorted(settings.items())).encode())
+        if self._agreement is None:  # on all ranks, or on none
+            self.agree(holdings, settings, step)
+            return
+        stale = _layout(holdings) != self._agreement.layout
+        said = (sorted(settings.items()), [one.options for one in holdings])
+        digest = zlib.crc32(repr(said).encode())
         seen = torch.tensor([stale, step, -step, digest, -digest], dtype=torch.int64, device=device)
         dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
         any_stale, last, first, high, low = seen.tolist()
         if last != -first:
-            raise ValueError(
-                f"the ranks are at different steps, {-first} to {last} (this one at {step}): load the same checkpoint on all "
-                "of them, and call step() and refresh_isolation_mask() on all of them"
-            )
+            raise ValueError(_other_steps(-first, last, step))
         if any_stale or high != -low:
-            self.agree(holdings, settings, device)
+            self.agree(holdings, settings, step)
 
     def layers(self, params: dict[str, Tensor]) -> LayerTable:
         """The layers of all ranks; rows of ``params`` (by name) among them."""
@@ -157,6 +199,13 @@ def _layout(holdings: Sequence[Holding]) -> int:
     return zlib.crc32(repr([(one.name, one.layer, one.eligible, one.shard) for one in holdings]).encode())
 
 
+def _other_steps(first: int, last: int, here: int) -> str:
+    return (
+        f"the ranks are at different steps, {first} to {last} (this one at {here}): load the same checkpoint on all "
+        "of them, and call step() and refresh_isolation_mask() on all of them"
+    )
+
+
 def _check_settings(ranks: Sequence[dict[str, Any]]) -> None:
     for number, settings in enumerate(ranks):
         for name, value in settings.items():
@@ -181,7 +230,7 @@ def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agre
     for name, (_, held) in first.items():
         parts = list(owner.get(name, {}))
         n_elements = sum(part.n_elements for part in parts)
-        whole = Shard(held.shard.whole, (), held.shard.whole).n_elements
+        whole = math.prod(held.shard.whole)
         if n_elements != whole:
             raise ValueError(
                 f"the parts of {name} on {len(ranks)} ranks hold {n_elements} different elements of {whole}: parts of other "
@@ -189,7 +238,7 @@ def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agre
             )
     counted = frozenset(held.name for held in ranks[rank] if owner.get(held.name, {}).get(held.shard) == rank)
     shares = [
-        Share(None, name, Shard(held.shard.whole, (), held.shard.whole).n_elements, held.layer, held.eligible)
+        Share(None, name, math.prod(held.shard.whole), held.layer, held.eligible)
         for name, (_, held) in first.items()
     ]
     return Agreement(shares, counted, layout)

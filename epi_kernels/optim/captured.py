@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from epi_kernels.backends import capture
@@ -21,6 +23,19 @@ class ReplayedSteps:
     def isolation_step(self) -> int:
         """Waits for the device."""
         return int(self._step) + self._ahead
+
+
+class Captured:
+    """What graphs go on using: their kernels write through addresses, and own nothing.
+
+    Held as long as the optimizer is, for nobody says when a graph goes.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: list[tuple] = []
+
+    def keep(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> None:
+        self.graphs.append((plan, plan.on_device(), list(grads)))
 
 
 def is_captured(*, capturable: bool) -> bool:

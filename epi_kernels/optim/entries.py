@@ -124,7 +124,9 @@ def check_gradient(entry: Entry, grad: Tensor, requested_backend: str) -> None:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    return any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape))
+    return tensor.numel() > 0 and any(
+        stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape)
+    )
 
 
 def check_written_gradient(entry: Entry, grad: Tensor) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed import shards
-from epi_kernels.distributed.world import first_rank
+from epi_kernels.distributed.world import first_rank, on_first_rank
 from epi_kernels.files import whole
 from epi_kernels.optim.carry import match_source
 from epi_kernels.optim.entries import Entry
@@ -61,7 +61,7 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
     """Writes the importance and the masks of an optimizer's parameters, whole or not at all.
 
     `load_isolation` reads it, and `epi-kernels finetune --protect`. The module's docstring says what is where. Of sharded
-    parameters it is a call of all ranks, of which the first writes.
+    parameters it is a call of all ranks, of which the first writes; of others, one of one rank.
 
     Raises:
         TypeError: it is no MaskedEMAAdamW.
@@ -73,7 +73,8 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
 
     entries = _named_entries(optimizer)
     carried = match_source(optimizer, [entry.param for entry in entries.values()], list(entries))
-    writes = not any(shards.is_sharded(entry.param) for entry in entries.values()) or first_rank()
+    sharded = any(shards.is_sharded(entry.param) for entry in entries.values())
+    writes = not sharded or first_rank()
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, dict[str, Any]] = {}
     for (name, entry), taken in zip(entries.items(), carried, strict=True):
@@ -93,8 +94,6 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
         tensors.update({f"{key}/{name}": state[key] for key in MASK_KEYS if key in state})
         if not writes:  # the first rank's
             tensors.clear()
-    if not writes:
-        return
     config = optimizer._config
     metadata = {
         "format": FORMAT,
@@ -106,11 +105,15 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
         "scope": config.scope,
         "parameters": json.dumps(parameters),
     }
-    try:
-        with whole(Path(path)) as partial:
-            save_file(tensors, partial, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+
+    def write() -> None:
+        try:
+            with whole(Path(path)) as partial:
+                save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
+
+    on_first_rank(write) if sharded else write()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from epi_kernels.distributed.world import World
 from epi_kernels.optim import arguments, carry, ranks, schedules, stepping
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.captured import ReplayedSteps, is_captured
+from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, check_parameters, check_state, entry_of, list_entries
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
@@ -163,6 +164,7 @@ class MaskedEMAAdamW(Optimizer):
         self._world: World | None = None
         self._report: IsolationReport | None = None
         self._skipped = SkippedSteps()
+        self._captured = Captured()
         self._warned_nothing_selected = False
         self._n_given = 0  # parameters, of all groups
         self._given_lr_0 = False  # some group
@@ -213,7 +215,18 @@ class MaskedEMAAdamW(Optimizer):
 
     def set_process_group(self, group: Any) -> None:
         """Which ranks (a ``torch.distributed`` group) select together, for pipeline stages whose parameters are plain
-        tensors, or where only some of all ranks train. A call of all of them, before the first step."""
+        tensors, or where only some of all ranks train. A call of all of them, before the first step.
+
+        Names tell parameters apart: what two ranks hold under one name is one parameter, and counts once.
+
+        Raises:
+            ValueError: it is no group of this rank's, or parameters have no names.
+        """
+        if not all("param_names" in one for one in self.param_groups):
+            raise ValueError(
+                "ranks tell parameters apart by name, and this optimizer's have none: pass (name, tensor) pairs, with "
+                "the names that the parameters have in the whole model"
+            )
         self._world = World(group)
 
     # ---------------------------------------------------------------- the step
@@ -246,8 +259,10 @@ class MaskedEMAAdamW(Optimizer):
         return loss
 
     def _forget_plans(self) -> None:
-        """And the state they hold."""
+        """And the state they hold; the ranks compare where they are before the next step."""
         self._plan = self._replayed = None
+        if self._world is not None:
+            self._world.forget()
         if self._release is not None:
             self._release.forget()
 
@@ -348,8 +363,13 @@ class MaskedEMAAdamW(Optimizer):
         entries = list(self._parameters())
         named = all("param_names" in group for group in self.param_groups)
         names = [entry.name for entry in entries] if named else None
-        carried = carry.match_source(source, [entry.param for entry in entries], names)
-        fresh = carry.fresh_states(entries, carried, self.state, self._config)
+        stepping.join_ranks(self, [entry.param for entry in entries])
+
+        def read() -> list[dict[str, Any]]:
+            carried = carry.match_source(source, [entry.param for entry in entries], names)
+            return carry.fresh_states(entries, carried, self.state, self._config)
+
+        fresh = ranks.all_or_none(read, self._world, self._device())
         self._forget_plans()
         carry.put_states(entries, fresh, self.state)
         self._skipped.read()
@@ -380,8 +400,15 @@ class MaskedEMAAdamW(Optimizer):
         """
         self._refuse_in_a_step("state_dict()")
         self._settle()
-        found = super().state_dict()
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            found = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
         export_states(found["state"], self.param_groups)
+        for hook in hooks.values():  # they see what is saved
+            replaced = hook(self, found)
+            found = found if replaced is None else replaced
         return found
 
     @uncompiled
@@ -410,6 +437,10 @@ class MaskedEMAAdamW(Optimizer):
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_captured", Captured())  # a copy has no graphs
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_in_a_step("a copy")

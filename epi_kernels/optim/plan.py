@@ -199,6 +199,10 @@ class StepPlan:
             )
             batch.grads = []  # gradients belong to the model: nothing here keeps them alive
 
+    def on_device(self) -> list[Any]:
+        """Tables on the device that the kernels of the last step read and write."""
+        return [share.batch.device_tables for share in self._batches]
+
     def a_step(self) -> Tensor | None:
         """The ``step`` of a parameter that is stepped at every call of this plan."""
         return self._rows[0].step if self._rows else None
@@ -244,7 +248,7 @@ def check_index(entry: Entry, config: IsolationConfig) -> None:
         kinds.add(moment_dtype("importance", param, config))
     if not shards.is_sharded(param) or not config.stochastic_rounding or kinds.isdisjoint(LOW_PRECISION):
         return
-    shard = shards.shard_of(param)
+    shard = shards.largest_shard(param)
     index = None if shard is None else shard.index()
     backend = choose(config.backend, param.device, param.dtype).backend
     if index is None or (index.run and not backend.places_runs):

@@ -11,6 +11,7 @@ import torch
 from epi_kernels.distributed.world import Holding, World, holding
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig
 from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.schedules import STEP_KEY
 
 T = TypeVar("T")
 
@@ -51,11 +52,16 @@ def _plain(value: Any) -> Any:
 
 
 def agree_once(
-    world: World | None, entries: Sequence[Entry], config: IsolationConfig, device: torch.device
-) -> None:
-    """Before the first step, and after what the ranks know has changed: a call of all of them."""
-    if world is not None and not world.agreed:
-        world.agree(holdings(entries, config), settings(config), device)
+    world: World | None, entries: Sequence[Entry], config: IsolationConfig, *, votes: bool = False
+) -> bool | None:
+    """Before the first step, and after what the ranks know has changed: a call of all of them, before any other.
+
+    Returns whether all of them vote yes; None where they had agreed before, or there are no others.
+    """
+    if world is None or world.agreed:
+        return None
+    step = entries[0].group[STEP_KEY] if entries else 0
+    return world.agree(holdings(entries, config), settings(config), step, votes=votes)
 
 
 def all_or_none(read: Callable[[], T], world: World | None, device: torch.device) -> T:
@@ -70,8 +76,9 @@ def all_or_none(read: Callable[[], T], world: World | None, device: torch.device
     except Exception as error:
         refused = error
     if world is not None and world.any(refused is not None, device):
-        refused = refused or ValueError("another rank refused the state dict: nothing was loaded here either")
+        refused = refused or ValueError(
+            "another rank refused what it was given: nothing has changed here either"
+        )
     if refused is not None:
         raise refused
-    assert found is not None
-    return found
+    return found  # type: ignore[return-value]  # read() has ended

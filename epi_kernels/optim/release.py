@@ -78,7 +78,7 @@ def enable_gradient_release(
     stepping.join_ranks(optimizer, [entry.param for entry in entries])
     check_model(model, entries)
     check_processwide(entries)
-    ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
+    ranks.agree_once(optimizer._world, entries, optimizer._config)
     handle = GradientRelease(optimizer, accumulation_steps)
     optimizer._release = handle
     return handle
@@ -243,7 +243,7 @@ class GradientRelease:
             now = schedules.due_settings(optimizer._config, groups[0])
         if now is not None:
             layers.check_before_refresh(entries, optimizer.state)
-        ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
+        ranks.agree_once(optimizer._world, entries, optimizer._config)
         self._now, self._n_states = now, len(optimizer.state)
         self._may_be_template = may_be_template(optimizer)
 

@@ -17,7 +17,7 @@ from epi_kernels.optim.layers import check_before_refresh, find_layers
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
 from epi_kernels.optim.report import IsolationReport, warn_after_refresh
-from epi_kernels.optim.template import may_be_template, moves_nothing
+from epi_kernels.optim.template import is_template, may_be_template
 from epi_kernels.policies.layers import LayerTable
 
 if TYPE_CHECKING:
@@ -32,9 +32,11 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     join_ranks(optimizer, params)
     grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
-    if may_be_template(optimizer) and moves_nothing(grads, optimizer._world, optimizer._device()):
+    if takes_no_step(optimizer, grads):
         plan_of(optimizer, params, grads, written=False)
         return
+    if optimizer._captured.graphs:  # which may have been replayed since
+        optimizer._settle()
     may_refresh, now = optimizer._refresh_may_follow(), None
     if may_refresh:
         optimizer._settle()
@@ -66,6 +68,19 @@ def captured_step(optimizer: MaskedEMAAdamW) -> None:
     check_capture(plan, plan is not None and plan.fits(params, grads, optimizer.state, alike=alike))
     assert plan is not None
     plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=None, stats=None)
+    optimizer._captured.keep(plan, grads)
+
+
+def takes_no_step(optimizer: MaskedEMAAdamW, grads: Sequence[Tensor | None]) -> bool:
+    """Whether the step makes a template, on all ranks. Where they have not agreed yet they do so here, first of all."""
+    world, here = optimizer._world, is_template(optimizer, grads)
+    if world is None:
+        return here
+    entries = [] if world.agreed else list(optimizer._parameters())
+    everywhere = ranks.agree_once(world, entries, optimizer._config, votes=here)
+    if everywhere is None:
+        everywhere = may_be_template(optimizer) and not world.any(not here, optimizer._device())
+    return everywhere
 
 
 def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
@@ -88,7 +103,6 @@ def plan_of(
         optimizer._plan = None
         check_given(optimizer.param_groups, optimizer._n_given)
         entries = list(optimizer._parameters())
-        ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
         if optimizer._config.capturable:
             optimizer._settle()
         plan = StepPlan(entries, grads, optimizer.state, optimizer._config, written=written)

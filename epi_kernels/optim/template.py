@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from epi_kernels.distributed.world import World
 from epi_kernels.optim.schedules import STEP_KEY
 
 if TYPE_CHECKING:
@@ -20,13 +18,17 @@ if TYPE_CHECKING:
 
 
 def may_be_template(optimizer: MaskedEMAAdamW) -> bool:
-    """Whether no step was taken, nothing loaded, and lr 0 was put into all groups since they were made."""
+    """Whether no step was taken, and lr 0 was put into all groups since they were made: the same on all ranks."""
     groups = optimizer.param_groups
-    fresh = groups[0][STEP_KEY] == 0 and not any(optimizer.state.values())
-    return fresh and not optimizer._given_lr_0 and all(float(group["lr"]) == 0 for group in groups)
+    return (
+        groups[0][STEP_KEY] == 0
+        and not optimizer._given_lr_0
+        and all(float(group["lr"]) == 0 for group in groups)
+    )
 
 
-def moves_nothing(grads: Sequence[Tensor | None], world: World | None, device: torch.device) -> bool:
-    """Whether all gradients are 0, on all ranks: a call of all of them."""
-    moves = any(bool(grad.any()) for grad in grads if grad is not None)
-    return not (moves if world is None else world.any(moves, device))
+def is_template(optimizer: MaskedEMAAdamW, grads: Sequence[Tensor | None]) -> bool:
+    """Whether the step at hand is one, as far as this rank sees: nothing is there, and nothing moves."""
+    if not may_be_template(optimizer) or any(optimizer.state.values()):
+        return False
+    return not any(bool(grad.any()) for grad in grads if grad is not None)

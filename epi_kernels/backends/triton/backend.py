@@ -126,6 +126,7 @@ class TritonBackend:
             sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
             work = self._plan(sizes, variants, layers, self._step_chunk, device, captured=batch.capturable)
             device_rows = self._rows_of(batch, rows, device)
+            batch.device_tables = (device_rows, work) if batch.capturable else ()
             _prepare.prepare_kernel[(triton.cdiv(len(rows), _prepare.PREPARE_BLOCK),)](
                 device_rows,
                 len(rows),

@@ -87,9 +87,12 @@ def prepare_kernel(
     tl.store(row + _KEY, key.to(tl.int64), mask=there)
 
     after = before + 1.0
+    flags = (
+        tl.load(row + _FLAGS, mask=there, other=0) & ~_SKIPPED
+    )  # of the step before, where the row is kept
     if SKIPPABLE:
         skipped = tl.load(found_inf) != 0.0
-        flags = tl.load(row + _FLAGS, mask=there, other=0)
-        tl.store(row + _FLAGS, tl.where(skipped, flags | _SKIPPED, flags & ~_SKIPPED), mask=there)
+        flags = tl.where(skipped, flags | _SKIPPED, flags)
         after = tl.where(skipped, before, after)
+    tl.store(row + _FLAGS, flags, mask=there)
     tl.store(step, after, mask=there)
