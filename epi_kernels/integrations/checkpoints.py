@@ -1,8 +1,9 @@
 """Checkpoints of a model and its optimizer through ``torch.distributed.checkpoint``, on one rank or many.
 
-``dcp.load`` writes into the tensors that it is given: a file cut off in the middle leaves half of them changed, and a
-key that the optimizer has not made yet (a persistent mask) is dropped in silence. These two functions load into
-copies, ask the checkpoint what is in it, and write beside the old checkpoint until the new one is whole.
+``load`` of that package writes into the tensors that it is given: a file cut off in the middle leaves half of them
+changed, and what the optimizer has not made yet (a persistent mask) is dropped in silence. These two functions load what
+the checkpoint holds into tensors of their own, by the parameters' names, and write beside the old checkpoint until the
+new one is whole.
 
     save_checkpoint("run/last", model, optimizer)  # every rank
     load_checkpoint("run/last", model, optimizer)  # on any number of ranks, sharded or not
@@ -12,96 +13,126 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from epi_kernels.distributed.world import first_rank
+from epi_kernels.distributed.shards import local, wrap
+from epi_kernels.distributed.world import on_first_rank
+from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW
 
-MODEL, OPTIMIZER = "model", "optimizer"
+MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
+MARK = ".metadata"  # written last, by torch
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: MaskedEMAAdamW) -> None:
-    """Writes model and optimizer to the directory ``path``; what was there stays until the new one is whole.
+    """Writes model and optimizer to the directory ``path``; the checkpoint there is replaced when the new one is whole.
 
     A call of all ranks; ``path`` lies on a file system that all of them see.
+
+    Raises:
+        ValueError: a parameter of the optimizer is not the model's, or ``path`` is there and no checkpoint.
+        OSError: (or what torch makes of it, on every rank) it cannot be written; the checkpoint before it is still there.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
-    if first_rank():
+    state = {MODEL: get_model_state_dict(model), OPTIMIZER: _by_name(optimizer, _names(model, optimizer))}
+
+    def prepare() -> None:
+        if target.exists() and not (target / MARK).exists() and (target.is_file() or any(target.iterdir())):
+            raise ValueError(f"{path} is there and is no checkpoint: it would be replaced")
         shutil.rmtree(partial, ignore_errors=True)
-    _wait()
-    state = {MODEL: get_model_state_dict(model), OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
-    save(state, checkpoint_id=partial)
-    if first_rank():
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def put_in_place() -> None:
         for file in (*sorted(partial.iterdir()), partial):
             _sync(file)
         # a directory cannot be replaced in one move: load_checkpoint looks for the old one too
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                shutil.rmtree(old)
             os.rename(target, old)
         os.rename(partial, target)
         _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    _wait()
+
+    on_first_rank(prepare)
+    save(state, checkpoint_id=partial)
+    on_first_rank(put_in_place)
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: MaskedEMAAdamW) -> None:
-    """Loads what ``save_checkpoint`` wrote, whole or not at all; copies of the state exist meanwhile.
+    """Loads what ``save_checkpoint`` wrote, whole or not at all; the new state and the old one exist side by side meanwhile.
 
-    A call of all ranks.
+    Parameters are matched by their names in the model; how they are grouped must be the same, in any order. A call of
+    all ranks.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another model, or does not fit the optimizer; nothing has changed.
+        ValueError: it is of another model or of other groups, or does not fit the optimizer; nothing has changed.
         CheckpointException: (of torch, on every rank) a file is damaged; nothing has changed.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()
     if not folder.exists():  # a crash between the two renames of a save
         folder = folder.with_name(folder.name + ".old")
-    if not (folder / ".metadata").exists():
+    if not (folder / MARK).exists():
         raise FileNotFoundError(f"{path}: no checkpoint of torch.distributed.checkpoint is there")
-    metadata = FileSystemReader(folder).read_metadata()
-    template = {MODEL: get_model_state_dict(model), OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
-    _check_names(template, metadata, folder)
-    state = _copies(template)
-    _fit(state[OPTIMIZER]["state"], metadata)
-    load(state, checkpoint_id=folder)
-    optimizer.load_state_dict(state[OPTIMIZER])  # refused by all ranks or by none
-    set_model_state_dict(model, state[MODEL])
+    stored = _stored(FileSystemReader(folder).read_metadata())
+    names = _names(model, optimizer)
+    weights = get_model_state_dict(model)
+    _check_model(weights, stored, folder)
+    template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
+    _lay_out(template[OPTIMIZER], stored, {name: param for param, name in names.items()}, folder)
+    load(template, checkpoint_id=folder)
+    groups = template[OPTIMIZER][GROUPS]
+    found = _in_our_order(template[OPTIMIZER][STATE], groups, optimizer, names, folder)
+    optimizer.load_state_dict(found)  # refused by all ranks or by none
+    set_model_state_dict(model, template[MODEL])
+
+
+def _names(model: nn.Module, optimizer: MaskedEMAAdamW) -> dict[Tensor, str]:
+    """Of the optimizer's parameters, in the model."""
+    known = parameter_names(model)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    strangers = sum(param not in known for param in params)
+    if strangers:
+        raise ValueError(f"{strangers} parameters of the optimizer are not the model's")
+    return {param: known[param] for param in params}
+
+
+def _by_name(optimizer: MaskedEMAAdamW, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """The optimizer's state dict with names for numbers, and plain numbers in its groups."""
+    saved, ordered = optimizer.state_dict(), list(names.values())
+    groups = [
+        {key: _plain(value) for key, value in group.items()}
+        | {"params": [ordered[number] for number in group["params"]]}
+        for group in saved["param_groups"]
+    ]
+    return {STATE: {ordered[number]: state for number, state in saved["state"].items()}, GROUPS: groups}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _stored(metadata: Metadata) -> dict[tuple, Any]:
     """What the checkpoint holds, by its place in the dict that was saved."""
     paths = metadata.planner_data or {}
-    return {
-        tuple(paths[name]): stored for name, stored in metadata.state_dict_metadata.items() if name in paths
-    }
+    return {tuple(paths[name]): one for name, one in metadata.state_dict_metadata.items() if name in paths}
 
 
-def _check_names(template: dict[str, Any], metadata: Metadata, folder: Path) -> None:
-    stored = _stored(metadata)
-    wanted, found = set(template[MODEL]), {path[1] for path in stored if path[0] == MODEL}
-    if wanted != found:
-        lacking, strange = sorted(wanted - found), sorted(found - wanted)
-        raise ValueError(
-            f"{folder} is of another model: it lacks {lacking[:3]} ({len(lacking)}) and has {strange[:3]} ({len(strange)}) "
-            "that this one lacks"
-        )
-    for name, value in template[MODEL].items():
+def _check_model(weights: Mapping[str, Any], stored: Mapping[tuple, Any], folder: Path) -> None:
+    _check_same(weights, {path[1] for path in stored if path[0] == MODEL}, folder)
+    for name, value in weights.items():
         size = getattr(stored[MODEL, name], "size", None)
         if isinstance(value, Tensor) and size != value.shape:
             raise ValueError(
@@ -109,22 +140,69 @@ def _check_names(template: dict[str, Any], metadata: Metadata, folder: Path) -> 
             )
 
 
-def _fit(states: dict[str, dict[str, Any]], metadata: Metadata) -> None:
-    """What is saved in another form (packed masks beside sharded parameters, another dtype, keys that are not made yet)
-    is read as it is, whole; what was not saved is left out."""
-    saved: dict[str, dict[str, Any]] = {name: {} for name in states}
-    for path, stored in _stored(metadata).items():
-        if path[:2] == (OPTIMIZER, "state") and len(path) == 4 and path[2] in states:
-            mine = states[path[2]].get(path[3])
-            if isinstance(stored, TensorStorageMetadata) and not (
-                isinstance(mine, Tensor)
-                and mine.shape == stored.size
-                and mine.dtype == stored.properties.dtype
-            ):
-                mine = torch.empty(stored.size, dtype=stored.properties.dtype)
-            saved[path[2]][path[3]] = mine
-    states.clear()
-    states.update({name: state for name, state in saved.items() if state})
+def _check_same(wanted: Iterable[str], found: Iterable[str], folder: Path) -> None:
+    lacking, strange = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if lacking or strange:
+        raise ValueError(
+            f"{folder} is of another model: it lacks {lacking[:3]} ({len(lacking)}) and has {strange[:3]} ({len(strange)}) "
+            "that this one lacks"
+        )
+
+
+def _lay_out(
+    optimizer: dict[str, Any], stored: Mapping[tuple, Any], params: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Room for what the checkpoint holds of the optimizer: this rank's part of what is shaped like its parameter, all
+    of the rest (packed masks beside parameters that are sharded here)."""
+    groups: dict[int, dict[str, Any]] = {}
+    for path, one in stored.items():
+        if path[:2] == (OPTIMIZER, GROUPS) and len(path) == 4:
+            tensor = isinstance(one, TensorStorageMetadata)
+            value = torch.empty(one.size, dtype=one.properties.dtype) if tensor else None
+            groups.setdefault(path[2], {})[path[3]] = value
+        if path[:2] != (OPTIMIZER, STATE) or len(path) != 4:
+            continue
+        name, key = path[2:]
+        if name not in params:
+            raise ValueError(f"{folder} holds state of {name}, which this optimizer lacks")
+        param, value = params[name], None
+        if isinstance(one, TensorStorageMetadata):
+            alike = key != "step" and one.size == param.shape
+            size = local(param).shape if alike else one.size
+            value = torch.empty(size, dtype=one.properties.dtype, device=param.device)
+            value = wrap(value, param) if alike else value
+        optimizer[STATE].setdefault(name, {})[key] = value
+    optimizer[GROUPS] = [groups[number] for number in sorted(groups)]
+    if not groups or not all("params" in group for group in groups.values()):
+        raise ValueError(f"{folder} holds no optimizer that save_checkpoint wrote")
+
+
+def _in_our_order(
+    states: Mapping[str, Any],
+    saved_groups: list[dict[str, Any]],
+    optimizer: MaskedEMAAdamW,
+    names: Mapping[Tensor, str],
+    folder: Path,
+) -> dict[str, Any]:
+    """A state dict for ``optimizer``: its parameters' numbers and its groups' order."""
+    group_of = {name: number for number, group in enumerate(saved_groups) for name in group["params"]}
+    _check_same(names.values(), group_of, folder)
+    numbers = {name: number for number, name in enumerate(names.values())}
+    groups = []
+    for ours in optimizer.param_groups:
+        own = [names[param] for param in ours["params"]]
+        of = {group_of[name] for name in own}
+        if len(of) > 1 or len(saved_groups) != len(optimizer.param_groups):
+            raise ValueError(f"{folder}: the optimizer's parameters were grouped otherwise")
+        group = (
+            {key: value for key, value in saved_groups[of.pop()].items() if key != "param_names"}
+            if of
+            else {}
+        )
+        if isinstance(ours["lr"], Tensor) and "lr" in group:
+            group["lr"] = torch.full_like(ours["lr"], group["lr"])
+        groups.append(group | {"params": [numbers[name] for name in own]})
+    return {"state": {numbers[name]: state for name, state in states.items()}, "param_groups": groups}
 
 
 def _copies(value: Any) -> Any:
@@ -134,11 +212,6 @@ def _copies(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copies(one) for key, one in value.items()}
     return [_copies(one) for one in value] if isinstance(value, list) else value
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _sync(path: Path) -> None:

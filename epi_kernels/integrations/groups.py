@@ -88,6 +88,13 @@ def named_parameter_groups(
     return made
 
 
+def parameter_names(model: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
+    """Every parameter's first name, as ``named_parameter_groups`` gives it: without wrappers."""
+    found = [(names[0], param) for names, param in _parameters(model)]
+    strip_ddp = all(name.startswith(_DDP) for name, _ in found)
+    return {param: _WRAPPERS.sub("", name.removeprefix(_DDP) if strip_ddp else name) for name, param in found}
+
+
 def _compiled(patterns: Patterns | None) -> list[re.Pattern[str]]:
     given = [] if patterns is None else [patterns] if isinstance(patterns, str) else patterns
     return [re.compile(pattern) for pattern in given]
