@@ -6,6 +6,8 @@ As a graph does, a noted launch keeps its arguments: addresses, numbers and tabl
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -115,6 +117,59 @@ def test_replayed_steps_have_the_bits_of_eager_ones(case, monkeypatch):
         runs.append(contents(params, optimizer))
     for tensors, isolation_step in runs[1:]:
         assert differing(tensors, runs[0][0]) == [] and isolation_step == runs[0][1] == 6
+
+
+def test_an_overflow_in_an_eager_loop_skips_that_step_alone():
+    """A refresh that is due after the next step is looked at on the host, which then hands on no found_inf."""
+    runs = []
+    for capturable in (False, True):
+        params, _, optimizer = made(torch.float32, capturable=capturable, mask_interval=3)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.found_inf.fill_(float(step == 1))
+            optimizer.step()
+        runs.append(contents(params, optimizer))
+    assert differing(runs[0][0], runs[1][0]) == [] and runs[0][1] == runs[1][1] == 4
+
+
+def test_a_graphs_tables_and_states_live_as_long_as_the_optimizer(monkeypatch):
+    """Whatever eager steps, loads and changes of groups come after the capture: the kernels go on writing there."""
+    params, _, optimizer = made(torch.float32, capturable=True)
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = Graph(monkeypatch)
+    with graph:
+        optimizer.step()
+    tensors = [
+        one for _, arguments, _ in graph._launches for one in arguments if isinstance(one, torch.Tensor)
+    ]
+    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    owners = [one if one._base is None else one._base for one in tensors]  # of the memory
+    alive = [weakref.ref(one) for one in owners if one.numel() > 1]
+    del tensors, owners, graph
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    gc.collect()
+    assert len(alive) > 10 and all(one() is not None for one in alive)
+
+
+def test_t_is_right_in_eager_steps_after_replays(monkeypatch):
+    params, _, optimizer = made(torch.float32, capturable=True, mask_interval=5)
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = Graph(monkeypatch)
+    with graph:
+        optimizer.step()
+    for _ in range(3):
+        graph.replay()
+    optimizer.step()  # the fifth
+    assert optimizer.isolation_report().step == 5 and optimizer.param_groups[0]["isolation_step"] == 5
 
 
 def test_a_loss_scale_and_an_overflow_are_seen_by_replays(monkeypatch):

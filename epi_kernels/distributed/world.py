@@ -222,8 +222,10 @@ def _compare(ranks: Sequence[Sequence[Holding]], rank: int, layout: int) -> Agre
     for number, holdings in enumerate(ranks):
         for held in holdings:
             earlier, one = first.setdefault(held.name, (number, held))
-            for what in ("layer", "eligible", "options"):
+            for what in ("layer", "eligible"):
                 _check_same(held.name, what, (earlier, getattr(one, what)), (number, getattr(held, what)))
+            for (what, value), (_, other) in zip(one.options, held.options, strict=True):
+                _check_same(held.name, what, (earlier, value), (number, other))
             _check_same(held.name, "shape", (earlier, one.shard.whole), (number, held.shard.whole))
             if held.shard.n_elements:
                 owner.setdefault(held.name, {}).setdefault(held.shard, number)
