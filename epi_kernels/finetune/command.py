@@ -14,7 +14,7 @@ from .build import check_optimizer
 from .errors import UserError
 from .options import Options, check_out
 from .prepare import prepare
-from .single import load_protected, one_run, read_done, read_run, refuse_changes
+from .single import load_frozen, load_protected, one_run, read_done, read_run, refuse_changes
 
 __all__ = ["add_arguments", "run"]
 
@@ -56,6 +56,7 @@ def _run(args) -> int:
     memory = plan.memory(empty.parameters(), dtype, options)
     if options.dry_run and saved is None:
         load_protected(options, empty)  # as the run will: what it refuses, this refuses
+        load_frozen(options, empty)
     print(plan.describe_steps(options, job.steps, job.schedule.steps_per_epoch, job.schedule.rows))
     if options.compare and dtype == torch.bfloat16 and options.stochastic_rounding is not False:
         print("note: torch.optim.AdamW rounds bf16 weights to nearest, this run's optimizer stochastically")

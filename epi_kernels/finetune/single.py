@@ -13,6 +13,8 @@ import torch
 
 from epi_kernels.files import write_whole
 from epi_kernels.integrations import named_parameter_groups
+from epi_kernels.isolation.consolidated import freeze, require_cores_of
+from epi_kernels.isolation.core_file import CoreFile
 from epi_kernels.training import state_bytes
 
 from . import checkpoint, model, packing, plan, protect
@@ -73,13 +75,9 @@ def one_run(
     if saved is not None or label == "adamw":
         begun = (saved or read_run(options.out))["model_weights"]
         refuse_changes("model", {"the model": begun}, {"the model": fingerprint})
-    source = None
-    if (
-        options.protect
-        and label == "isolation"
-        and not (saved is not None and checkpoint.list_checkpoints(directory))
-    ):
-        source = load_protected(options, net)
+    source, cores = None, []
+    if label == "isolation" and not (saved is not None and checkpoint.list_checkpoints(directory)):
+        source, cores = load_protected(options, net), load_frozen(options, net)
     if options.packing:
         packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
     if options.gradient_checkpointing:
@@ -89,6 +87,9 @@ def one_run(
     )
     if source is not None:
         _carry(optimizer, source)
+    frozen = freeze(optimizer, cores) if cores else 0
+    if cores:
+        print(f"frozen for good: {frozen} weights of {len(cores)} core regions")
 
     # Everything that can be refused has been: from here on the disk is written to.
     if saved is None and label == "isolation":
@@ -126,6 +127,8 @@ def one_run(
         _log_start(log, prepared, net, memory, label)
         if source is not None:
             _log_protect(log, source, fingerprint, optimizer)
+        if cores:
+            log.write("freeze", step=0, cores=[core.label for core in cores], frozen=frozen)
     one = Run(job, directory, net, optimizer, scheduler, log, label)
     one.saved_step, one.carried = (start if found else None), carried
     outcome = one.run(start)
@@ -169,6 +172,15 @@ def load_protected(options: Options, net: torch.nn.Module) -> protect.Source | N
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
     betas, own = (options.beta1, options.beta2), options.importance_beta not in (None, options.beta2)
     return protect.load(options.protect, shapes, betas, options.protect_steps, own)
+
+
+def load_frozen(options: Options, net: torch.nn.Module) -> list[CoreFile]:
+    """What --freeze names, checked as load_protected does."""
+    cores = [CoreFile(path) for path in options.freeze or ()]
+    if cores:
+        shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+        require_cores_of(cores, shapes)
+    return cores
 
 
 def _write_json(path: Path, record: dict) -> None:

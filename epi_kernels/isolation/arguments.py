@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _core(actions.add_parser("core", help="the core region of a task: the weights that its run moved most"))
-    _groups(actions.add_parser("groups", help="overlap of cores, groups of tasks, and the order of their stages"))
+    _groups(
+        actions.add_parser("groups", help="overlap of cores, groups of tasks, and the order of their stages")
+    )
     _fuse(actions.add_parser("fuse", help="one model of several: cores as they are, all else blended"))
 
 
@@ -80,9 +82,15 @@ def _fuse(parser: argparse.ArgumentParser) -> None:
         "Writes a checkpoint with every task's core values, and all else blended tensor by tensor, streamed: no model is ever whole "
         "in memory. Dtype, config and tokenizer are the base's."
     )
-    _checkpoint(parser, "--base", "what is fused into: in the paper, the model after the last group's training")
+    _checkpoint(
+        parser, "--base", "what is fused into: in the paper, the model after the last group's training"
+    )
     parser.add_argument(
-        "--tuned", required=True, nargs="+", metavar="DIR", help="the tasks' own models, in the order of fusion"
+        "--tuned",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="the tasks' own models, in the order of fusion",
     )
     parser.add_argument(
         "--core",
@@ -113,7 +121,9 @@ def _fuse(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a weight file [5GB]",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the fused model; must not exist, or be empty")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the fused model; must not exist, or be empty"
+    )
     _quiet(parser)
 
 

@@ -27,8 +27,11 @@ CONFIG_KEYS = (
 class Tensors(Protocol):
     """Named tensors, whose bytes are read when asked for."""
 
-    label: str
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read_bytes(self, name: str, begin: int, end: int) -> Tensor:
         """uint8 [end - begin]"""

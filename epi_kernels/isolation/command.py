@@ -57,7 +57,11 @@ def _bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
 
     disable = quiet or not sys.stderr.isatty()
     with tqdm(total=total, desc=what, unit="weight", unit_scale=True, disable=disable) as bar:
-        yield lambda elements: bar.update(elements) and None
+
+        def advance(elements: int) -> None:
+            bar.update(elements)
+
+        yield advance
 
 
 def _require_file(flag: str, path: Path, overwrite: bool) -> None:
@@ -88,7 +92,10 @@ def _core(args: argparse.Namespace) -> None:
         f"(asked for: {summary.k}; ties beyond: {summary.ties})"
     )
     if summary.selected < summary.k:
-        print(f"warning: only {summary.selected} weights moved at all; the core is all of these", file=sys.stderr)
+        print(
+            f"warning: only {summary.selected} weights moved at all; the core is all of these",
+            file=sys.stderr,
+        )
     elif summary.k == 0:
         print("warning: --ratio asks for less than one weight; the core is empty", file=sys.stderr)
 
@@ -158,4 +165,6 @@ def _fuse(args: argparse.Namespace) -> None:
         )
     folds = f"{report.slerp} tensors blended on the sphere, {report.linear} linearly (counted once a task)"
     share = 100 * report.core_elements / max(1, report.elements)
-    print(f"fused: {report.core_elements} of {report.elements} weights from cores ({share:.3g} %), {folds}\n{args.out}")
+    print(
+        f"fused: {report.core_elements} of {report.elements} weights from cores ({share:.3g} %), {folds}\n{args.out}"
+    )

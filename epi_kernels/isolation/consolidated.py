@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.optim.state import bare_name
@@ -93,7 +94,7 @@ def sample_stage(
 
 
 def freeze(
-    optimizer: MaskedEMAAdamW, cores: Sequence[str | os.PathLike[str] | Core], *, partial: bool = False
+    optimizer: Optimizer, cores: Sequence[str | os.PathLike[str] | Core], *, partial: bool = False
 ) -> int:
     """Makes the union of these cores the optimizer's persistent masks, in place of those it has; none lifts them.
 
@@ -101,8 +102,11 @@ def freeze(
     that this optimizer does not step.
 
     Raises:
+        TypeError: it is no MaskedEMAAdamW.
         IsolationError (a ValueError): parameters without names, or cores of another model. Nothing has changed then.
     """
+    if not isinstance(optimizer, MaskedEMAAdamW):
+        raise TypeError(f"cores are frozen by a MaskedEMAAdamW, got {type(optimizer).__name__}")
     opened = [open_core(core) for core in cores]
     named = _named(optimizer)
     require_same_model(opened)
@@ -147,8 +151,6 @@ def _any(cores: Sequence[Core], name: str, begin: int, end: int) -> bool:
 
 
 def _named(optimizer: MaskedEMAAdamW) -> dict[str, Tensor]:
-    if not isinstance(optimizer, MaskedEMAAdamW):
-        raise TypeError(f"cores are frozen by a MaskedEMAAdamW, got {type(optimizer).__name__}")
     if not all("param_names" in group for group in optimizer.param_groups):
         raise IsolationError(
             "cores know parameters by name, and this optimizer's have none: make it with (name, tensor) pairs, "

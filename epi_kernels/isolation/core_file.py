@@ -31,8 +31,11 @@ KEY = "isolation_mask/"
 
 
 class Core(Protocol):
-    label: str
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def packed(self, name: str, begin: int, end: int) -> Tensor:
         """Bytes begin .. end - 1 of a packed mask, uint8."""

@@ -66,7 +66,7 @@ class TensorFile:
     def read_bytes(self, name: str, begin: int, end: int) -> Tensor:
         """uint8 [end - begin] of one tensor's bytes."""
         buffer = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         self._file.seek(self._begin[name] + begin)
         while view:
             count = self._file.readinto(view)
@@ -98,7 +98,7 @@ class TensorFileWriter:
         for piece in slices:
             raw = piece.contiguous().view(torch.uint8)
             self._left -= raw.numel()
-            self._file.write(memoryview(raw.numpy()))
+            self._file.write(raw.numpy().data)
 
     def __enter__(self) -> TensorFileWriter:
         return self
