@@ -194,3 +194,16 @@ def test_from_bools_packs():
     masks = {name: torch.rand(shape) < 0.5 for name, shape in SHAPES.items()}
     found = MemoryCore.from_bools(masks)
     assert all(torch.equal(union_mask([found], name), mask) for name, mask in masks.items())
+
+
+def test_torchs_defaults_change_nothing():
+    base = make_model(0, SHAPES)
+    tuned = make_model(1, SHAPES, around=base)
+    expected = bools(find_core(base, tuned, 0.05))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = find_core(base, tuned, 0.05)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(bools(found), expected)

@@ -20,7 +20,7 @@ from .tensor_files import TensorFileWriter, TensorInfo, aligned
 # What a model's directory holds beside its weights: configs, tokenizer, templates, its own code.
 COMPANIONS = (
     "config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
-    "*processor_config.json", "*.py",
+    "chat_template*", "*processor_config.json", "*.py", "LICENSE*",
 )  # fmt: skip
 
 

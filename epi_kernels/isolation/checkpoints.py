@@ -16,7 +16,9 @@ from .tensor_files import FLOAT_NAMES, FLOATS, TensorFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SLICE = 1 << 20  # elements at a time; a multiple of 64, so that a slice owns whole bytes of a packed mask
+# Elements at a time; a multiple of 64, so that a slice owns whole bytes of a packed mask. Measured on two cores, fusing three bfloat16
+# checkpoints of 0.94e9: 17 s and 31 MiB beside the imports; 1 << 18: 28 s, 51 MiB; 1 << 20: 21-37 s, 84-195 MiB.
+SLICE = 1 << 17
 
 # What the same weights mean depends on these too; shapes alone do not show them.
 CONFIG_KEYS = (
@@ -53,11 +55,11 @@ class Checkpoint:
         if not self.path.is_dir():
             one = TensorFile(self.path)
             self._files = dict.fromkeys(one.tensors, one)
-        elif (self.path / INDEX).is_file():
-            self._open_shards()
-        elif (self.path / SINGLE).is_file():
+        elif (self.path / SINGLE).is_file():  # transformers looks for it first, too
             one = TensorFile(self.path / SINGLE)
             self._files = dict.fromkeys(one.tensors, one)
+        elif (self.path / INDEX).is_file():
+            self._open_shards()
         else:
             raise IsolationError(f"{path}: holds no {SINGLE} and no {INDEX}")
         self.tensors = {name: file.tensors[name] for name, file in self._files.items()}

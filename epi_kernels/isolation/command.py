@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         if not full and not isinstance(error, PermissionError | NotADirectoryError):
             raise
         reason = "no space left on its disk" if full else error.strerror
-        print(f"epi-kernels isolate {args.action}: {out}: cannot be written ({reason})", file=sys.stderr)
+        where = out if full else error.filename or out
+        print(f"epi-kernels isolate {args.action}: {where}: cannot be written ({reason})", file=sys.stderr)
         return 1 if full else 2
     return 0
 

@@ -60,7 +60,9 @@ def find_core(base: Source, tuned: Source, ratio: float = 0.01) -> MemoryCore:
     first, second, parameters = _open(base, tuned, ratio)
     summary = _search(first, second, parameters, ratio, _silent)
     masks = {
-        name: torch.cat([torch.zeros(0, dtype=torch.uint8), *_select(first, second, name, summary, _silent)])
+        name: torch.cat(
+            [torch.zeros(0, dtype=torch.uint8, device="cpu"), *_select(first, second, name, summary, _silent)]
+        )
         for name in parameters
     }
     return MemoryCore(
@@ -133,7 +135,8 @@ def _backend() -> Backend:
 
 def _terms() -> ScoreTerms:
     """Scores are the distances themselves."""
-    return ScoreTerms(torch.zeros(1, device="cpu"), torch.ones(1, device="cpu"), positive_only=True)
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+    return ScoreTerms(zero, torch.ones_like(zero), positive_only=True)
 
 
 def _as_importance(distance: Tensor, mask: Tensor | None = None) -> ParamTensors:
@@ -146,7 +149,9 @@ def _search(
     elements = sum(info.numel for info in parameters.values())
     k = math.floor(ratio * elements)
     one = torch.zeros(1, dtype=torch.int64, device="cpu")
-    smallest, infinity = score_keys(torch.tensor([2.0**-149, torch.inf], device="cpu")).tolist()
+    smallest, infinity = score_keys(
+        torch.tensor([2.0**-149, torch.inf], dtype=torch.float32, device="cpu")
+    ).tolist()
     search = KthSearch.start(
         SearchProblem(
             k=one + k,

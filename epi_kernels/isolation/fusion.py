@@ -6,7 +6,8 @@
     SLERP:   a = sin((1 - omega) Omega) / sin Omega   b = sin(omega Omega) / sin Omega   otherwise
 
 r begins as the base, "the model parameters derived from the last multi-stage fine-tuning group". Omega is the angle between the
-whole tensors r and theta_i, before any core is put in. Where the cores of two tasks overlap, the later task's values stay.
+whole tensors r and theta_i ("parameters are first normalized to unit vectors": for the angle; what is blended are the tensors as they
+are), before any core is put in. Where the cores of two tasks overlap, the later task's values stay.
 
 Blended linearly besides: a tensor of zeros, which has no direction, and tensors that point opposite ways (within max(eps, 1e-6)
 of pi), for which no plane is given and sin Omega vanishes.
