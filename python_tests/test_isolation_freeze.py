@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from epi_kernels import MaskedEMAAdamW
+from epi_kernels import MaskedEMAAdamW, cli
 from epi_kernels.finetune import checkpoint
 from epi_kernels.finetune import command as finetune
 from epi_kernels.isolation import (
@@ -23,6 +23,9 @@ from epi_kernels.isolation import (
 from epi_kernels.isolation.core_file import CoreFile, union_mask
 from python_tests.finetune_runs import arguments, events, weights, write_inputs
 from python_tests.harness import Target, give_gradients, make, small_model, train
+from python_tests.ranks import on_ranks
+from python_tests.sharded import cut, gradient
+from python_tests.sharded import weights as weights_of
 from python_tests.stopped_runs import signalled
 from python_tests.tiny_model import command, save_tiny
 
@@ -244,6 +247,9 @@ def test_protect_and_freeze_go_together(files, tmp_path):
     for name in before:
         mask = union_mask([core], name)
         assert torch.equal(before[name][mask], after[name][mask])
+    assert cli.main(["report", str(out)]) == 0
+    (event,) = events(out, "freeze")
+    assert f"{event['frozen']:,} weights of core regions frozen" in (out / "report.html").read_text()
     unchanged = sum(int((before[name] == after[name]).sum()) for name in before)
     assert unchanged > sum(int(union_mask([core], name).sum()) for name in before)
 
@@ -304,3 +310,32 @@ def test_a_core_found_in_memory_freezes_too():
     optimizer = make(params, isolation_ratio=0)
     total = sum(p.numel() for p in params.values())
     assert freeze(optimizer, [core]) >= int(0.1 * total)
+
+
+def sharded_run(rank: int):
+    from torch.distributed.tensor import Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    params = {
+        name: torch.nn.Parameter(cut(one, mesh, [Shard(0)]))
+        for name, one in weights_of(torch.bfloat16).items()
+    }
+    cores = cores_of(params, 2)
+    optimizer = MaskedEMAAdamW(params.items(), lr=1e-2, weight_decay=0.5, isolation_ratio=0)
+    frozen = freeze(optimizer, cores)
+    for step in range(3):
+        for name, param in params.items():
+            param.grad = cut(gradient(name, step, torch.bfloat16), mesh, [Shard(0)])
+        optimizer.step()
+    return frozen, {name: param.detach().full_tensor() for name, param in params.items()}
+
+
+def test_cores_freeze_sharded_parameters():
+    before = weights_of(torch.bfloat16)
+    cores = cores_of(before, 2)
+    held = {name: union_mask(cores, name) for name in before}
+    for frozen, after in on_ranks(2, sharded_run):
+        assert frozen == sum(int(mask.sum()) for mask in held.values())
+        for name, mask in held.items():
+            assert torch.equal(after[name][mask], before[name][mask])
+            assert mask.all() or not torch.equal(after[name][~mask], before[name][~mask])

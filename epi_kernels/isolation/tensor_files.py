@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class TensorFile:
             with safe_open(path, "pt"):  # checks offsets, sizes and the file's length
                 pass
             self._file = open(path, "rb", buffering=0)
+            weakref.finalize(self, self._file.close)
         except FileNotFoundError:
             raise IsolationError(f"{path}: no such file") from None
         except (OSError, SafetensorError) as error:
