@@ -207,3 +207,19 @@ def test_torchs_defaults_change_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
     assert np.array_equal(bools(found), expected)
+
+
+def test_the_numbers_of_a_core_that_is_all_that_moved(tmp_path):
+    base = {"w": torch.zeros(100)}
+    tuned = {"w": torch.tensor([0.0] * 96 + [3.0, -2.0, 4.0, 0.5])}
+    summary = save_core(base, tuned, tmp_path / "core", 0.1)
+    assert (summary.k, summary.selected, summary.ties, summary.threshold) == (10, 4, 0, 0.5)
+    assert bools(CoreFile(tmp_path / "core")).nonzero()[0].tolist() == [96, 97, 98, 99]
+    summary = save_core(base, base, tmp_path / "core", 0.1)
+    assert (summary.k, summary.selected, summary.ties, summary.threshold) == (10, 0, 0, math.inf)
+
+
+def test_the_largest_finite_distance_counts():
+    largest = torch.finfo(torch.float32).max
+    base, tuned = {"w": torch.zeros(10)}, {"w": torch.tensor([largest, -largest, *([1.0] * 8)])}
+    assert bools(find_core(base, tuned, 0.2)).nonzero()[0].tolist() == [0, 1]

@@ -228,6 +228,25 @@ def test_the_result_has_the_bases_dtype(tmp_path):
     assert {one.dtype for one in fused.values()} == {torch.bfloat16}
 
 
+def test_tensors_of_every_width_lie_where_readers_can_map_them(tmp_path):
+    base = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "n": torch.arange(2),
+        "w": torch.ones(5),
+        "z": torch.ones(1).double(),
+    }
+    folder = write(tmp_path / "base", base, shards=2)  # in the order of the index: narrow ones first
+    fuse_checkpoints(folder, [folder], [], tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name, one in base.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % one.element_size() == 0, name
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], one) for name, one in base.items())
+
+
 def test_a_fused_model_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -111,6 +111,13 @@ def test_every_order_keeps_every_group(tasks, seed, order):
         assert ordered == oracle.smallest_frozen(groups, vectors)
 
 
+def test_what_is_frozen_already_costs_nothing():
+    sets = [range(10, 14), range(5), range(3)]
+    cores = [MemoryCore.from_bools({"w": torch.tensor([i in one for i in range(20)])}) for one in sets]
+    # After 2 (three elements), 1 adds two though it is the larger one, 0 four.
+    assert order_groups([[0], [1], [2]], "frozen", cores=cores) == [[2], [1], [0]]
+
+
 def test_the_random_order_is_its_seeds():
     groups = [[i] for i in range(6)]
     drawn = {str(order_groups(groups, "random", seed=seed)) for seed in range(20)}

@@ -16,13 +16,15 @@ from .tensor_files import FLOAT_NAMES, FLOATS, TensorFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Elements at a time; a multiple of 64, so that a slice owns whole bytes of a packed mask. Measured on two cores, fusing three bfloat16
-# checkpoints of 0.94e9: 17 s and 31 MiB beside the imports; 1 << 18: 28 s, 51 MiB; 1 << 20: 21-37 s, 84-195 MiB.
+# Elements at a time; a multiple of 64, so that a slice owns whole bytes of a packed mask. Fusing three bfloat16
+# checkpoints of 0.94e9 on two cores took 17 s and 31 MiB beside the imports; 1 << 18: 28 s, 51 MiB; 1 << 20: 21 to
+# 37 s, 84 to 195 MiB.
 SLICE = 1 << 17
 
 # What the same weights mean depends on these too; shapes alone do not show them.
 CONFIG_KEYS = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "tie_word_embeddings",
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rope_theta",
+    "tie_word_embeddings",
 )  # fmt: skip
 
 

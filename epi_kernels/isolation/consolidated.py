@@ -2,13 +2,14 @@
 
 What is frozen has two readings in the paper (section 2.5), and both are here:
 
-"earlier"  "At each training stage, the frozen parameter set consists of the union of core regions from all previously trained
-           task groups": nothing in the first stage, then what the groups before it hold. The default.
-"all"      "all core parameter regions identified in the earlier probe stage are frozen"; section 5: "with all core parameters
-           frozen at once and non-core parameter regions updated in sequence for each group".
+"earlier"  "At each training stage, the frozen parameter set consists of the union of core regions from all
+           previously trained task groups": nothing in the first stage, then what the groups before it hold. The
+           default.
+"all"      "all core parameter regions identified in the earlier probe stage are frozen"; section 5: "with all core
+           parameters frozen at once and non-core parameter regions updated in sequence for each group".
 
-The single-stage variant of section 5 is one stage on "the randomly shuffled union of all sampled task data" with the same masks as
-the "all" reading; under "earlier" it would freeze nothing, and is refused.
+The single-stage variant of section 5 is one stage on "the randomly shuffled union of all sampled task data" with
+the same masks as the "all" reading; under "earlier" it would freeze nothing, and is refused.
 
 A frozen element is blocked in the optimizer's step itself: no gradient, momentum, weight decay or rounding moves it.
 """
@@ -73,8 +74,9 @@ def sample_stage(
 ) -> list[T]:
     """A stage's data: equally many examples of each task, shuffled; about `share` of the tasks' data altogether.
 
-    The paper samples "small proportions of data from each task group" at a ratio "chosen to ensure balanced representation" that it
-    does not print. A task with fewer examples than its part gives all that it has; every task gives one at least.
+    The paper samples "small proportions of data from each task group" at a ratio "chosen to ensure balanced
+    representation" that it does not print. A task with fewer examples than its part gives all that it has; every
+    task gives one at least.
 
     Raises:
         IsolationError (a ValueError): share outside (0, 1], or a task without data.
@@ -98,8 +100,8 @@ def freeze(
 ) -> int:
     """Makes the union of these cores the optimizer's persistent masks, in place of those it has; none lifts them.
 
-    Works at any isolation ratio, 0 included. Returns how many elements are frozen. `partial`: a core may hold elements of parameters
-    that this optimizer does not step.
+    Works at any isolation ratio, 0 included. Returns how many elements are frozen. `partial`: a core may hold
+    elements of parameters that this optimizer does not step.
 
     Raises:
         TypeError: it is no MaskedEMAAdamW.
@@ -169,13 +171,15 @@ def consolidate(
     make_optimizer: Callable[[Stage], MaskedEMAAdamW],
     train: Callable[[Stage, MaskedEMAAdamW], None],
 ) -> None:
-    """Runs the stages: each with an optimizer of its own, whose persistent masks are the cores that the stage freezes.
+    """Runs the stages, each with an optimizer of its own whose persistent masks are the cores it freezes.
 
-    `cores`: one a task. `make_optimizer(stage)` gives a MaskedEMAAdamW over the model's named parameters (isolation_ratio=0 for
-    CPI-FT alone), `train(stage, optimizer)` trains the model with it, on `sample_stage`'s data say.
+    `cores`: one a task. `make_optimizer(stage)` gives a MaskedEMAAdamW over the model's named parameters
+    (isolation_ratio=0 for CPI-FT alone), `train(stage, optimizer)` trains the model with it, on `sample_stage`'s
+    data say.
 
     Raises:
-        IsolationError (a ValueError): a stage names a task without a core, or as `freeze`; earlier stages have been trained then.
+        IsolationError (a ValueError): a stage names a task without a core, or as `freeze`; earlier stages have been
+        trained then.
     """
     opened = [open_core(core) for core in cores]
     tasks = [task for stage in stages for task in (*stage.tasks, *stage.frozen)]

@@ -1,10 +1,11 @@
 """Stage 1: core regions, the floor(p D) largest |theta_i - theta_0| over all D parameters, counted and never sorted.
 
-The search for the threshold is that of the optimizer's refresh (`reference.threshold`): two passes of counting over both
-checkpoints, then one that writes the masks. Differences are taken in float32 (float64 tensors: in float64, then rounded).
+The search for the threshold is that of the optimizer's refresh (`reference.threshold`): two passes of counting over
+both checkpoints, then one that writes the masks. Differences are taken in float32 (float64 tensors: in float64,
+then rounded).
 
-A weight that did not move is in no core: when fewer than floor(p D) moved, the core is all that moved. Weights that tie at the
-threshold are all in it, so that the region does not depend on an order of the tensors.
+A weight that did not move is in no core: when fewer than floor(p D) moved, the core is all that moved. Weights that
+tie at the threshold are all in it, so that the region does not depend on an order of the tensors.
 """
 
 from __future__ import annotations

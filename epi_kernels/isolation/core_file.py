@@ -2,8 +2,9 @@
 
 isolation_mask/NAME   uint8 [ceil(n / 8)]: element i, row-major, is bit i % 8 of byte i // 8; bits past the last are 0
 
-as in the files of `epi_kernels.save_isolation`, which are read too (a mask that is not there is empty). The metadata say
-what it is (`format`, `version`) and of which model: `parameters` is a JSON object, name -> {"shape": [...]}.
+as in the files of `epi_kernels.save_isolation`, which are read too (a mask that is not there is empty). The
+metadata say what it is (`format`, `version`) and of which model: `parameters` is a JSON object, name -> {"shape":
+[...]}.
 """
 
 from __future__ import annotations

@@ -1,24 +1,26 @@
 """Stage 3, fusion: every task's core goes in as it is, all else is blended tensor by tensor.
 
-    theta[j] = theta_i[j]                                                           for j in C_i
-    theta[j] = a r[j] + b theta_i[j]                                                elsewhere, r <- theta, task by task
-    linear:  a = 1 - omega                          b = omega                       when Omega < eps
-    SLERP:   a = sin((1 - omega) Omega) / sin Omega   b = sin(omega Omega) / sin Omega   otherwise
+    theta[j] = theta_i[j]                                          for j in C_i
+    theta[j] = a r[j] + b theta_i[j], r <- theta, task by task     elsewhere
+    a, b     = 1 - omega, omega                                    linear, and SLERP where Omega < eps
+             = sin((1 - omega) Omega) / sin Omega, sin(omega Omega) / sin Omega      SLERP
 
-r begins as the base, "the model parameters derived from the last multi-stage fine-tuning group". Omega is the angle between the
-whole tensors r and theta_i ("parameters are first normalized to unit vectors": for the angle; what is blended are the tensors as they
-are), before any core is put in. Where the cores of two tasks overlap, the later task's values stay.
+r begins as the base, "the model parameters derived from the last multi-stage fine-tuning group". Omega is the angle
+between the whole tensors r and theta_i ("parameters are first normalized to unit vectors": for the angle; what is
+blended are the tensors as they are), before any core is put in. Where the cores of two tasks overlap, the later
+task's values stay.
 
-Blended linearly besides: a tensor of zeros, which has no direction, and tensors that point opposite ways (within max(eps, 1e-6)
-of pi), for which no plane is given and sin Omega vanishes.
+Blended linearly besides: a tensor of zeros, which has no direction, and tensors that point opposite ways (within
+max(eps, 1e-6) of pi), for which no plane is given and sin Omega vanishes.
 
-The paper prints neither omega nor eps. omega=None gives every fold 1 / (i + 1), i = 1, 2, ...: the base and all tasks then weigh
-the same (the mean, where blended linearly), whatever the order. eps is the angle whose cosine is 0.9995, the bound of the SLERP in
-mergekit (Goddard et al., 2024), which the paper follows.
+The paper prints neither omega nor eps. omega=None gives every fold 1 / (i + 1), i = 1, 2, ...: base and tasks then
+weigh the same (blended linearly: the mean, in any order). eps is the angle whose cosine is 0.9995, the bound of the
+SLERP in mergekit (Goddard et al., 2024), by which the paper's is "inspired".
 
-What is computed: r is always a sum of the tensors with one coefficient each, so a pass over a tensor collects the scalar products
-of all of them (float64), the coefficients follow, and a second pass adds up in float32 (float64 tensors: in float64) and rounds to
-the base's dtype. A core's values are copied, bit for bit where the dtypes agree. Memory: a slice of each tensor.
+What is computed: r is always a sum of the tensors with one coefficient each, so a pass over a tensor collects the
+scalar products of all of them (float64), the coefficients follow, and a second pass adds up in float32 (float64
+tensors: in float64) and rounds to the base's dtype. A core's values are copied, bit for bit where the dtypes agree.
+Memory: a slice of each tensor.
 """
 
 from __future__ import annotations
@@ -209,13 +211,13 @@ def fuse(
     omega: float | None = None,
     eps: float = EPS,
 ) -> tuple[dict[str, Tensor], FusionReport]:
-    """The fused tensors in memory, for models that fit; `fuse_checkpoints` streams. The module's docstring has the formulas.
+    """The fused tensors in memory, for models that fit; the module's docstring has the formulas.
 
     `cores`: one for each of `tuned`, in the same order; none at all: everything is blended.
 
     Raises:
-        IsolationError (a ValueError): another architecture, cores of another model, integer tensors that differ, values that
-            are not finite, arguments outside their ranges.
+        IsolationError (a ValueError): another architecture, cores of another model, integer tensors that differ,
+            values that are not finite, arguments outside their ranges.
     """
     first = open_tensors(base)
     fusion = _Fusion(
@@ -254,8 +256,8 @@ def fuse_checkpoints(
 ) -> FusionReport:
     """The same from checkpoint directories to a new one, whole or not at all, in the base's dtype.
 
-    The base's config and tokenizer are copied; `fusion.json` says what was fused. `advance` is called with numbers of elements:
-    D of them a pass, two passes for SLERP.
+    The base's config and tokenizer are copied; `fusion.json` says what was fused. `advance` is called with numbers
+    of elements: D of them a pass, two passes for SLERP.
 
     Raises:
         IsolationError (a ValueError): as `fuse`, or `out` holds something.

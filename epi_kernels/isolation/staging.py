@@ -3,8 +3,8 @@
 random      a shuffle by seed
 smallest    fewest tasks first
 largest     most tasks first
-frozen      the set frozen in the first stages as small as it can be: first the group with the smallest union of cores, then
-            always the one that adds least to it
+frozen      the set frozen in the first stages as small as it can be: first the group with the smallest union of
+            cores, then always the one that adds least to it
 curriculum  easiest first, by a difficulty given for each task; a group's is the mean of its tasks'
 
 Groups that tie keep their order.
