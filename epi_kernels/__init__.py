@@ -17,6 +17,7 @@ __all__ = [
     "IsolationReport",
     "MaskedEMAAdamW",
     "__version__",
+    "enable_gradient_release",
     "load_isolation",
     "save_isolation",
 ]
@@ -27,6 +28,7 @@ _LAZY = {
     "AdaptiveRatio": "epi_kernels.policies.schedule",
     "IsolationReport": "epi_kernels.optim",
     "MaskedEMAAdamW": "epi_kernels.optim",
+    "enable_gradient_release": "epi_kernels.optim.release",
     "load_isolation": "epi_kernels.optim.exchange",
     "save_isolation": "epi_kernels.optim.exchange",
 }
@@ -34,6 +36,7 @@ _LAZY = {
 if TYPE_CHECKING:
     from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
     from epi_kernels.optim.exchange import load_isolation, save_isolation
+    from epi_kernels.optim.release import enable_gradient_release
     from epi_kernels.policies.schedule import AdaptiveInterval, AdaptiveRatio
 
 

@@ -155,6 +155,7 @@ def test_a_built_library_without_a_device(monkeypatch):
 
 def test_what_it_refuses(monkeypatch):
     monkeypatch.setitem(sys.modules, "epi_kernels._C_cuda", types.ModuleType("_C_cuda"))
+    monkeypatch.setattr(cuda, "cuda_operators", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     capability = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))

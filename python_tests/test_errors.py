@@ -120,7 +120,7 @@ def test_unsupported_switch(name: str, instead: str):
     assert instead in str(caught.value)
 
 
-def test_not_yet():
+def test_capturable_needs_a_backend_that_can_be_captured():
     with pytest.raises(NotImplementedError, match="capturable"):
         MaskedEMAAdamW(small_model().items(), capturable=True)
 
@@ -175,7 +175,7 @@ def test_a_graph_capture_is_refused(monkeypatch):
     params["w"].grad = torch.ones(8)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="CUDA graph: capturable=True is not supported yet"):
+    with pytest.raises(RuntimeError, match="CUDA graph: make the optimizer with capturable=True"):
         optimizer.step()
     assert not optimizer.state and torch.equal(params["w"], torch.ones(8))
 

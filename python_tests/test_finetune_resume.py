@@ -209,6 +209,16 @@ def test_an_unreadable_done_is_no_end(files, undisturbed, tmp_path, content):
     assert_same_end(out, undisturbed)
 
 
+def test_a_bfloat16_run_from_a_config_resumes_with_the_buffers_it_had(files, tmp_path):
+    """Rotary embeddings stay float32 in the model that is made from the config, as in the one that is loaded."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command(finetune, *arguments(files, whole, "--dtype", "bf16")) == 0
+    with signalled(3):
+        assert command(finetune, *arguments(files, out, "--dtype", "bf16")) == 130
+    assert resume(out) == 0
+    assert_same_end(out, whole)
+
+
 def test_a_resumed_comparison_goes_on_where_it_was(files, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert command(finetune, *arguments(files, whole, "--compare")) == 0

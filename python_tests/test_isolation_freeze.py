@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from epi_kernels import MaskedEMAAdamW, cli
-from epi_kernels.finetune import checkpoint
+from epi_kernels.finetune import checkpoint, frozen
 from epi_kernels.finetune import command as finetune
 from epi_kernels.isolation import (
     IsolationError,
@@ -23,6 +23,7 @@ from epi_kernels.isolation import (
 from epi_kernels.isolation.core_file import CoreFile, union_mask
 from python_tests.finetune_runs import arguments, events, weights, write_inputs
 from python_tests.harness import Target, give_gradients, make, small_model, train
+from python_tests.rank_runs import Patch, started
 from python_tests.ranks import on_ranks
 from python_tests.sharded import cut, gradient
 from python_tests.sharded import weights as weights_of
@@ -334,8 +335,36 @@ def test_cores_freeze_sharded_parameters():
     before = weights_of(torch.bfloat16)
     cores = cores_of(before, 2)
     held = {name: union_mask(cores, name) for name in before}
-    for frozen, after in on_ranks(2, sharded_run):
-        assert frozen == sum(int(mask.sum()) for mask in held.values())
+    for count, after in on_ranks(2, sharded_run):
+        assert count == sum(int(mask.sum()) for mask in held.values())
         for name, mask in held.items():
             assert torch.equal(after[name][mask], before[name][mask])
             assert mask.all() or not torch.equal(after[name][~mask], before[name][~mask])
+
+
+@pytest.mark.parametrize("more", [(), ("--fsdp",)], ids=str)
+def test_finetune_freezes_on_several_ranks(files, tmp_path, more):
+    out = tmp_path / "out"
+    flags = ["--freeze", files / "core7", files / "core8", *FREEZE, *more]
+    first, _ = started(2, *arguments(files, out, *flags))
+    held = frozen_of(files)
+    count = sum(int(mask.sum()) for mask in held.values())
+    assert first.status == 0 and f"frozen for good: {count} weights" in first.out, first.err
+    before, after = load_file(files / "model" / "model.safetensors"), weights(out)
+    for name, mask in held.items():
+        assert torch.equal(after[name][mask], before[name][mask]), name
+        assert not torch.equal(after[name], before[name]), name
+
+
+def test_ranks_with_other_cores_are_refused(files, tmp_path):
+    """The same names on two machines, say."""
+    flags = ["--freeze", tmp_path / "core", *FREEZE]
+    (tmp_path / "core").write_bytes((files / "core7").read_bytes())
+
+    def other(original):
+        return lambda paths, net: original([files / "core8"], net)
+
+    patch = Patch(1, frozen, "_checked", other)
+    for ended in started(2, *arguments(files, tmp_path / "out", *flags), prepare=patch):
+        assert ended.status == 1
+    assert not (tmp_path / "out").exists()

@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from epi_kernels.backends.operators import cpu_operators
 
 
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -27,17 +28,17 @@ class Watch:
         self._tensors = list(tensors)
         self._number: int | None = None
         try:
-            from epi_kernels import _C  # noqa: F401, importing it registers the operators
+            self._operators = cpu_operators()
         except ImportError:
             self._layouts = self._found()
             return
-        self._number = torch.ops.epi_kernels.watch(self._tensors)
-        weakref.finalize(self, torch.ops.epi_kernels.unwatch, self._number)
+        self._number = self._operators.watch(self._tensors)
+        weakref.finalize(self, self._operators.unwatch, self._number)
 
     def unmoved(self) -> bool:
         if self._number is None:
             return self._found() == self._layouts
-        return torch.ops.epi_kernels.unmoved(self._number)
+        return self._operators.unmoved(self._number)
 
     def _found(self) -> list[tuple]:
         return [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in self._tensors]

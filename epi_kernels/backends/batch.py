@@ -71,6 +71,9 @@ class StepBatch:
         for _, run in groupby(range(len(self.tensors)), key=lambda i: id(self.tensors[i].hyper)):
             rows = list(run)
             self.runs.append((rows[0], rows[-1] + 1))
+        self.capturable = False  # what lies on the device may be kept for a CUDA graph
+        self.host_rows: bytes | None = None
+        self.device_rows: Tensor | None = None
         self.any_low_precision = any(_is_low_precision(item) for item in self.tensors)
         self._table: PointerTable | None = None
 

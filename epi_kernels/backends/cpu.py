@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends.batch import StepBatch
+from epi_kernels.backends.operators import cpu_operators
 from epi_kernels.backends.table import RNG_KEY, fill_layers, refresh_table
 from epi_kernels.reference.scalars import reciprocal_scale
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
@@ -26,6 +27,7 @@ class CpuBackend:
 
     name = "cpu"
     counts_on_device = False
+    captures = False
     places_runs = True
 
     def __init__(self, isa: str | None = None) -> None:
@@ -35,13 +37,12 @@ class CpuBackend:
                 asked for (``isa``, else the variable ``EPI_KERNELS_CPU_ISA``).
         """
         try:
-            from epi_kernels import _C  # noqa: F401, importing it registers the operators
+            self._ops = cpu_operators()
         except ImportError as error:
             raise ImportError(
                 f"the C++ extension epi_kernels._C cannot be imported ({error}); build it with "
                 "`pip install --no-build-isolation -e .` in the source tree"
             ) from error
-        self._ops = torch.ops.epi_kernels
         requested = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
         try:
             self._isa = self._ops.cpu_isa(requested)

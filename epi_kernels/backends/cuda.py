@@ -22,6 +22,7 @@ from torch import Tensor
 
 from epi_kernels.backends import table as table_
 from epi_kernels.backends.batch import StepBatch
+from epi_kernels.backends.operators import cuda_operators
 from epi_kernels.reference.rounding import mixed_seed
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
@@ -157,6 +158,7 @@ def aligned(rows: np.ndarray, pointers: list[int]) -> np.ndarray:
 class CudaBackend:
     name = "cuda"
     counts_on_device = True
+    captures = False
     places_runs = False
 
     def __init__(self) -> None:
@@ -388,4 +390,4 @@ def _load_ops() -> Any:
         raise ImportError(f"the CUDA library does not load: {error}" if built else reason) from error
     if not torch.cuda.is_available():
         raise ImportError("no CUDA device")
-    return torch.ops.epi_kernels
+    return cuda_operators()

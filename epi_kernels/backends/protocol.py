@@ -30,6 +30,7 @@ class Backend(Protocol):
         bool  # ``step`` lies on the parameters' device, and no scalar of a step is read on the host
     )
 
+    captures: bool  # a step can be captured in a CUDA graph
     places_runs: bool  # honours ``ParamTensors.index_run``, shards that are several runs of neighbours
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:

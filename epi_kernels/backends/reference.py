@@ -20,6 +20,7 @@ from epi_kernels.reference.threshold import KthSearch
 class ReferenceBackend:
     name = "reference"
     counts_on_device = False
+    captures = False
     places_runs = True
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -68,6 +68,12 @@ def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tup
     return found, alike
 
 
+def gradients(params: Sequence[Tensor], *, any_sharded: bool) -> tuple[list[Tensor | None], bool]:
+    """Of all parameters; of sharded ones what ``local_grads`` gives, which costs a look at each."""
+    grads = [param.grad for param in params]
+    return local_grads(params, grads) if any_sharded else (grads, False)
+
+
 def _laid_out(param: Any, grad: Any) -> Tensor:
     if not is_sharded(grad) or grad.device_mesh != param.device_mesh:
         raise RuntimeError(

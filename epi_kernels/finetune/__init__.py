@@ -3,5 +3,7 @@
 Why not `transformers.Trainer`: it writes checkpoints in place, unsynced, through private `_save_checkpoint` (a kill or
 a full disk leaves half a checkpoint that `get_last_checkpoint` picks), and its resume checks neither data nor arguments.
 
-    options -> data, chat, packing -> model, protect -> train (checkpoint, log) -> export, compare
+    options -> data, chat, packing -> model, protect, fsdp -> train (checkpoint, log) -> export, compare
+
+All of it runs on every rank where torchrun started several (ranks); only rank 0 writes.
 """

@@ -180,7 +180,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attention implementation; all of these keep packed examples apart",
         choices=ATTENTION,
     )
-    add(group, "--device", "auto: cuda where there is one, else cpu")
+    add(
+        group,
+        "--fsdp",
+        "started by torchrun or accelerate launch: weights, gradients and states lie over the ranks (FSDP2) [all on each]",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(group, "--device", "auto: cuda where there is one, else cpu; of several ranks each has its own")
     add(group, "--seed", "of everything random", type=int)
     group = parser.add_argument_group("the run")
     add(

@@ -11,13 +11,15 @@ from epi_kernels.integrations import transformer_block
 
 from . import model
 from .errors import UserError
+from .job import Job
 from .options import Options
 
 
-def environment(device: str) -> dict[str, object]:
+def environment(job: Job) -> dict[str, object]:
     """What decides the last bits of a result, beside the arguments."""
     import transformers
 
+    device = job.device
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return {
         "epi_kernels": epi_kernels.__version__,
@@ -26,6 +28,8 @@ def environment(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "device": name,
+        "ranks": job.ranks.size,
+        "fsdp": job.sharded,
     }
 
 

@@ -100,17 +100,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, model, tokenizer, optimizer, scheduler, state: dict, keep: int
-) -> Path:
-    """Writes the checkpoint of `step`, then removes all but the last `keep`. Raises DiskFull."""
+    run_dir: Path, step: int, model, tokenizer, optimizer: dict, scheduler: dict, state: dict, keep: int,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Writes the checkpoint of `step`, then removes all but the last `keep`. Raises DiskFull.
+
+    `optimizer`, `scheduler`: their state dicts; `weights`: the model's, when it is sharded.
+    """
     target = run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
 
     def write(folder: Path) -> None:
-        save_pretrained(model, tokenizer, folder)
-        torch.save(
-            {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
-            folder / "optimizer.pt",
-        )
+        save_pretrained(model, tokenizer, folder, weights)
+        torch.save({"optimizer": optimizer, "scheduler": scheduler}, folder / "optimizer.pt")
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(
             json.dumps({"step": step, **state, "files": files}, indent=1) + "\n", encoding="utf-8"
@@ -169,8 +170,8 @@ def load_optimizer(checkpoint: Path) -> dict:
     return both
 
 
-def save_pretrained(model, tokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
+def save_pretrained(model, tokenizer, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

@@ -13,10 +13,10 @@ from . import chat, data, model, packing
 from .checkpoint import DiskFull
 from .errors import UserError
 from .importance import FORMAT, STATISTIC, VERSION, Accumulator
+from .job import answer_loss
 from .options import DTYPES
 from .packing import ATTENTION
 from .prepare import encode_rows
-from .train import answer_loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> Path:
     out = Path(args.out)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "importance is measured by one process: start it without torchrun or accelerate launch"
+        )
     for name in ("batch_size", "max_batches"):
         value = getattr(args, name)
         if value is not None and value < 1:

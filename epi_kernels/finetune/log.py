@@ -2,7 +2,7 @@
 
 Every line has `event` and, where it belongs to a step, `step` (steps done). Losses are nats an answer token.
 
-    start       time, model, data, parameters, steps, options, versions, memory (bytes; see plan.py),
+    start       time, environment {versions, device, ranks, fsdp}, model, data, parameters, steps, options, versions, memory (bytes; see plan.py),
                 refreshes_due [steps] (with --adaptive-interval only those known), train/validation/retain counts
     protect     source, kind, steps, warnings
     freeze      cores [paths], frozen (elements of their union)
@@ -10,7 +10,7 @@ Every line has `event` and, where it belongs to a step, `step` (steps done). Los
     refresh     threshold, ratio, interval, jaccard, isolated, entered, released, ties, nonfinite, layers [rows], state_bytes {...}
     eval        validation_loss, retain_loss (null where there is no such data), seconds
     checkpoint  path (checkpoint_failed: reason)
-    resume      from step
+    resume      from step, environment
     end         validation_loss, retain_loss_before, retain_loss_after, state_bytes, peak_memory_bytes
 """
 
@@ -69,6 +69,19 @@ class Log:
         self.size += len(data)
         self.waiting.clear()
         return self.size
+
+
+class NoLog(Log):
+    """What the ranks write to that write nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+
+    def write(self, event: str, **fields) -> None:
+        pass
+
+    def flush(self, sync: bool = False) -> int:
+        return 0
 
 
 def read(path: str | os.PathLike[str]) -> list[dict]:

@@ -7,14 +7,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from logging import ERROR, getLogger
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .chat import train_tokenizer
 from .errors import UserError
+from .ranks import Ranks
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_MAX_LENGTH = 1024
@@ -161,7 +163,8 @@ def load_model(
                 # Not pad_token_id: it would freeze that embedding row, which may be the end token's.
                 config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             torch.manual_seed(seed)
-            loaded = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+            # Not .to(dtype): it would round buffers (of rotary embeddings) that from_pretrained keeps in float32.
+            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             if tokenizer is not None:
                 loaded.generation_config.pad_token_id = tokenizer.pad_token_id
         else:
@@ -184,7 +187,22 @@ def enable_checkpointing(net) -> None:
     enable({"use_reentrant": False})
 
 
-def pick_device(asked: str) -> str:
+def pick_device(asked: str, ranks: Ranks | None = None) -> str:
+    """The device asked for; of several ranks on CUDA, each one's own. Raises UserError."""
+    device = _pick_device(asked)
+    if ranks is None or ranks.size == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise UserError(f"--device {asked}: of {ranks.size} ranks each has a device of its own; pass cuda")
+    if ranks.local >= torch.cuda.device_count():
+        raise UserError(
+            f"no GPU for process {ranks.local} of this machine, which has {torch.cuda.device_count()}: "
+            "start at most as many (--nproc-per-node), or pass --device cpu"
+        )
+    return f"cuda:{ranks.local}"
+
+
+def _pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -204,10 +222,11 @@ def structure_fingerprint(model) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
-def weights_fingerprint(model) -> str:
-    """Of the parameters' names, dtypes and bits."""
+def weights_fingerprint(model, weights: Mapping[str, torch.Tensor] | None = None) -> str:
+    """Of the parameters' names, dtypes and bits. `weights`: where they are whole, when the model's are sharded."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        parameter: Any = parameter if weights is None else weights[name]
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

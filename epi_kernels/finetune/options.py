@@ -17,13 +17,14 @@ DTYPES = ("fp32", "bf16")
 STATE_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
-# These change how a run is watched and kept, never the weights it ends with.
+# These change how a run is watched, kept and computed; the weights it ends with at most in the last bits (--fsdp).
 FREE_ON_RESUME = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
     "quiet",
     "backend",
+    "fsdp",
     "resume",
     "overwrite",
     "dry_run",
@@ -85,6 +86,7 @@ class Options:
     master_weight_bits: int = 16
     stochastic_rounding: bool | None = None
     backend: str = "auto"
+    fsdp: bool = False
     log_every: int = 1
     eval_every: int | None = None
     checkpoint_every: int = 100

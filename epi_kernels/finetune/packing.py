@@ -59,13 +59,18 @@ class Schedule:
     def steps_per_epoch(self) -> int:
         return -(-self.rows // (self.batch_size * self.accumulation))
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Row indices of each micro-batch of `step` (0, 1, ...)."""
+    def micro_batches(self, step: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+        """Row indices of each micro-batch of `step` (0, 1, ...).
+
+        Of several ranks each takes every `ranks`-th row, at most `batch_size` at once: together the rows of one process,
+        in as few passes as there can be. All ranks have as many micro-batches, of which the last may be empty.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.rows, self.seed, epoch)
         size = self.batch_size * self.accumulation
-        mine = order[within * size : (within + 1) * size]
-        return [list(mine[i : i + self.batch_size]) for i in range(0, len(mine), self.batch_size)]
+        every = order[within * size : (within + 1) * size]
+        mine, most = every[rank::ranks], -(-len(every) // ranks)
+        return [list(mine[i : i + self.batch_size]) for i in range(0, most, self.batch_size)]
 
 
 @functools.lru_cache(maxsize=1)  # the current epoch's: shuffling a million rows takes a second

@@ -91,6 +91,15 @@ def describe_memory(one: Memory) -> str:
     return columns([header, *((name, human_bytes(count), f"{count / per:.3f}") for name, count in rows)])
 
 
+def describe_ranks(options: Options, ranks: int) -> str:
+    each = "weights, gradients and states lie over all of them" if options.fsdp else "each holds all weights"
+    text = f"ranks: {ranks}, which share the rows of a step; {each}"
+    rows = options.batch_size * options.accumulation
+    if rows < ranks:
+        text += f"\nnote: {rows} rows a step leave {ranks - rows} ranks without any: raise --batch-size or --accumulation"
+    return text
+
+
 def describe_steps(options: Options, steps: int, steps_per_epoch: int, rows: int) -> str:
     due = refreshes(options, steps)
     shown = ", ".join(map(str, due[:6])) + (", ..." if len(due) > 6 else "")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from . import chat, data, packing
 from .errors import UserError
+from .job import Job, Rows
 from .model import load_config, load_tokenizer, pad_id, pick_device, row_length
 from .options import Options
-from .train import Job, Rows
+from .ranks import Ranks
 
 
 @dataclass
@@ -34,7 +35,7 @@ def encode_rows(
     return Rows(encoding.examples, packing.pack(lengths, max_length, seed, options.packing)), encoding
 
 
-def prepare(options: Options) -> Prepared:
+def prepare(options: Options, ranks: Ranks | None = None) -> Prepared:
     """Reads and checks everything but the weights."""
     examples = data.read_jsonl(options.data)
     if options.validation:
@@ -47,7 +48,8 @@ def prepare(options: Options) -> Prepared:
         else []
     )
 
-    device = pick_device(options.device)
+    ranks = ranks or Ranks()
+    device = pick_device(options.device, ranks)
     config = load_config(options.model)
     texts = (content for example in itertools.chain(train, retain) for _, content in example.messages)
     vocab_size = config.get_text_config().vocab_size
@@ -104,5 +106,6 @@ def prepare(options: Options) -> Prepared:
         pad_id(tokenizer),
         device,
         fingerprints,
+        ranks,
     )
     return Prepared(job, config, counts, notes)

@@ -10,6 +10,7 @@ import torch
 
 from epi_kernels.optim import exchange
 from epi_kernels.optim.moments import read_moment
+from epi_kernels.optim.sharded_state import localized
 
 from . import checkpoint
 from .errors import UserError
@@ -147,7 +148,11 @@ def _from_run(path: Path, shapes: Mapping[str, torch.Size]) -> Means:
                 continue
             kept = "importance" if "importance" in state else "exp_avg_sq"
             try:
-                values = read_moment(state, kept, state[kept].shape, f"the run's state of {name}")
+                what = f"the run's state of {name}"
+                state = localized(
+                    state, state[kept], what
+                )  # a run on several ranks has a scale beside every code
+                values = read_moment(state, kept, state[kept].shape, what)
             except (KeyError, AttributeError, ValueError) as error:
                 raise UserError(f"--protect {path}: {error}") from None
             beta = group["importance_beta"] if kept == "importance" else group["betas"][1]

@@ -13,14 +13,12 @@ import torch
 
 from epi_kernels.files import write_whole
 from epi_kernels.integrations import named_parameter_groups
-from epi_kernels.isolation.consolidated import freeze, require_cores_of
-from epi_kernels.isolation.core_file import CoreFile
-from epi_kernels.training import state_bytes
 
-from . import checkpoint, model, packing, plan, protect
+from . import checkpoint, frozen, fsdp, model, packing, plan, protect
 from .build import build_optimizer, build_scheduler, environment
 from .errors import UserError
-from .log import Log
+from .job import Job
+from .log import Log, NoLog
 from .options import Options
 from .prepare import Prepared
 from .train import Outcome, Run, peak_memory_bytes
@@ -65,76 +63,99 @@ def one_run(
     label: str,
     saved: dict | None,
 ) -> Outcome:
-    """One optimizer's run, fresh or resumed, from model to exported directory."""
-    job, options = prepared.job, prepared.job.options
+    """One optimizer's run, fresh or resumed, from model to exported directory. A call of all ranks."""
+    job, options, ranks = prepared.job, prepared.job.options, prepared.job.ranks
     _deterministic(job.device)
+    known = ranks.first_does(checkpoint.list_checkpoints, directory) if saved is not None else []
+    net, fingerprint = ranks.together(_first_weights, prepared, dtype, label, saved)
+    ranks.refuse_differences({"the model's weights": fingerprint}, "give all the same --model")
+    source, cores = None, []
+    if label == "isolation" and not known:
+        source, cores = ranks.together(load_protected, options, net), frozen.load(options, net, ranks)
+    if job.sharded:
+        fsdp.shard(net, ranks, job.device)
+    if options.packing:
+        ranks.together(packing.assert_no_leak, net, job.tokenizer.vocab_size, options.attention)
+    if options.gradient_checkpointing:
+        model.enable_checkpointing(net)
+    optimizer = ranks.together(_optimizer, net, options, label)
+    if source is not None:
+        ranks.together(_carry, optimizer, source)
+    held = frozen.install(optimizer, cores, ranks)
+
+    # Everything that can be refused has been: from here on the disk is written to.
+    ranks.first_does(_begin, job, fingerprint, directory, saved is None and label == "isolation")
+    start, carried = 0, {}
+    if known:
+        del net, optimizer  # before their successors are loaded: two models need not fit
+        try:
+            net, optimizer, scheduler, state = _load(job, known[-1], dtype, label)
+        except UserError as error:
+            advice = f"if it is damaged, remove {known[-1]} to resume from the checkpoint before it"
+            text = f"cannot resume from the last checkpoint: {error}; {advice}"
+            raise UserError(text, 1, shared=error.shared) from None
+        start, carried = state["step"], state["carried"]
+        # A kill may have come before it; only now is the last one known to be sound.
+        ranks.first_does(checkpoint.prune, directory, options.keep_checkpoints)
+        log = _open_log(job, directory, state["log_bytes"])
+        log.write("resume", step=start, environment=environment(job), time=time.time())
+        _warn_other_environment(saved, job)
+        print(f"{label}: continues after step {start} of {job.steps}")
+    else:
+        scheduler = build_scheduler(options, optimizer, job.steps)
+        log = _open_log(job, directory, 0)
+        _log_start(log, prepared, net, memory, label)
+        if source is not None:
+            _log_protect(log, source, fingerprint, optimizer)
+        frozen.record(log, cores, held)
+    one = Run(job, directory, net, optimizer, scheduler, log, label)
+    one.saved_step, one.carried = (start if known else None), carried
+    outcome = one.run(start)
+    if outcome.step == job.steps:
+        ranks.first_does(_finish, one, outcome, one.state_bytes())
+    return outcome
+
+
+def _first_weights(prepared: Prepared, dtype: torch.dtype, label: str, saved: dict | None):
+    """(the model that the run begins with, its fingerprint), which must be that of a run to go on with."""
+    job, options = prepared.job, prepared.job.options
     net = model.load_model(
-        options.model, prepared.config, dtype, options.attention, job.device, options.seed, job.tokenizer
+        options.model, prepared.config, dtype, options.attention, _loads_to(job), options.seed, job.tokenizer
     )
     fingerprint = model.weights_fingerprint(net)
     if saved is not None or label == "adamw":
         begun = (saved or read_run(options.out))["model_weights"]
         refuse_changes("model", {"the model": begun}, {"the model": fingerprint})
-    source, cores = None, []
-    if label == "isolation" and not (saved is not None and checkpoint.list_checkpoints(directory)):
-        source, cores = load_protected(options, net), load_frozen(options, net)
-    if options.packing:
-        packing.assert_no_leak(net, job.tokenizer.vocab_size, options.attention)
-    if options.gradient_checkpointing:
-        model.enable_checkpointing(net)
-    optimizer = build_optimizer(
-        options, named_parameter_groups(net, weight_decay=options.weight_decay), label
-    )
-    if source is not None:
-        _carry(optimizer, source)
-    frozen = freeze(optimizer, cores) if cores else 0
-    if cores:
-        print(f"frozen for good: {frozen} weights of {len(cores)} core regions")
+    return net, fingerprint
 
-    # Everything that can be refused has been: from here on the disk is written to.
-    if saved is None and label == "isolation":
-        _begin(options, job.fingerprints, fingerprint)
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.clean(directory)
-    found = checkpoint.list_checkpoints(directory) if saved is not None else []
-    start, carried = 0, {}
-    if found:
-        del net, optimizer  # before their successors are loaded: two models need not fit
-        try:
-            state = checkpoint.load_state(found[-1])
-            net = _load_weights(found[-1], options, job.device, dtype, state["weights"])
-            both = checkpoint.load_optimizer(found[-1])
-            # The weights are in new tensors now: the optimizer is built anew over them.
-            optimizer = build_optimizer(
-                options, named_parameter_groups(net, weight_decay=options.weight_decay), label
-            )
-            scheduler = build_scheduler(options, optimizer, job.steps)
-            _load_optimizer(optimizer, both["optimizer"], found[-1])
-            scheduler.load_state_dict(both["scheduler"])
-        except UserError as error:
-            advice = f"if it is damaged, remove {found[-1]} to resume from the checkpoint before it"
-            raise UserError(f"cannot resume from the last checkpoint: {error}; {advice}", 1) from None
-        start, carried = state["step"], state["carried"]
-        # A kill may have come before it; only now is the last one known to be sound.
-        checkpoint.prune(directory, options.keep_checkpoints)
-        log = Log(directory / "log.jsonl", keep_bytes=state["log_bytes"])
-        log.write("resume", step=start, environment=environment(job.device), time=time.time())
-        _warn_other_environment(saved, job.device)
-        print(f"{label}: continues after step {start} of {job.steps}")
-    else:
-        scheduler = build_scheduler(options, optimizer, job.steps)
-        log = Log(directory / "log.jsonl", keep_bytes=0)
-        _log_start(log, prepared, net, memory, label)
-        if source is not None:
-            _log_protect(log, source, fingerprint, optimizer)
-        if cores:
-            log.write("freeze", step=0, cores=[core.label for core in cores], frozen=frozen)
-    one = Run(job, directory, net, optimizer, scheduler, log, label)
-    one.saved_step, one.carried = (start if found else None), carried
-    outcome = one.run(start)
-    if outcome.step == job.steps:
-        _finish(one, outcome)
-    return outcome
+
+def _loads_to(job: Job) -> str:
+    """A model to be sharded need not fit one device."""
+    return "cpu" if job.sharded else job.device
+
+
+def _optimizer(net: torch.nn.Module, options: Options, label: str) -> torch.optim.Optimizer:
+    return build_optimizer(options, named_parameter_groups(net, weight_decay=options.weight_decay), label)
+
+
+def _load(job: Job, folder: Path, dtype: torch.dtype, label: str):
+    """(model, optimizer, schedule, state.json) of a checkpoint, whatever the number of ranks that wrote it."""
+    ranks = job.ranks
+    state = ranks.together(checkpoint.load_state, folder)
+    net = ranks.together(_load_weights, folder, job, dtype, state["weights"])
+    both = ranks.together(checkpoint.load_optimizer, folder)
+    if job.sharded:
+        fsdp.shard(net, ranks, job.device)
+    # The weights are in new tensors now: the optimizer is built anew over them.
+    optimizer = ranks.together(_optimizer, net, job.options, label)
+    scheduler = build_scheduler(job.options, optimizer, job.steps)
+    ranks.together(_load_optimizer, optimizer, both["optimizer"], folder, job.sharded and label == "adamw")
+    scheduler.load_state_dict(both["scheduler"])
+    return net, optimizer, scheduler, state
+
+
+def _open_log(job: Job, directory: Path, keep_bytes: int) -> Log:
+    return Log(directory / "log.jsonl", keep_bytes) if job.ranks.first else NoLog()
 
 
 def _deterministic(device: str) -> None:
@@ -145,8 +166,16 @@ def _deterministic(device: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
-    out = Path(options.out)
+def _begin(job: Job, model_weights: str, directory: Path, fresh: bool) -> None:
+    """The directory of the run, without what a killed one left half written there."""
+    if fresh:
+        _begin_fresh(job, model_weights)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.clean(directory)
+
+
+def _begin_fresh(job: Job, model_weights: str) -> None:
+    options, out = job.options, Path(job.options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,9 +187,9 @@ def _begin(options: Options, fingerprints: dict, model_weights: str) -> None:
     record = {
         "version": RUN_VERSION,
         "options": options.saved(),
-        "fingerprints": fingerprints,
+        "fingerprints": job.fingerprints,
         "model_weights": model_weights,
-        "environment": environment(model.pick_device(options.device)),
+        "environment": environment(job),
     }
     _write_json(out / "run.json", record)
 
@@ -172,15 +201,6 @@ def load_protected(options: Options, net: torch.nn.Module) -> protect.Source | N
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
     betas, own = (options.beta1, options.beta2), options.importance_beta not in (None, options.beta2)
     return protect.load(options.protect, shapes, betas, options.protect_steps, own)
-
-
-def load_frozen(options: Options, net: torch.nn.Module) -> list[CoreFile]:
-    """What --freeze names, checked as load_protected does."""
-    cores = [CoreFile(path) for path in options.freeze or ()]
-    if cores:
-        shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-        require_cores_of(cores, shapes)
-    return cores
 
 
 def _write_json(path: Path, record: dict) -> None:
@@ -230,11 +250,10 @@ def _log_protect(log: Log, source: protect.Source, fingerprint: str, optimizer) 
     )
 
 
-def _load_weights(folder: Path, options: Options, device: str, dtype: torch.dtype, expected: str):
+def _load_weights(folder: Path, job: Job, dtype: torch.dtype, expected: str):
     """The checkpoint's model, verified to the bit."""
-    net = model.load_model(
-        str(folder), model.load_config(str(folder)), dtype, options.attention, device, options.seed
-    )
+    options, config = job.options, model.load_config(str(folder))
+    net = model.load_model(str(folder), config, dtype, options.attention, _loads_to(job), options.seed)
     if options.gradient_checkpointing:
         model.enable_checkpointing(net)
     if model.weights_fingerprint(net) != expected:
@@ -242,15 +261,16 @@ def _load_weights(folder: Path, options: Options, device: str, dtype: torch.dtyp
     return net
 
 
-def _load_optimizer(optimizer, state_dict: dict, folder: Path) -> None:
+def _load_optimizer(optimizer, state_dict: dict, folder: Path, in_parts: bool) -> None:
     try:
-        optimizer.load_state_dict(state_dict)
+        optimizer.load_state_dict(fsdp.laid_out(state_dict, optimizer) if in_parts else state_dict)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'optimizer.pt'}: the optimizer refuses it ({error})") from None
 
 
-def _warn_other_environment(saved: dict | None, device: str) -> None:
-    before, now = (saved or {}).get("environment", {}), environment(device)
+def _warn_other_environment(saved: dict | None, job: Job) -> None:
+    before, now = (saved or {}).get("environment", {}), environment(job)
+    before = {"ranks": 1, "fsdp": False, **before}  # what runs of one process did not say
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         print(f"warning: {', '.join(changed)}: the run goes on, but maybe not bit for bit", file=sys.stderr)
@@ -259,7 +279,7 @@ def _warn_other_environment(saved: dict | None, device: str) -> None:
 def _log_start(log: Log, prepared: Prepared, net, memory: plan.Memory, label: str) -> None:
     job = prepared.job
     log.write(
-        "start", step=0, time=time.time(), optimizer=label, options=job.options.saved(), environment=environment(job.device),
+        "start", step=0, time=time.time(), optimizer=label, options=job.options.saved(), environment=environment(job),
         parameters=net.num_parameters(), dtype=str(net.dtype).removeprefix("torch."), steps=job.steps,
         steps_per_epoch=job.schedule.steps_per_epoch, rows=job.schedule.rows, memory=memory.fields(),
         refreshes_due=plan.refreshes(job.options, job.steps) if label == "isolation" else [],
@@ -267,17 +287,12 @@ def _log_start(log: Log, prepared: Prepared, net, memory: plan.Memory, label: st
     )  # fmt: skip
 
 
-def _finish(one: Run, outcome: Outcome) -> None:
+def _finish(one: Run, outcome: Outcome, bytes_: dict[str, int]) -> None:
     ended = (outcome.validation_loss, outcome.retain_before, outcome.retain_after)
     losses = dict(zip(LOSSES, ended, strict=True))
-    bytes_ = state_bytes(one.optimizer)
+    peak = peak_memory_bytes(one.job.device)
     one.log.write(
-        "end",
-        step=outcome.step,
-        **losses,
-        state_bytes=bytes_,
-        peak_memory_bytes=peak_memory_bytes(one.job.device),
-        time=time.time(),
+        "end", step=outcome.step, **losses, state_bytes=bytes_, peak_memory_bytes=peak, time=time.time()
     )
     checkpoint.export(one.directory / "checkpoints" / f"{checkpoint.PREFIX}{outcome.step:08d}", one.directory)
     done = {"step": outcome.step, **losses, "state_bytes": bytes_}

@@ -7,73 +7,44 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+from epi_kernels.distributed.shards import is_sharded
+from epi_kernels.training import state_bytes
+
 from . import checkpoint
-from .chat import IGNORE, Encoded
+from .chat import IGNORE
 from .errors import UserError
+from .fsdp import whole_state, whole_weights
+from .job import Job, answer_loss, evaluate
 from .log import Log
 from .model import weights_fingerprint
-from .options import Options
-from .packing import Schedule, collate
-
-
-@dataclass
-class Rows:
-    """Packed rows of one data set."""
-
-    examples: Sequence[Encoded]
-    rows: list[list[int]]
-
-    def batch(
-        self, indices: Sequence[int], pad_id: int, packing: bool, device: str, attention: str
-    ) -> dict[str, torch.Tensor]:
-        rows = [[self.examples[i] for i in self.rows[row]] for row in indices]
-        return collate(rows, pad_id, packing, device, attention)
-
-
-@dataclass
-class Job:
-    """Everything a run needs that does not change during it."""
-
-    options: Options
-    tokenizer: Any
-    train: Rows
-    validation: Rows | None
-    retain: Rows | None
-    schedule: Schedule
-    steps: int
-    pad_id: int
-    device: str
-    fingerprints: dict[str, str] = field(default_factory=dict)
-
-    def batch(self, rows: Rows, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        return rows.batch(indices, self.pad_id, self.options.packing, self.device, self.options.attention)
-
-    @property
-    def eval_every(self) -> int:
-        return self.options.eval_every or max(1, self.steps // 10)
 
 
 class Interrupts:
-    """While active, the first SIGINT or SIGTERM only sets `signal`; a second SIGINT interrupts at once."""
+    """While active, the first SIGINT or SIGTERM only sets `signal`; a second one interrupts at once.
 
-    def __init__(self) -> None:
+    With `patient`, no number of them does: a launcher passes on what its ranks have had already, and kills in the end.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.signal: int | None = None
         self._before: dict[int, object] = {}
 
     def _handle(self, number, frame) -> None:
         if self.signal is not None:
+            if self.patient:
+                return
             raise KeyboardInterrupt
         self.signal = number
-        print("\nfinishing the step and saving; once more to stop at once", file=sys.stderr)
+        advice = "" if self.patient else "; once more to stop at once"
+        print(f"\nfinishing the step and saving{advice}", file=sys.stderr)
 
     def __enter__(self) -> Interrupts:
         try:
@@ -88,31 +59,6 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """(summed cross-entropy in nats, number of answer tokens), logits in float32 at the answers alone."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    learned = labels != IGNORE
-    return F.cross_entropy(logits[learned].float(), labels[learned], reduction="sum"), int(learned.sum())
-
-
-@torch.no_grad()
-def evaluate(model, rows: Rows | None, job: Job) -> float | None:
-    """Mean nats an answer token; None without data."""
-    if rows is None:
-        return None
-    model.eval()
-    total, tokens = 0.0, 0
-    size = job.options.batch_size
-    for start in range(0, len(rows.rows), size):
-        indices = range(start, min(start + size, len(rows.rows)))
-        loss, count = answer_loss(model, job.batch(rows, indices))
-        total, tokens = total + float(loss), tokens + count
-    model.train()
-    return total / max(1, tokens)
-
-
 def peak_memory_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
@@ -120,9 +66,9 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def step_seed(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """Seeds dropout of one step: a resumed run needs no saved generator, and `--compare` drops the same units."""
-    return (seed * 1_000_003 + step * 7_919 + 17) % (1 << 63)
+    return (seed * 1_000_003 + step * 7_919 + 17 + rank * 15_485_863_001) % (1 << 63)
 
 
 @dataclass
@@ -155,7 +101,15 @@ class Run:
             return
         self.reported = report
         fields = {**report.as_dict(), "step": step}
-        self.log.write("refresh", **fields, state_bytes=self.optimizer.state_bytes())
+        self.log.write("refresh", **fields, state_bytes=self.state_bytes())
+
+    def state_bytes(self) -> dict[str, int]:
+        """Of the optimizer's state, by kind; of all ranks where each has its part. A call of all ranks."""
+        found = state_bytes(self.optimizer)
+        if not self.job.sharded:
+            return found
+        summed = self.job.ranks.sums(list(found.values()))
+        return {kind: int(count) for kind, count in zip(found, summed, strict=True)}
 
     def eval(self, step: int) -> None:
         begin = time.perf_counter()
@@ -177,15 +131,39 @@ class Run:
         self.carried["retain_after"] = retain
 
     def save(self, step: int, final: bool = False) -> bool:
-        """Saves step's checkpoint; on a full disk says so and returns False, the earlier ones untouched."""
+        """Saves step's checkpoint; on a full disk says so and returns False, the earlier ones untouched.
+
+        A call of all ranks: what is sharded is gathered on rank 0, which writes. Raises UserError when their weights
+        are no longer the same.
+        """
         if self.saved_step == step:
             return True
+        ranks = self.job.ranks
+        weights = whole_weights(self.model, ranks) if self.job.sharded else None
+        optimizer = whole_state(self.optimizer, ranks)
+        fingerprint = ""
+        if ranks.first or not self.job.sharded:
+            fingerprint = weights_fingerprint(self.model, weights)
+        if not self.job.sharded:
+            ranks.refuse_differences(
+                {"weights": fingerprint},
+                f"after step {step} they are no longer those of one run; its last checkpoint: {self._last_saved()}",
+            )
+        if not ranks.first_does(self._write, step, weights, optimizer, fingerprint, final):
+            return False
+        self.saved_step = step
+        return True
+
+    def _last_saved(self) -> str:
+        return "none" if self.saved_step is None else f"step {self.saved_step}"
+
+    def _write(self, step: int, weights: dict | None, optimizer: dict, fingerprint: str, final: bool) -> bool:
         try:
             target = self.directory / "checkpoints" / f"{checkpoint.PREFIX}{step:08d}"
             self.log.write("checkpoint", step=step, path=str(target.relative_to(self.directory)))
             state = {
                 "log_bytes": self.log.flush(sync=True),
-                "weights": weights_fingerprint(self.model),
+                "weights": fingerprint,
                 "carried": self.carried,
                 "steps": self.job.steps,
                 "fingerprints": self.job.fingerprints,
@@ -195,10 +173,11 @@ class Run:
                 step,
                 self.model,
                 self.job.tokenizer,
-                self.optimizer,
-                self.scheduler,
+                optimizer,
+                self.scheduler.state_dict(),
                 state,
                 self.job.options.keep_checkpoints,
+                weights,
             )
         except (checkpoint.DiskFull, OSError) as error:
             if isinstance(error, OSError) and not checkpoint.is_disk_full(error, self.directory):
@@ -212,34 +191,42 @@ class Run:
             self.log.write("checkpoint_failed", step=step, reason=str(error))
             print(f"\ncheckpoint of step {step} not written: {error}; {kept}{after}", file=sys.stderr)
             return False
-        self.saved_step = step
         return True
 
     def step(self, index: int) -> dict:
-        """One optimizer step over all micro-batches of step `index`; the loss is a mean over all their answer tokens."""
-        job, options = self.job, self.job.options
-        torch.manual_seed(step_seed(options.seed, index))
-        batches = [job.batch(job.train, rows) for rows in job.schedule.micro_batches(index)]
-        answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        """One optimizer step over all micro-batches of step `index`; the loss is a mean over all their answer tokens.
+
+        On several ranks too: of all ranks' tokens, so that their gradients' sum is one process's gradient.
+        """
+        job, options, ranks = self.job, self.job.options, self.job.ranks
+        torch.manual_seed(step_seed(options.seed, index, ranks.rank))
+        batches = job.micro_batches(index)
+        learned = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches]
+        seen = sum(batch["input_ids"].numel() for batch, count in zip(batches, learned) if count)
+        answers, tokens = map(int, ranks.sums([sum(learned), seen]))
         total = 0.0
         for batch in batches:
             loss, _ = answer_loss(self.model, batch)
             (loss / answers).backward()
             total += float(loss.detach())
+        (total,) = ranks.sums([total])
+        if not job.sharded:  # FSDP2 has done it
+            ranks.add_gradients(self.parameters)
         limit = options.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = float(clipped.full_tensor() if is_sharded(clipped) else clipped)  # pyright: ignore[reportAttributeAccessIssue]
         loss = total / answers
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {index + 1}: loss {loss}, gradient norm {norm}; the weights of step {index} are untouched. "
-                f"Last checkpoint: {'none' if self.saved_step is None else f'step {self.saved_step}'}. A smaller --lr or --dtype fp32 may help",
+                f"Last checkpoint: {self._last_saved()}. A smaller --lr or --dtype fp32 may help",
                 status=1,
+                shared=True,
             )
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
         return {"loss": loss, "lr": float(lr), "grad_norm": norm, "tokens": tokens, "answer_tokens": answers}
 
     def run(self, start: int) -> Outcome:
@@ -248,9 +235,9 @@ class Run:
         if start == 0:
             self.log_refresh(0)
             self.eval(0)
-        quiet = options.quiet or not sys.stderr.isatty()
+        quiet = options.quiet or not job.ranks.first or not sys.stderr.isatty()
         with (
-            Interrupts() as interrupts,
+            Interrupts(patient=job.ranks.size > 1) as interrupts,
             tqdm(total=job.steps, initial=start, desc=self.label, unit="step", disable=quiet) as bar,
         ):
             for index in range(start, job.steps):
@@ -271,10 +258,11 @@ class Run:
                 bar.update()
                 if done % job.eval_every == 0 or done == job.steps:
                     self.eval(done)
-                stop = interrupts.signal is not None  # read once: a signal may come at any time
+                # read once: a signal may come at any time, and all ranks stop after the same step
+                stop = job.ranks.highest(interrupts.signal or 0)
                 if done == job.steps or stop:
                     if not self.save(done, final=True):
-                        raise UserError("free some space, then continue with --resume", status=1)
+                        raise UserError("free some space, then continue with --resume", status=1, shared=True)
                 elif done % options.checkpoint_every == 0:
                     self.save(done)
                 if stop:
@@ -284,5 +272,5 @@ class Run:
             self.carried.get("validation"),
             self.carried.get("retain_before"),
             self.carried.get("retain_after"),
-            interrupts.signal,
+            job.ranks.highest(interrupts.signal or 0) or None,
         )

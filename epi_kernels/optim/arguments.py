@@ -66,6 +66,7 @@ class IsolationConfig:
     stochastic_rounding: bool
     seed: int
     backend: str
+    capturable: bool = False
     ratio_schedule: RatioSchedule | None = None
     interval_schedule: IntervalSchedule | None = None
 
@@ -127,9 +128,7 @@ def check_group_options(options: dict[str, Any]) -> None:
             _require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
-def check_torch_options(
-    *, amsgrad: bool, foreach: Any, capturable: bool, differentiable: bool, fused: Any
-) -> None:
+def check_torch_options(*, amsgrad: bool, foreach: Any, differentiable: bool, fused: Any) -> None:
     """torch.optim.AdamW's own switches: honoured, or refused with what to use instead."""
     if amsgrad:
         raise ValueError(
@@ -141,10 +140,6 @@ def check_torch_options(
         )
     if foreach and fused:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together")
-    if capturable:
-        raise NotImplementedError(
-            "capturable=True is not supported yet: use capturable=False outside CUDA graphs"
-        )
 
 
 def _ratio(given: float | RatioSchedule) -> tuple[float, RatioSchedule | None]:
@@ -185,6 +180,7 @@ def make_config(
     stochastic_rounding: bool | None,
     seed: int,
     backend: str,
+    capturable: bool,
 ) -> IsolationConfig:
     """Validates the global options."""
     ratio, ratio_schedule = _ratio(isolation_ratio)
@@ -241,6 +237,7 @@ def make_config(
         stochastic_rounding=stochastic_rounding is not False,
         seed=int(seed),
         backend=backend,
+        capturable=bool(capturable),
         ratio_schedule=ratio_schedule,
         interval_schedule=interval_schedule,
     )

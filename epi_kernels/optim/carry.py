@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,3 +127,16 @@ def fresh_states(
                 state["step"].copy_(taken.step)
         fresh.append(state)
     return fresh
+
+
+def put_states(
+    entries: Sequence[Entry],
+    fresh: Sequence[dict[str, Any]],
+    state_of: MutableMapping[Tensor, dict[str, Any]],
+) -> None:
+    """In place of what was there; a parameter whose fresh state is empty has none."""
+    for entry, state in zip(entries, fresh, strict=True):
+        if state:
+            state_of[entry.param] = state
+        else:
+            state_of.pop(entry.param, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,20 +36,48 @@ class Entry(NamedTuple):
         return shards.local(self.param)
 
 
+def list_entries(param_groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+    """Every parameter in order; unnamed ones go by position."""
+    position = 0
+    for group in param_groups:
+        names = group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            name = f"param_{position}" if names is None else names[i]
+            yield Entry(group, param, name, position if names is None else zlib.crc32(name.encode()))
+            position += 1
+
+
+def entry_of(param: Tensor, param_groups: Iterable[dict[str, Any]]) -> Entry:
+    """
+    Raises:
+        ValueError: the parameter is in no group.
+    """
+    for entry in list_entries(param_groups):
+        if entry.param is param:
+            return entry
+    raise ValueError("this parameter is not in any of the optimizer's groups")
+
+
 def check_parameters(
-    params: Any, names: dict[str, Tensor], *, requested_backend: str, needs_names: bool
+    params: Any, names: dict[str, Tensor], *, requested_backend: str, needs_names: bool, capturable: bool
 ) -> None:
     """What a group brings, before it joins: tensors or (name, tensor) pairs. ``names``: those taken.
 
     Raises:
         ValueError: a dtype that no backend steps, a name that is taken, or missing where names are needed.
+        NotImplementedError: a parameter is sharded in an unsupported way, or its backend cannot be captured.
     """
     for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
         named = isinstance(entry, tuple) and len(entry) == 2
         name, param = entry if named else (f"param_{position}", entry)
         if isinstance(param, Tensor):  # torch itself refuses what is not
             check_parameter(param, str(name))
-            choose(requested_backend, param.device, param.dtype)
+            backend = choose(requested_backend, param.device, param.dtype).backend
+            if capturable and not backend.captures:
+                raise NotImplementedError(
+                    f"capturable=True: the {backend.name} backend, which steps {name}, cannot be captured in a CUDA graph; "
+                    "the triton backend can, on a CUDA device"
+                )
             if named and names.setdefault(str(name), param) is not param:
                 raise ValueError(
                     f"two parameters are named {name!r}: names choose layers, random numbers and what importance "

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import World
-from epi_kernels.optim import arguments, carry, ranks, schedules
+from epi_kernels.optim import arguments, carry, ranks, schedules, stepping
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.captured import ReplayedSteps, is_captured
 from epi_kernels.optim.corrections import master_weight
-from epi_kernels.optim.entries import Entry, check_given, check_parameters, check_state
-from epi_kernels.optim.masks import check_mask, install_mask
+from epi_kernels.optim.entries import Entry, check_parameters, check_state, entry_of, list_entries
+from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
-from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
-from epi_kernels.optim.report import IsolationReport, warn_nothing_selected
-from epi_kernels.optim.sharded_state import exported
+from epi_kernels.optim.refresh import StatsByDevice
+from epi_kernels.optim.report import IsolationReport
+from epi_kernels.optim.sharded_state import export_states
 from epi_kernels.optim.skipped import SkippedSteps
-from epi_kernels.policies.layers import LayerTable, Share, build_layers
+from epi_kernels.optim.uncompiled import uncompiled
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
-from epi_kernels.reference import bits
+
+if TYPE_CHECKING:
+    from epi_kernels.optim.release import GradientRelease
 
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
+_COPIED = """
+    _config _world _report _skipped _n_given _given_lr_0 _warned_nothing_selected _step_supports_amp_scaling
+""".split()
 
 
 class MaskedEMAAdamW(Optimizer):
@@ -57,7 +60,10 @@ class MaskedEMAAdamW(Optimizer):
             maximize, isolate (take part in isolation, default True) and importance_beta.
         lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         foreach, fused: accepted and without effect, because every backend is both; refused together.
-        amsgrad, differentiable, capturable: refused when True (capturable: not yet).
+        amsgrad, differentiable: refused when True.
+        capturable: ``step()`` may be captured in a CUDA graph (Triton backend). Take a step first, capture, replay; a
+            refresh stays outside: call ``refresh_isolation_mask()`` between replays. T is exact there and in
+            ``state_dict()``. An lr that changes must be a float32 tensor on the parameters' device.
         isolation_ratio: p in [0, 1); 0 is plain AdamW. Or a function of T (an int: the steps done), asked when the
             optimizer is made (T = 0) and at every refresh; or an ``AdaptiveRatio``, which follows the masks' drift.
         mask_interval: H, steps between refreshes; None never refreshes by itself (static masks). Or a function of
@@ -88,7 +94,10 @@ class MaskedEMAAdamW(Optimizer):
     Source: EPI, arXiv 2604.14010 (Evolving Parameter Isolation).
     """
 
-    _plan: StepPlan | None = None  # kept from step to step; never copied or pickled
+    # never copied or pickled
+    _plan: StepPlan | None = None  # kept from step to step
+    _replayed: ReplayedSteps | None = None  # beside it, with capturable=True
+    _release: GradientRelease | None = None  # set by enable_gradient_release
 
     def __init__(
         self,
@@ -122,7 +131,6 @@ class MaskedEMAAdamW(Optimizer):
         arguments.check_torch_options(
             amsgrad=amsgrad,
             foreach=foreach,
-            capturable=capturable,
             differentiable=differentiable,
             fused=fused,
         )
@@ -150,6 +158,7 @@ class MaskedEMAAdamW(Optimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
+            capturable=capturable,
         )
         self._world: World | None = None
         self._report: IsolationReport | None = None
@@ -182,6 +191,7 @@ class MaskedEMAAdamW(Optimizer):
             {entry.name: entry.param for entry in self._parameters()},
             requested_backend=self._config.backend,
             needs_names=self._config.layer_key is not None,
+            capturable=self._config.capturable,
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[_VERSION] = state_.STATE_VERSION
@@ -191,14 +201,7 @@ class MaskedEMAAdamW(Optimizer):
         self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
 
     def _parameters(self) -> Iterator[Entry]:
-        """Every parameter in order; unnamed ones go by position."""
-        position = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for i, param in enumerate(group["params"]):
-                name = f"param_{position}" if names is None else names[i]
-                yield Entry(group, param, name, position if names is None else zlib.crc32(name.encode()))
-                position += 1
+        return list_entries(self.param_groups)
 
     @property
     def _isolation_step(self) -> int:
@@ -215,6 +218,7 @@ class MaskedEMAAdamW(Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One optimization step; refreshes the mask after it when one is due. Returns the closure's loss.
@@ -224,85 +228,42 @@ class MaskedEMAAdamW(Optimizer):
                 graph is being captured. Nothing has changed then.
             ValueError: a schedule gives a ratio or an interval that is not allowed; likewise.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() cannot be captured in a CUDA graph: capturable=True is not supported yet"
-            )
-        loss = None
+        captured = is_captured(capturable=self._config.capturable)
+        release, loss = self._release, None
+        if release is not None:
+            release.refuse_scaler()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # both set by torch.amp.GradScaler
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._join_ranks(params)
-        grads, alike = self._grads(params)
-        if self._makes_a_template(grads):
-            self._step_plan(params, grads, written=False)
-            return loss
-        # what a refresh may refuse is looked at before anything changes
-        may_refresh, now = self._refresh_may_follow(), None
-        if may_refresh:
-            self._settle()
-            found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
-            now = None if found_inf else schedules.due_settings(self._config, self.param_groups[0])
-        layers = None if now is None else self._layers(now)
-        plan = self._step_plan(params, grads, written=grad_scale is not None, alike=alike)
-        if found_inf is not None and (may_refresh or not plan.counts_on_device):
-            self._settle()
-            if bool(found_inf):
-                return loss
-            found_inf = None
-
-        stats = None if layers is None else StatsByDevice(len(layers.names), self._config)
-        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=layers, stats=stats)
-        self._set_isolation_step(self._isolation_step + 1)
-        if found_inf is not None:  # the device knows whether it was a step
-            self._skipped.note(found_inf)
-        if now is not None and layers is not None and stats is not None:
-            self._refresh(layers, stats, now, covered=plan.covered(), due=True)
+        if captured:
+            stepping.captured_step(self)
+        elif release is not None and release.is_open:
+            release.finish()
+        else:
+            stepping.step_at_once(self)
+        if release is not None:
+            release.end_step()
         return loss
 
-    def _step_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], *, written: bool, alike: bool = False
-    ) -> StepPlan:
-        """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
-        if self._plan is None or not self._plan.fits(params, grads, self.state, alike=alike):
-            self._plan = None
-            check_given(self.param_groups, self._n_given)
-            entries = list(self._parameters())
-            if self._world is not None and not self._world.agreed:
-                held = ranks.holdings(entries, self._config)
-                self._world.agree(held, ranks.settings(self._config), self._device())
-            self._plan = StepPlan(entries, grads, self.state, self._config, written=written)
-        return self._plan
+    def _forget_plans(self) -> None:
+        """And the state they hold."""
+        self._plan = self._replayed = None
+        if self._release is not None:
+            self._release.forget()
 
-    def _join_ranks(self, params: Sequence[Tensor]) -> None:
-        """Accelerate puts DTensors in the place of parameters that an optimizer was made with."""
-        if self._world is None and shards.any_sharded(params):
-            self._world = World()
-
-    def _grads(self, params: list[Tensor]) -> tuple[list[Tensor | None], bool]:
-        """The gradients; of sharded parameters, what lies on this rank, and whether all are known to fit them."""
-        grads = [param.grad for param in params]
-        if self._world is None:
-            return grads, False
-        return shards.local_grads(params, grads)
+    def _refuse_in_a_step(self, what: str) -> None:
+        if self._release is not None:
+            self._release.refuse_while_open(what)
 
     def _device(self) -> torch.device:
         """Where what is reduced over devices and ranks lies."""
-        for entry in self._parameters():
-            return entry.param.device
-        return torch.device("cpu")
+        return next((entry.param.device for entry in self._parameters()), torch.device("cpu"))
 
-    def _makes_a_template(self, grads: list[Tensor | None]) -> bool:
-        """Whether this is no step of a training run: ``torch.distributed.checkpoint`` makes the state of a fresh
-        optimizer by one with lr 0 and gradients 0, and the state must come out as if it had not."""
-        fresh = self._isolation_step == 0 and not any(self.state.values())
-        if not fresh or self._given_lr_0 or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        moves = any(bool(grad.any()) for grad in grads if grad is not None)
-        return not (moves if self._world is None else self._world.any(moves, self._device()))
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.forget_accumulated()
 
     # ---------------------------------------------------------------- T, where a device may skip steps
 
@@ -312,67 +273,30 @@ class MaskedEMAAdamW(Optimizer):
 
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
-        if self._skipped.unread:
-            self._set_isolation_step(self._isolation_step - self._skipped.read())
+        skipped = self._skipped.read() if self._skipped.unread else 0
+        if self._replayed is not None:
+            self._set_isolation_step(self._replayed.isolation_step())
+        elif skipped:
+            self._set_isolation_step(self._isolation_step - skipped)
 
     # ---------------------------------------------------------------- the refresh
 
-    def _layers(self, now: IsolationConfig) -> LayerTable:
-        entries = list(self._parameters())
-        self._join_ranks([entry.param for entry in entries])
-        for entry in entries:  # what a refresh would stumble over
-            arguments.check_group_options({"isolate": entry.group["isolate"]})
-            check_state(entry, self.state.get(entry.param, {}))
-        world = self._world
-        if world is not None:
-            settings, held = ranks.settings(now), ranks.holdings(entries, self._config)
-            world.open_refresh(held, settings, self._isolation_step, self._device())
-            return world.layers({name: param for _, param, name, _ in entries})
-        layer_of = self._config.layer_key or (lambda name: name)
-        return build_layers(
-            Share(param, name, param.numel(), layer_of(name), group["isolate"])
-            for group, param, name, _ in entries
-        )
-
+    @uncompiled
     @torch.no_grad()
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
+        self._refuse_in_a_step("refresh_isolation_mask()")
         self._settle()
         now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
-        layers = self._layers(now)
-        return self._refresh(layers, StatsByDevice(len(layers.names), now), now, covered=set(), due=False)
-
-    def _refresh(
-        self, layers: LayerTable, stats: StatsByDevice, now: IsolationConfig, covered: set[Tensor], due: bool
-    ) -> IsolationReport:
-        """Stages 2 to 4, with the numbers in ``now``; ``covered``: parameters whose stats the step has reduced."""
-        entries = [entry for entry in self._parameters() if entry.param.numel() > 0]
-        partitions, stateless = partition(entries, self.state, layers, covered, now)
-        step, device = self._isolation_step, self._device()
-        self._report = refresh(partitions, layers, stateless, stats, now, step, self._world, device)
-        schedules.after_refresh(now, self.param_groups, self._report, due=due)
-        self._warn_after_refresh(self._report, layers)
-        return self._report
-
-    def _warn_after_refresh(self, report: IsolationReport, layers: LayerTable) -> None:
-        if report.selects_nothing and report.ratio > 0 and not self._warned_nothing_selected:
-            self._warned_nothing_selected = True
-            warn_nothing_selected(report.ratio, layers.total_eligible)
-        # reading the count warns; on a GPU it stays there until somebody reads it
-        if all(param.device.type == "cpu" for param in layers.row_of):
-            _ = report.nonfinite
+        table = stepping.layers_of(self, now)
+        stats = StatsByDevice(len(table.names), now)
+        return stepping.refresh_masks(self, table, stats, now, covered=set(), due=False)
 
     def isolation_report(self) -> IsolationReport | None:
         """Figures of the last refresh, None before the first. Nothing synchronises until they are read."""
         return self._report
 
     # ---------------------------------------------------------------- masks
-
-    def _entry_of(self, param: Tensor) -> Entry:
-        for entry in self._parameters():
-            if entry.param is param:
-                return entry
-        raise ValueError("this parameter is not in any of the optimizer's groups")
 
     def isolation_mask(self, param: Tensor) -> Tensor:
         """bool tensor of param's shape (a DTensor with its placements where it is one), a copy: True where the weight is
@@ -381,14 +305,10 @@ class MaskedEMAAdamW(Optimizer):
         Raises:
             ValueError: the parameter is in no group.
         """
-        weight = self._entry_of(param).weight
-        packed = self.state.get(param, {}).get("isolation_mask")
-        if packed is None:
-            mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-        else:
-            mask = bits.unpack(packed, weight.numel()).view(weight.shape)
-        return shards.wrap(mask, param)
+        entry_of(param, self.param_groups)
+        return unpacked_mask(self.state.get(param, {}), param)
 
+    @uncompiled
     @torch.no_grad()
     def set_isolation_mask(self, param: Tensor, mask: Tensor, *, persistent: bool = False) -> None:
         """Installs a mask (bool, param's shape and device) until the next refresh, or for good.
@@ -402,12 +322,14 @@ class MaskedEMAAdamW(Optimizer):
             TypeError: the mask is no dense bool tensor.
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
-        group = self._entry_of(param).group
+        self._refuse_in_a_step("set_isolation_mask()")
+        group = entry_of(param, self.param_groups).group
         check_mask(mask, param)
         state = self.state[param]
         state_.complete_state(state, param, group, self._config)
         install_mask(state, param, mask, persistent=persistent)
 
+    @uncompiled
     @torch.no_grad()
     def carry_importance(self, source: Optimizer | dict[str, Any]) -> None:
         """Starts a new stage from another optimizer's statistics, so that old abilities stay protected.
@@ -422,18 +344,14 @@ class MaskedEMAAdamW(Optimizer):
             TypeError: the source is neither an optimizer nor a state dict.
             ValueError: a parameter has no counterpart there, or one of another shape, or there is no state at all.
         """
+        self._refuse_in_a_step("carry_importance()")
         entries = list(self._parameters())
-        params = [param for _, param, _, _ in entries]
         named = all("param_names" in group for group in self.param_groups)
-        names = [name for _, _, name, _ in entries] if named else None
-        carried = carry.match_source(source, params, names)
+        names = [entry.name for entry in entries] if named else None
+        carried = carry.match_source(source, [entry.param for entry in entries], names)
         fresh = carry.fresh_states(entries, carried, self.state, self._config)
-        self._plan = None  # and the state it holds
-        for param, state in zip(params, fresh, strict=True):
-            if state:
-                self.state[param] = state
-            else:
-                self.state.pop(param, None)
+        self._forget_plans()
+        carry.put_states(entries, fresh, self.state)
         self._skipped.read()
         self._set_isolation_step(0)
         schedules.start_schedules(self.param_groups, self._config)
@@ -447,7 +365,7 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: its state does not fit it.
         """
-        entry, state = self._entry_of(param), self.state.get(param, {})
+        entry, state = entry_of(param, self.param_groups), self.state.get(param, {})
         check_state(entry, state)
         return master_weight(param, state)
 
@@ -460,14 +378,13 @@ class MaskedEMAAdamW(Optimizer):
 
         Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard.
         """
+        self._refuse_in_a_step("state_dict()")
         self._settle()
         found = super().state_dict()
-        params = dict.fromkeys(param for group in self.param_groups for param in group["params"])
-        for number, param in enumerate(params):
-            if shards.is_sharded(param) and number in found["state"]:
-                found["state"][number] = exported(found["state"][number], param)
+        export_states(found["state"], self.param_groups)
         return found
 
+    @uncompiled
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of ours or of torch.optim.AdamW; one that does not fit is refused whole.
@@ -482,40 +399,19 @@ class MaskedEMAAdamW(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        state, groups = self._read(state_dict)
-        self._plan = None  # and the state it holds
+        stepping.join_ranks(self, [entry.param for entry in self._parameters()])
+        state, groups = ranks.all_or_none(
+            lambda: state_.read_state_dict(state_dict, self.param_groups, self._config),
+            self._world,
+            self._device(),
+        )
+        self._forget_plans()
         self.__setstate__({"state": state, "param_groups": groups})
         self._report, self._skipped = None, SkippedSteps()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _read(self, state_dict: Mapping[str, Any]) -> tuple[Any, Any]:
-        """``read_state_dict``, by all ranks or by none."""
-        self._join_ranks([entry.param for entry in self._parameters()])
-        found, refused = None, None
-        try:
-            found = state_.read_state_dict(state_dict, self.param_groups, self._config)
-        except Exception as error:
-            refused = error
-        if self._world is not None and self._world.any(refused is not None, self._device()):
-            refused = refused or ValueError(
-                "another rank refused the state dict: nothing was loaded here either"
-            )
-        if refused is not None:
-            raise refused
-        assert found is not None
-        return found
-
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_in_a_step("a copy")
         self._settle()
-        own = (
-            "_config",
-            "_world",
-            "_report",
-            "_skipped",
-            "_n_given",
-            "_given_lr_0",
-            "_warned_nothing_selected",
-            "_step_supports_amp_scaling",
-        )
-        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+        return super().__getstate__() | {name: self.__dict__[name] for name in _COPIED}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epi_kernels.distributed.shards import is_sharded, local, shard_of
+from epi_kernels.distributed.shards import is_sharded, local, shard_of, wrap
 from epi_kernels.optim.pages import zeros
-from epi_kernels.reference.bits import pack, packed_bytes
+from epi_kernels.reference.bits import pack, packed_bytes, unpack
 
 MASK_KEYS = ("isolation_mask", "persistent_mask")
 
@@ -18,6 +19,16 @@ def zero_mask(param: Tensor) -> Tensor:
     """Of what lies on this rank."""
     weight = local(param)
     return zeros((packed_bytes(weight.numel()),), torch.uint8, weight.device)
+
+
+def unpacked_mask(state: Mapping[str, Any], param: Tensor) -> Tensor:
+    """bool of param's shape (a DTensor with its placements where it is one), a copy."""
+    weight, packed = local(param), state.get("isolation_mask")
+    if packed is None:
+        mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    else:
+        mask = unpack(packed, weight.numel()).view(weight.shape)
+    return wrap(mask, param)
 
 
 def load_mask(value: Any, weight: Tensor, what: str) -> Tensor:
@@ -73,12 +84,14 @@ def install_mask(state: dict[str, Any], param: Tensor, mask: Tensor, *, persiste
     packed = pack(_part(mask, param))
     current = state.setdefault("isolation_mask", zero_mask(param))
     lasting = state.pop("persistent_mask", None)
+    # in place: a captured graph goes on reading there
     if persistent:
         others = current if lasting is None else current & ~lasting
-        state["isolation_mask"] = others | packed
+        current.copy_(others | packed)
         if bool(packed.any()):
             state["persistent_mask"] = packed
     elif lasting is None:
-        state["isolation_mask"] = packed
+        current.copy_(packed)
     else:
-        state["isolation_mask"], state["persistent_mask"] = packed | lasting, lasting
+        current.copy_(packed | lasting)
+        state["persistent_mask"] = lasting

@@ -66,7 +66,7 @@ class StepPlan:
             check_index(entry, config)
         groups = list({id(entry.group): entry.group for entry in stepped}.values())
         # before there is state: a value that cannot be computed with must leave none behind
-        hyper_of = {id(group): _hyper_parameters(group) for group in groups}
+        hyper_of = {id(group): _hyper_parameters(group, config) for group in groups}
 
         self._config = config
         self._stepped = stepped
@@ -93,6 +93,7 @@ class StepPlan:
             tensors.step, tensors.rng_id = state["step"], rng_id
             take_index(tensors, param)
             tensors.hyper, tensors.maximize = hyper_of[id(group)], group["maximize"]
+            tensors.lr = group["lr"] if _lr_lies_on_device(group, config) else None
             rows_of[id(group)].append(tensors)
             self._rows.append(tensors)
             _, batch, positions = batches.setdefault((backend.name, param.device), (backend, [], []))
@@ -102,6 +103,8 @@ class StepPlan:
             _Share(device, backend, StepBatch(batch), positions)
             for (_, device), (backend, batch, positions) in batches.items()
         ]
+        for share in self._batches:
+            share.batch.capturable = config.capturable
         # what the plan relies on
         self._fixed = self._switches()
         self._missing = [grad is None for grad in grads]
@@ -196,6 +199,10 @@ class StepPlan:
             )
             batch.grads = []  # gradients belong to the model: nothing here keeps them alive
 
+    def a_step(self) -> Tensor | None:
+        """The ``step`` of a parameter that is stepped at every call of this plan."""
+        return self._rows[0].step if self._rows else None
+
     def covered(self) -> set[Tensor]:
         """The parameters whose stats a step with stats reduces."""
         return set(self._params)
@@ -209,15 +216,23 @@ class StepPlan:
         return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
 
     def _take_hyper_parameters(self) -> None:
-        fresh = [(rows, _hyper_parameters(group, rows[0].hyper)) for group, rows in self._group_rows]
+        fresh = [
+            (rows, _hyper_parameters(group, self._config, rows[0].hyper)) for group, rows in self._group_rows
+        ]
         for rows, hyper in fresh:
             if hyper != rows[0].hyper:
                 for tensors in rows:
                     tensors.hyper = hyper
 
-    def _switches(self) -> list[tuple[bool, bool, bool]]:
+    def _switches(self) -> list[tuple[bool, bool, bool, int]]:
         return [
-            (group["maximize"], group["isolate"], shares_importance(group)) for group, _ in self._group_rows
+            (
+                group["maximize"],
+                group["isolate"],
+                shares_importance(group),
+                id(group["lr"]) if _lr_lies_on_device(group, self._config) else 0,
+            )
+            for group, _ in self._group_rows
         ]
 
 
@@ -274,17 +289,42 @@ def share_steps(states: Sequence[dict[str, Any]], device: torch.device) -> None:
             state["step"] = step
 
 
-def _hyper_parameters(group: Mapping[str, Any], known: HyperParameters | None = None) -> HyperParameters:
-    """What the group says now; checked where it is not what is ``known``, for a schedule may have set anything."""
+def _lr_lies_on_device(group: Mapping[str, Any], config: IsolationConfig) -> bool:
+    """Whether a captured step reads the group's lr where it lies: the host must not."""
+    return config.capturable and isinstance(group["lr"], Tensor)
+
+
+def _hyper_parameters(
+    group: Mapping[str, Any], config: IsolationConfig, known: HyperParameters | None = None
+) -> HyperParameters:
+    """What the group says now; checked where it is not what is ``known``, for a schedule may have set anything.
+
+    lr is 0 where it is read on the device (``ParamTensors.lr``): the host does not look at it.
+    """
+    on_device, options = _lr_lies_on_device(group, config), GROUP_OPTIONS
+    if on_device:
+        options = [key for key in GROUP_OPTIONS if key != "lr"]
+        lr, device = group["lr"], next((param.device for param in group["params"]), group["lr"].device)
+        if lr.dtype != torch.float32 or lr.numel() != 1 or lr.device != device:
+            raise ValueError(
+                f"lr must be a float, or a float32 tensor of one element on {device}, with capturable=True, got {lr!r}"
+            )
     try:
         beta1, beta2 = group["betas"]
         beta_u = beta2 if group["importance_beta"] is None else group["importance_beta"]
-        values = (group["lr"], beta1, beta2, beta_u, group["eps"], group["weight_decay"])
+        values = (
+            0.0 if on_device else group["lr"],
+            beta1,
+            beta2,
+            beta_u,
+            group["eps"],
+            group["weight_decay"],
+        )
         hyper = HyperParameters(*map(float, values))
     except (TypeError, ValueError):
         hyper = None
     if hyper is None or hyper != known:
-        check_group_options({key: group[key] for key in GROUP_OPTIONS})
+        check_group_options({key: group[key] for key in options})
     assert hyper is not None, "options that pass the check are numbers"
     return hyper
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from epi_kernels.distributed.world import Holding, holding
+import torch
+
+from epi_kernels.distributed.world import Holding, World, holding
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig
 from epi_kernels.optim.entries import Entry
+
+T = TypeVar("T")
 
 # layers are compared one by one; which backend steps is each rank's own affair, for all give the same bits
 _OWN = ("layer_key", "backend")
@@ -44,3 +48,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(map(_plain, value))
     return value if value is None or isinstance(value, bool) else float(value)
+
+
+def agree_once(
+    world: World | None, entries: Sequence[Entry], config: IsolationConfig, device: torch.device
+) -> None:
+    """Before the first step, and after what the ranks know has changed: a call of all of them."""
+    if world is not None and not world.agreed:
+        world.agree(holdings(entries, config), settings(config), device)
+
+
+def all_or_none(read: Callable[[], T], world: World | None, device: torch.device) -> T:
+    """What ``read`` gives, where no rank's refuses.
+
+    Raises:
+        Exception: what it raised here; ValueError where it did on another rank alone.
+    """
+    found, refused = None, None
+    try:
+        found = read()
+    except Exception as error:
+        refused = error
+    if world is not None and world.any(refused is not None, device):
+        refused = refused or ValueError("another rank refused the state dict: nothing was loaded here either")
+    if refused is not None:
+        raise refused
+    assert found is not None
+    return found

@@ -174,3 +174,14 @@ class IsolationReport:
             f"IsolationReport(step={self.step}, isolated={self.isolated}, entered={self.entered}, "
             f"released={self.released}, jaccard={self.jaccard:.4f})"
         )
+
+
+def warn_after_refresh(report: IsolationReport, table: LayerTable, *, warned_before: bool) -> bool:
+    """Warns of a ratio below one element, once, and of non-finite importances; returns whether it has of the former."""
+    warns = report.selects_nothing and report.ratio > 0 and not warned_before
+    if warns:
+        warn_nothing_selected(report.ratio, table.total_eligible)
+    # reading the count warns; on a GPU it stays there until somebody reads it
+    if all(param.device.type == "cpu" for param in table.row_of):
+        _ = report.nonfinite
+    return warned_before or warns

@@ -6,7 +6,7 @@ dict a mask is bools, and a scale stands beside every code; both are made for th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ def exported(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     return found
 
 
+def export_states(states: dict[Any, dict[str, Any]], param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Puts ``exported`` in a state dict's ``state``, by the numbers that torch gives parameters there."""
+    params = dict.fromkeys(param for group in param_groups for param in group["params"])
+    for number, param in enumerate(params):
+        if is_sharded(param) and number in states:
+            states[number] = exported(states[number], param)
+
+
 def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, Any]:
     """A saved state as this rank's part of ``param`` wants it: plain tensors, a scale a block of this rank's.
 
@@ -61,6 +69,26 @@ def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, A
         else:
             found[key] = codec.decode_each(codes, scales, signed=key == "exp_avg")
             del found[scale_key]
+    return found
+
+
+def compact(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A sharded parameter's state, gathered whole, in the form that one process saves: masks packed, a scale a block.
+
+    Where a rank's blocks began inside the whole's, scales stay beside every code: both forms load.
+    """
+    found = dict(entry)
+    for key in MASK_KEYS:
+        if key in found:
+            found[key] = bits.pack(found[key])
+    if "persistent_mask" in found and not bool(found["persistent_mask"].any()):
+        del found["persistent_mask"]  # `exported` had put it there
+    for scale_key in _CODES_OF:
+        if scale_key in found:
+            each = found[scale_key].reshape(-1)
+            of_blocks = each[:: codec.BLOCK].contiguous()
+            if torch.equal(of_blocks.repeat_interleave(codec.BLOCK)[: each.numel()], each):
+                found[scale_key] = of_blocks
     return found
 
 

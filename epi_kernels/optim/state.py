@@ -40,7 +40,8 @@ def complete_state(
             state.update(new_moment(key, param, config))
     if CORRECTION_KEY not in state:
         state.update(new_correction(param, config))
-    if "isolation_mask" not in state and config.isolates:
+    # a graph goes on with the mask that it was captured with
+    if "isolation_mask" not in state and (config.isolates or config.capturable):
         state["isolation_mask"] = zero_mask(param)
 
 

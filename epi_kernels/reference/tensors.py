@@ -41,6 +41,7 @@ class ParamTensors:
     index_offset: int = 0  # logical position of element 0 in the whole (unsharded) tensor
     index_run: int = 0  # element i is at index_offset + i // run * stride + i % run; 0: at index_offset + i
     index_stride: int = 0
+    lr: Tensor | None = None  # [] or [1] fp32 on the device: read anew at every step, in place of hyper.lr
 
     @property
     def u(self) -> Tensor:

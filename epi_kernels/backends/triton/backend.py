@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from epi_kernels.backends import capture
 from epi_kernels.backends import table as _table
 from epi_kernels.backends.batch import StepBatch
 from epi_kernels.backends.triton import bounds as _bounds
@@ -58,6 +59,7 @@ class TritonBackend:
 
     name = "triton"
     counts_on_device = True
+    captures = True
     places_runs = True
 
     def __init__(self, step_chunk: int | None = None, refresh_chunk: int | None = None) -> None:
@@ -110,15 +112,20 @@ class TritonBackend:
         rows = np.zeros((len(table.rows), _prepare.ROW), dtype=np.int64)
         rows[:, : _table.COLUMNS] = table.rows
         scalars = rows.view(np.float32)[:, 2 * _prepare.SCALARS : 2 * _prepare.HYPER]
-        scalars[:, : _table.SCALAR_COLUMNS], rows.view(np.float64)[:, _prepare.HYPER :] = batch.constants()
+        hyper = rows.view(np.float64)[:, _prepare.HYPER : _prepare.LR]
+        scalars[:, : _table.SCALAR_COLUMNS], hyper[:, :4] = batch.constants()
+        for (start, stop), values in zip(batch.runs, batch.hypers(), strict=True):
+            hyper[start:stop, 4] = values.weight_decay
+            lr = batch.tensors[start].lr
+            rows[start:stop, _prepare.LR] = 0 if lr is None else lr.data_ptr()
         # -(1 - beta1) * g is (1 - beta1) * -g to the bit, and g * g has no sign
         scalars[table.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
 
         variants = step_variants(rows, self._step_chunk)
         with self._on(device):
             sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
-            work = self._plan(sizes, variants, layers, self._step_chunk, device)
-            device_rows = upload(rows, device)
+            work = self._plan(sizes, variants, layers, self._step_chunk, device, captured=batch.capturable)
+            device_rows = self._rows_of(batch, rows, device)
             _prepare.prepare_kernel[(triton.cdiv(len(rows), _prepare.PREPARE_BLOCK),)](
                 device_rows,
                 len(rows),
@@ -292,9 +299,28 @@ class TritonBackend:
         layers: list[int],
         chunk: int,
         device: torch.device,
+        *,
+        captured: bool = False,
     ) -> DevicePlan:
-        key = (tuple(sizes), tuple(variants), tuple(layers), chunk, device, _stream(device))
+        # a graph is captured on another stream than the steps before it were taken on, which have been waited for
+        stream = None if captured else _stream(device)
+        key = (tuple(sizes), tuple(variants), tuple(layers), chunk, device, stream)
         return self._cache.get(key, lambda: DevicePlan(plan(sizes, variants, layers, chunk), device))
+
+    @staticmethod
+    def _rows_of(batch: StepBatch, rows: np.ndarray, device: torch.device) -> Tensor:
+        """The rows on the device. Of a batch that may be captured they stay while they say the same."""
+        if not batch.capturable:
+            return upload(rows, device)
+        host = rows.tobytes()
+        if batch.device_rows is None or host != batch.host_rows:
+            if capture.capturing():
+                raise RuntimeError(
+                    "gradients, or what the groups say, have changed since the last step before the capture: step once with "
+                    "the same memory (zero_grad(set_to_none=False)), then capture"
+                )
+            batch.host_rows, batch.device_rows = host, upload(rows, device)
+        return batch.device_rows
 
     @staticmethod
     def _merge_moments(work: DevicePlan, stats: LayerStats | None) -> None:

@@ -25,7 +25,7 @@ from epi_kernels.backends.triton.common import (
     widen,
 )
 from epi_kernels.backends.triton.master import NO_CORRECTION, joined_weight, split_weight
-from epi_kernels.backends.triton.prepare import ROW, SCALARS
+from epi_kernels.backends.triton.prepare import KEY, ROW, SCALARS
 from epi_kernels.backends.triton.stats import NO_STATS, accumulators, fold, publish
 
 # Where the importance lives: in exp_avg_sq, or in a tensor of its own of the kind IMPORTANCE - OWN.
@@ -35,7 +35,7 @@ SHARED, OWN = 0, 1
 _PARAM, _GRAD = tl.constexpr(table.PARAM), tl.constexpr(table.GRAD)
 _EXP_AVG, _EXP_AVG_SQ = tl.constexpr(table.EXP_AVG), tl.constexpr(table.EXP_AVG_SQ)
 _IMPORTANCE, _MASK = tl.constexpr(table.IMPORTANCE), tl.constexpr(table.ISOLATION_MASK)
-_RNG_KEY, _INDEX_OFFSET = tl.constexpr(table.RNG_KEY), tl.constexpr(table.INDEX_OFFSET)
+_KEY, _INDEX_OFFSET = tl.constexpr(KEY), tl.constexpr(table.INDEX_OFFSET)
 _INDEX_RUN, _INDEX_STRIDE = tl.constexpr(table.INDEX_RUN), tl.constexpr(table.INDEX_STRIDE)
 _LAYER, _SCALARS, _ROW = tl.constexpr(table.LAYER), tl.constexpr(SCALARS), tl.constexpr(ROW)
 _FLAGS, _SKIPPED = tl.constexpr(table.FLAGS), tl.constexpr(table.SKIPPED)
@@ -138,7 +138,7 @@ def step_kernel(
     position = index_offset + start
     if SCATTERED:
         run, stride = tl.load(row + _INDEX_RUN), tl.load(row + _INDEX_STRIDE)
-    rng_key = tl.load(row + _RNG_KEY).to(tl.uint32)
+    rng_key = tl.load(row + _KEY).to(tl.uint32)
     key = mix(rng_key ^ (position >> 32).to(tl.uint32))
     next_key = mix(rng_key ^ ((position >> 32) + 1).to(tl.uint32))
     first_index = position.to(tl.uint32)

@@ -1,0 +1,129 @@
+"""The order of the stages: the step over all gradients and, where a refresh is due, stats, threshold and mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from epi_kernels.distributed import shards
+from epi_kernels.distributed.world import World
+from epi_kernels.optim import ranks, schedules
+from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.captured import ReplayedSteps, check_capture
+from epi_kernels.optim.entries import check_given
+from epi_kernels.optim.layers import check_before_refresh, find_layers
+from epi_kernels.optim.plan import StepPlan
+from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
+from epi_kernels.optim.report import IsolationReport, warn_after_refresh
+from epi_kernels.optim.template import may_be_template, moves_nothing
+from epi_kernels.policies.layers import LayerTable
+
+if TYPE_CHECKING:
+    from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
+
+
+def step_at_once(optimizer: MaskedEMAAdamW) -> None:
+    """``step()`` over all gradients. What may be refused is looked at before anything changes."""
+    config, first_group = optimizer._config, optimizer.param_groups[0]
+    # both set by torch.amp.GradScaler
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    join_ranks(optimizer, params)
+    grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
+    if may_be_template(optimizer) and moves_nothing(grads, optimizer._world, optimizer._device()):
+        plan_of(optimizer, params, grads, written=False)
+        return
+    may_refresh, now = optimizer._refresh_may_follow(), None
+    if may_refresh:
+        optimizer._settle()
+        found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
+        now = None if found_inf else schedules.due_settings(config, first_group)
+    table = None if now is None else layers_of(optimizer, now)
+    plan = plan_of(optimizer, params, grads, written=grad_scale is not None, alike=alike)
+    if found_inf is not None and (may_refresh or not plan.counts_on_device):
+        optimizer._settle()
+        if bool(found_inf):
+            return
+        found_inf = None
+
+    stats = None if table is None else StatsByDevice(len(table.names), config)
+    plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=table, stats=stats)
+    optimizer._set_isolation_step(optimizer._isolation_step + 1)
+    if found_inf is not None:  # the device knows whether it was a step
+        optimizer._skipped.note(found_inf)
+    if now is not None and table is not None and stats is not None:
+        refresh_masks(optimizer, table, stats, now, covered=plan.covered(), due=True)
+
+
+def captured_step(optimizer: MaskedEMAAdamW) -> None:
+    """A step that a graph will replay: nothing is waited for, no refresh, T by the device's count."""
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
+    plan = optimizer._plan
+    check_capture(plan, plan is not None and plan.fits(params, grads, optimizer.state, alike=alike))
+    assert plan is not None
+    plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=None, stats=None)
+
+
+def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
+    """Accelerate puts DTensors in the place of parameters that an optimizer was made with."""
+    if optimizer._world is None and shards.any_sharded(params):
+        optimizer._world = World()
+
+
+def plan_of(
+    optimizer: MaskedEMAAdamW,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    *,
+    written: bool,
+    alike: bool = False,
+) -> StepPlan:
+    """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
+    plan = optimizer._plan
+    if plan is None or not plan.fits(params, grads, optimizer.state, alike=alike):
+        optimizer._plan = None
+        check_given(optimizer.param_groups, optimizer._n_given)
+        entries = list(optimizer._parameters())
+        ranks.agree_once(optimizer._world, entries, optimizer._config, optimizer._device())
+        if optimizer._config.capturable:
+            optimizer._settle()
+        plan = StepPlan(entries, grads, optimizer.state, optimizer._config, written=written)
+        step = plan.a_step() if optimizer._config.capturable else None
+        optimizer._plan = plan
+        optimizer._replayed = None if step is None else ReplayedSteps(step, optimizer._isolation_step)
+    return plan
+
+
+def layers_of(optimizer: MaskedEMAAdamW, now: IsolationConfig) -> LayerTable:
+    """The layers of a refresh with the numbers in ``now``; what it may refuse is refused here."""
+    entries = list(optimizer._parameters())
+    join_ranks(optimizer, [entry.param for entry in entries])
+    check_before_refresh(entries, optimizer.state)
+    step, device = optimizer._isolation_step, optimizer._device()
+    return find_layers(entries, now, optimizer._world, step, device)
+
+
+def refresh_masks(
+    optimizer: MaskedEMAAdamW,
+    table: LayerTable,
+    stats: StatsByDevice,
+    now: IsolationConfig,
+    *,
+    covered: set[Tensor],
+    due: bool,
+) -> IsolationReport:
+    """Stages 2 to 4, with the numbers in ``now``; ``covered``: parameters whose stats the step has reduced."""
+    entries = [entry for entry in optimizer._parameters() if entry.param.numel() > 0]
+    partitions, stateless = partition(entries, optimizer.state, table, covered, now)
+    step, device = optimizer._isolation_step, optimizer._device()
+    report = refresh(partitions, table, stateless, stats, now, step, optimizer._world, device)
+    optimizer._report = report
+    schedules.after_refresh(now, optimizer.param_groups, report, due=due)
+    optimizer._warned_nothing_selected = warn_after_refresh(
+        report, table, warned_before=optimizer._warned_nothing_selected
+    )
+    return report
