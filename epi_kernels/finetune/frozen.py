@@ -39,7 +39,7 @@ def _digest(cores: Sequence[CoreFile]) -> str:
     for core in cores:
         for name, begin, end in byte_slices(core):
             digest.update(name.encode())
-            digest.update(core.packed(name, begin, end).numpy())
+            digest.update(core.packed(name, begin, end).numpy().data)
     return digest.hexdigest()
 
 
