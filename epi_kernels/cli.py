@@ -29,6 +29,9 @@ COMMANDS = {
         "measure which weights old abilities need, from data that stands for them",
     ),
     "finetune": Command("epi_kernels.finetune.command", "fine-tune a causal language model with isolation"),
+    "isolate": Command(
+        "epi_kernels.isolation.command", "CPI-FT on checkpoints: core regions, groups of tasks, fusion"
+    ),
     "memory": Command(
         "epi_kernels.memory", "what a model and each optimizer take, from the model's config alone"
     ),

@@ -40,10 +40,15 @@ def masked_ema_adamw(
     importance_dtype: torch.dtype | str = torch.float32,
     state_dtype: torch.dtype | str | None = None,
     master_weight_bits: int = 16,
+    persistent_masks: bool = False,
 ) -> dict[str, int]:
-    """``MaskedEMAAdamW`` with these options over parameters of ``dtype``, without masks that a caller installs."""
+    """``MaskedEMAAdamW`` with these options over parameters of ``dtype``.
+
+    ``persistent_masks``: a caller installs one for every parameter.
+    """
     moment = sum(moment_bytes(n, state_dtype or dtype) for n in sizes)
     own = importance_beta not in (None, betas[1])
+    masks = sum(map(packed_bytes, sizes))
     correction = master.CORRECTION_DTYPES.get(master_weight_bits) if dtype == torch.bfloat16 else None
     corrections = {} if correction is None else {"weight_correction": sum(sizes) * correction.itemsize}
     return _with_total(
@@ -51,8 +56,8 @@ def masked_ema_adamw(
             "exp_avg": moment,
             "exp_avg_sq": moment,
             "importance": sum(moment_bytes(n, importance_dtype) for n in sizes) if own else 0,
-            "isolation_mask": sum(map(packed_bytes, sizes)) if isolation_ratio > 0 else 0,
-            "persistent_mask": 0,
+            "isolation_mask": masks if isolation_ratio > 0 or persistent_masks else 0,
+            "persistent_mask": masks if persistent_masks else 0,
             **corrections,
             "other": STEP_BYTES * len(sizes),
         }

@@ -161,7 +161,9 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("module", ["epi_kernels", "epi_kernels.optim", "epi_kernels.backends"])
+@pytest.mark.parametrize(
+    "module", ["epi_kernels", "epi_kernels.optim", "epi_kernels.backends", "epi_kernels.isolation"]
+)
 def test_import_works_without_optional_parts(module):
     code = BLOCKER.format(blocked=OPTIONAL) + f"import {module}\nprint('imported')"
     done = run_python(code)

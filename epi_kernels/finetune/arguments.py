@@ -75,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         group,
+        "--freeze",
+        "core regions (`epi-kernels isolate core`) whose weights never change, whatever the isolation ratio",
+        nargs="+",
+        metavar="CORE",
+    )
+    add(
+        group,
         "--retain",
         "JSONL of the old abilities: its loss is measured before, during and after",
         metavar="OLD.jsonl",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, compare, model, plan
+from . import checkpoint, compare, frozen, model, plan
 from .arguments import add_arguments
 from .build import check_optimizer
 from .errors import UserError
@@ -109,6 +109,7 @@ def _planned(options: Options, saved: dict | None, ranks: Ranks) -> tuple[Prepar
     memory = plan.memory(empty.parameters(), dtype, options)
     if options.dry_run and saved is None:
         load_protected(options, empty)  # as the run will: what it refuses, this refuses
+        frozen.load(options, empty, ranks)
     print(plan.describe_steps(options, job.steps, job.schedule.steps_per_epoch, job.schedule.rows))
     if ranks.size > 1:
         print(plan.describe_ranks(options, ranks.size))

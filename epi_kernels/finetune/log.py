@@ -5,6 +5,7 @@ Every line has `event` and, where it belongs to a step, `step` (steps done). Los
     start       time, environment {versions, device, ranks, fsdp}, model, data, parameters, steps, options, versions, memory (bytes; see plan.py),
                 refreshes_due [steps] (with --adaptive-interval only those known), train/validation/retain counts
     protect     source, kind, steps, warnings
+    freeze      cores [paths], frozen (elements of their union)
     step        epoch, loss, lr, grad_norm, tokens, answer_tokens, seconds
     refresh     threshold, ratio, interval, jaccard, isolated, entered, released, ties, nonfinite, layers [rows], state_bytes {...}
     eval        validation_loss, retain_loss (null where there is no such data), seconds

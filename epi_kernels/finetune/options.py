@@ -46,6 +46,7 @@ class Options:
     retain_examples: int = 1000
     protect: str | None = None
     protect_steps: int | None = None
+    freeze: list[str] | None = None
     compare: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -107,6 +108,8 @@ class Options:
             # Absolute, so that --resume works from anywhere; a hub name stays as it is.
             if given.get(name) and os.path.exists(given[name]):
                 given[name] = os.path.abspath(given[name])
+        if given.get("freeze"):
+            given["freeze"] = [os.path.abspath(path) for path in given["freeze"]]
         if saved is None:
             return cls(**given).checked()
         changed = [
@@ -210,8 +213,11 @@ def check_out(options: Options) -> None:
         return
     ours = (out / "run.json").is_file()
     if options.overwrite:
-        for name in ("model", "tokenizer", "data", "validation", "retain", "protect"):
-            value = getattr(options, name)
+        read = [
+            (name, getattr(options, name))
+            for name in ("model", "tokenizer", "data", "validation", "retain", "protect")
+        ]
+        for name, value in [*read, *(("freeze", path) for path in options.freeze or ())]:
             if value and os.path.exists(value) and Path(value).resolve().is_relative_to(out.resolve()):
                 raise UserError(f"--overwrite would delete --{name} {value}: choose another --out")
         if not ours:

@@ -45,6 +45,7 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
         importance_dtype=named[options.importance_dtype],
         state_dtype=named[options.state_dtype] if options.state_dtype else None,
         master_weight_bits=options.master_weight_bits,
+        persistent_masks=bool(options.freeze),
     )
     total = sum(trained)
     return Memory(
@@ -73,7 +74,7 @@ def refreshes(options: Options, steps: int) -> list[int]:
 def warning(options: Options, steps: int) -> str:
     """A run that never isolates anything; empty when it does."""
     due = refreshes(options, steps)
-    if options.isolation_ratio == 0 or (due and due[0] < steps):
+    if options.isolation_ratio == 0 or options.freeze or (due and due[0] < steps):
         return ""
     first = options.mask_warmup if options.mask_warmup is not None else options.mask_interval
     return (

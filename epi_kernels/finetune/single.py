@@ -14,7 +14,7 @@ import torch
 from epi_kernels.files import write_whole
 from epi_kernels.integrations import named_parameter_groups
 
-from . import checkpoint, fsdp, model, packing, plan, protect
+from . import checkpoint, frozen, fsdp, model, packing, plan, protect
 from .build import build_optimizer, build_scheduler, environment
 from .errors import UserError
 from .job import Job
@@ -69,9 +69,9 @@ def one_run(
     known = ranks.first_does(checkpoint.list_checkpoints, directory) if saved is not None else []
     net, fingerprint = ranks.together(_first_weights, prepared, dtype, label, saved)
     ranks.refuse_differences({"the model's weights": fingerprint}, "give all the same --model")
-    source = None
-    if options.protect and label == "isolation" and not known:
-        source = ranks.together(load_protected, options, net)
+    source, cores = None, []
+    if label == "isolation" and not known:
+        source, cores = ranks.together(load_protected, options, net), frozen.load(options, net, ranks)
     if job.sharded:
         fsdp.shard(net, ranks, job.device)
     if options.packing:
@@ -81,6 +81,7 @@ def one_run(
     optimizer = ranks.together(_optimizer, net, options, label)
     if source is not None:
         ranks.together(_carry, optimizer, source)
+    held = frozen.install(optimizer, cores, ranks)
 
     # Everything that can be refused has been: from here on the disk is written to.
     ranks.first_does(_begin, job, fingerprint, directory, saved is None and label == "isolation")
@@ -106,6 +107,7 @@ def one_run(
         _log_start(log, prepared, net, memory, label)
         if source is not None:
             _log_protect(log, source, fingerprint, optimizer)
+        frozen.record(log, cores, held)
     one = Run(job, directory, net, optimizer, scheduler, log, label)
     one.saved_step, one.carried = (start if known else None), carried
     outcome = one.run(start)

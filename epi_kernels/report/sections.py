@@ -293,5 +293,7 @@ def describe(name: str, runs: Mapping[str, Events]) -> tuple[str, list[Section],
     subtitle = f"isolation ratio {ratio}, refreshed every {every} steps"
     if options.get("protect"):
         subtitle += "; importance carried over, isolated from the first step"
+    for event in _of(runs["isolation"], "freeze"):
+        subtitle += f"; {event['frozen']:,} weights of core regions frozen"
     parts = [headline(runs), losses(runs), old_data(runs), isolation(runs), memory(runs), settings(runs)]
     return f"Fine-tuning with isolation: {name}", [part for part in parts if part is not None], subtitle
