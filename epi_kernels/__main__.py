@@ -1,7 +1,5 @@
 """`python -m epi_kernels` is `epi-kernels`."""
 
-import sys
+from epi_kernels.cli import program
 
-from epi_kernels.cli import main
-
-sys.exit(main())
+program()

@@ -179,7 +179,7 @@ def _raise_first(failed: Sequence[tuple[str, int] | None], own: Exception | None
 def joined() -> Iterator[Ranks]:
     """The ranks that a launcher's environment speaks of, or those of a process group that is there already.
 
-    The group that it makes ends with it; after an error it is left alone, for its end would wait for the others.
+    The group that it makes ends with the process, after all ranks have come to their end; after an error nobody waits.
     """
     if dist.is_available() and dist.is_initialized():
         rank = dist.get_rank()
@@ -202,4 +202,4 @@ def joined() -> Iterator[Ranks]:
     # Numbers that the host needs go through gloo, without waiting for the GPU's queue.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     yield ranks
-    dist.destroy_process_group()
+    dist.barrier()
