@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import unittest
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from torch.testing._internal.common_optimizers import (
     optims,
 )
 from torch.testing._internal.common_utils import TestCase
+from torch.testing._internal.opinfo.core import DecorateInfo
 
 from epi_kernels import MaskedEMAAdamW
 from python_tests.harness import Target, triton_has_wheels
@@ -82,9 +84,13 @@ def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
     ]
 
 
+# with a device Triton's kernels run on it, without one through its interpreter
+_NOT_ON = {"cpu": ["cuda"], "triton": ["cpu"] if torch.cuda.is_available() else []}
+
+
 def info(backend: str) -> OptimizerInfo:
     """Of a class whose default is this backend."""
-    interpreted = Target(backend).interpreted
+    interpreted = Target(backend).interpreted and not torch.cuda.is_available()
 
     class Optimizer(MaskedEMAAdamW):
         def __init__(self, params, *args, **kwargs):
@@ -109,10 +115,13 @@ def info(backend: str) -> OptimizerInfo:
         supported_impls=("foreach", "fused"),
         supports_fused_on=("cpu", "cuda"),
         supports_complex=False,
+        skips=[
+            DecorateInfo(unittest.skip(f"the {backend} backend does not run there"), device_type=device)
+            for device in _NOT_ON.get(backend, ())
+        ],
     )
 
 
-# without a device Triton's kernels run through its interpreter
 INFOS = [info(name) for name in ("reference", "cpu", *(["triton"] if triton_has_wheels() else []))]
 
 
@@ -395,4 +404,5 @@ class TestOptimizers(TestCase):
                     self.assertLess(loss().item(), first)
 
 
+Cases = TestOptimizers  # for other devices: gpu/test_gpu_conformance.py
 instantiate_device_type_tests(TestOptimizers, globals(), only_for="cpu")

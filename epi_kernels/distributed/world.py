@@ -169,9 +169,8 @@ class World:
         dist.all_reduce(extrema, dist.ReduceOp.MAX, group=self.group)
         stats.minimum, stats.maximum = -extrema[0], extrema[1]
         if stats.with_moments:
-            sums = torch.cat(
-                [stats.moments, stats.nonfinite.double().unsqueeze(1)], dim=1
-            )  # exact below 2^53
+            counts = stats.nonfinite.double()  # exact below 2^53
+            sums = torch.cat([stats.moments, counts.unsqueeze(1)], dim=1)
             dist.all_reduce(sums, group=self.group)
             stats.moments, stats.nonfinite = sums[:, :2].contiguous(), sums[:, 2].long()
 

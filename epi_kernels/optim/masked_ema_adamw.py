@@ -238,7 +238,7 @@ class MaskedEMAAdamW(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse or does not fit its parameter, state does not fit it, or a CUDA
-                graph is being captured. Nothing has changed then.
+                graph is being captured without ``capturable=True``. Nothing has changed then.
             ValueError: a schedule gives a ratio or an interval that is not allowed; likewise.
         """
         captured = is_captured(capturable=self._config.capturable)
