@@ -7,7 +7,10 @@ import torch
 
 from python_tests.test_capture import CASES, contents, differing, made, set_gradients
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device"),
+]
 STEPS, WARM = 8, 3
 
 
