@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from epi_kernels import MaskedEMAAdamW
@@ -113,15 +115,52 @@ def test_masks_selected_before_prepare_act_after_it():
         assert torch.equal(p[mask], old[mask]) and not torch.equal(p, old)
 
 
-def under_fsdp2(rank: int) -> dict:
-    """Two steps of FSDP2 as Accelerate prepares it, with a refresh after the second; masks and weights, whole."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+def fsdp2() -> Accelerator:
+    """Accelerate plans FSDP2 for accelerators alone and turns to DDP on a CPU, unless it is told."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     plugin.transformer_cls_names_to_wrap = ["LlamaDecoderLayer"]
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model = tiny_llama()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    accelerator = Accelerator(cpu=True)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    return accelerator
+
+
+def under_fsdp2(rank: int) -> dict:
+    """Two steps of FSDP2 as Accelerate prepares it, with a refresh after the second; masks and weights, whole."""
+    accelerator, model = fsdp2(), tiny_llama()
     model, optimizer = accelerator.prepare(model, make(model))
+    assert all(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])
     return two_steps(accelerator.backward, model, optimizer, optimizer.optimizer)
+
+
+def trained_before(**options):
+    """A model and an optimizer that carries the importance of three steps, refreshed."""
+    earlier = tiny_llama()
+    first = make(earlier)
+    for _ in range(2):
+        two_steps(lambda loss: loss.backward(), earlier, first, first)
+    model = tiny_llama()
+    optimizer = make(model, **options)
+    optimizer.carry_importance(first.state_dict())
+    assert optimizer.refresh_isolation_mask().isolated > 0
+    return model, optimizer
+
+
+def carried_before_prepare(rank: int) -> dict:
+    model, optimizer = trained_before()
+    accelerator = fsdp2()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    found = two_steps(accelerator.backward, model, optimizer, optimizer.optimizer)
+    assert set(optimizer.optimizer.state_dict()["state"]) == set(range(len(found)))
+    return found
+
+
+def test_what_was_carried_before_prepare_goes_on_with_the_shards():
+    model, alone = trained_before()
+    expected = two_steps(lambda loss: loss.backward(), model, alone, alone)
+    for found in on_ranks(2, carried_before_prepare):
+        for name, (weight, mask) in expected.items():
+            assert torch.equal(found[name][0], weight) and torch.equal(found[name][1], mask), name
 
 
 def two_steps(backward, model, optimizer, ours) -> dict:

@@ -217,3 +217,50 @@ def test_a_save_that_fails_on_the_first_rank_is_heard_on_all(tmp_path):
     for heard in outcomes(2, cannot_be_put_in_place, str(tmp_path / "last"), timeout=60):
         assert isinstance(heard, Failed) and heard.kind == "NotADirectoryError"
     assert (tmp_path / "last" / ".metadata").exists()
+
+
+def one_rank_refuses(rank: int, folder: str, what: str) -> tuple[str, bool]:
+    """What is heard, and whether the ranks can still talk."""
+    net = linears()
+    optimizer = make(net.named_parameters())
+    trained(net, optimizer)
+    save_checkpoint(folder, net, optimizer)
+    if rank == 1 and what == "another model":
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))
+        optimizer = make(net.named_parameters())
+    elif rank == 1 and what == "no such path":
+        folder += "-elsewhere"
+    elif rank == 1 and what == "other groups":
+        optimizer = make([{"params": list(net[0].parameters())}, {"params": list(net[1].parameters())}])
+    try:
+        if what == "another model at a save":
+            model = linears() if rank == 1 else net  # whose parameters the optimizer has not
+            save_checkpoint(folder, model, optimizer)
+        else:
+            load_checkpoint(folder, net, optimizer)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error), torch.distributed.barrier() is None
+    return "nothing", False
+
+
+@pytest.mark.parametrize("what", ["another model", "no such path", "other groups", "another model at a save"])
+def test_what_one_rank_refuses_is_heard_on_all(what, tmp_path):
+    (first, alive), (second, as_well) = on_ranks(
+        2, one_rank_refuses, str(tmp_path / "last"), what, timeout=60
+    )
+    assert first == f"rank 1: {second}" and alive and as_well
+
+
+def pipelined(rank: int, folder: str) -> str:
+    net = linears()
+    optimizer = make(net[rank].named_parameters(prefix=str(rank)))
+    optimizer.set_process_group(torch.distributed.group.WORLD)
+    with pytest.raises(ValueError) as refused:
+        save_checkpoint(folder, net, optimizer)
+    return str(refused.value)
+
+
+def test_pipeline_stages_are_refused(tmp_path):
+    for heard in on_ranks(2, pipelined, str(tmp_path / "last")):
+        assert "set_process_group" in heard
+    assert list(tmp_path.iterdir()) == []

@@ -184,3 +184,20 @@ def test_a_damaged_state_is_refused_whole(key, value):
     with pytest.raises(ValueError, match=f"{key} must be"):
         optimizer.load_state_dict(damaged)
     assert snapshot(optimizer) == before
+
+
+def test_a_shorter_maximum_holds_from_the_load_on():
+    """The refresh that was planned under the old bounds does not wait for them."""
+    params = [torch.nn.Parameter(torch.ones(20)) for _ in range(2)]
+
+    def steps(optimizer, param, n):
+        for _ in range(n):
+            param.grad = torch.arange(20.0)
+            optimizer.step()
+
+    first = MaskedEMAAdamW([params[0]], isolation_ratio=0.2, mask_interval=AdaptiveInterval(4, maximum=400))
+    steps(first, params[0], 30)
+    second = MaskedEMAAdamW([params[1]], isolation_ratio=0.2, mask_interval=AdaptiveInterval(4, maximum=5))
+    second.load_state_dict(first.state_dict())
+    steps(second, params[1], 6)
+    assert second.isolation_report() is not None and second.isolation_report().interval <= 5

@@ -254,3 +254,20 @@ def test_tensor_parallelism_with_fsdp2_has_the_masks_of_one_process():
         assert (
             differing == 0
         )  # the products are added up in another order, by which no score crosses the threshold here
+
+
+def lr_0_after_agreement(rank: int):
+    """Ranks that have refreshed together before the first step; then one of them warms up from 0."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(cut(torch.ones(8, 4), mesh, [Shard(0)]))
+    optimizer = MaskedEMAAdamW([("w", param)], isolation_ratio=0.1)
+    optimizer.refresh_isolation_mask()
+    if rank == 1:
+        optimizer.param_groups[0]["lr"] = 0.0
+    param.grad = cut(torch.ones(8, 4), mesh, [Shard(0)])
+    optimizer.step()
+
+
+def test_ranks_compare_again_until_the_first_step_is_taken():
+    for heard in outcomes(2, lr_0_after_agreement, timeout=60):
+        assert isinstance(heard, Failed) and "ranks disagree on the lr of w" in heard.message

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,34 @@ from epi_kernels.distributed.shards import Shard, shard_of
 from epi_kernels.policies.layers import LayerKey, LayerTable, Share, build_layers
 from epi_kernels.reference.stats import LayerStats
 
+Value = TypeVar("Value")
+
 
 def first_rank() -> bool:
     """Whether this process writes what one alone may write."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def by_all(prepare: Callable[[], Value]) -> Value:
+    """What ``prepare()`` gives, where no rank's refuses; a call of all ranks.
+
+    Raises:
+        Exception: what it raised here; ValueError with another rank's words where it did there alone.
+    """
+    found, refused = None, None
+    try:
+        found = prepare()
+    except Exception as error:
+        refused = error
+    if dist.is_initialized():
+        heard: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(heard, None if refused is None else str(refused))
+        for rank, text in enumerate(heard):
+            if text is not None and refused is None:
+                refused = ValueError(f"rank {rank}: {text}")
+    if refused is not None:
+        raise refused
+    return found  # type: ignore[return-value]  # prepare() has ended
 
 
 def on_first_rank(write: Callable[[], None]) -> None:

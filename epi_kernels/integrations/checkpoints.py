@@ -12,6 +12,7 @@ new one is whole.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.shards import local, wrap
-from epi_kernels.distributed.world import on_first_rank
+from epi_kernels.distributed.world import by_all, on_first_rank
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW
 
@@ -45,7 +46,12 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     """
     target = Path(path).resolve()
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
-    state = {MODEL: get_model_state_dict(model), OPTIMIZER: _by_name(optimizer, _names(model, optimizer))}
+    state = by_all(
+        lambda: {
+            MODEL: get_model_state_dict(model),
+            OPTIMIZER: _by_name(optimizer, _names(model, optimizer)),
+        }
+    )
 
     def prepare() -> None:
         if target.exists() and not (target / MARK).exists() and (target.is_file() or any(target.iterdir())):
@@ -79,28 +85,43 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: it is of another model or of other groups, or does not fit the optimizer; nothing has changed.
-        CheckpointException: (of torch, on every rank) a file is damaged; nothing has changed.
+        CheckpointException: (of torch, on every rank) a file is damaged; nothing has changed. Where one rank alone
+            refuses, the others hear a ValueError with its words.
     """
-    folder = Path(path).resolve()
-    if not folder.exists():  # a crash between the two renames of a save
-        folder = folder.with_name(folder.name + ".old")
-    if not (folder / MARK).exists():
-        raise FileNotFoundError(f"{path}: no checkpoint of torch.distributed.checkpoint is there")
-    stored = _stored(FileSystemReader(folder).read_metadata())
-    names = _names(model, optimizer)
-    weights = get_model_state_dict(model)
-    _check_model(weights, stored, folder)
-    template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
-    _lay_out(template[OPTIMIZER], stored, {name: param for param, name in names.items()}, folder)
+    folder, names, template = by_all(lambda: _template(Path(path).resolve(), model, optimizer))
     load(template, checkpoint_id=folder)
-    groups = template[OPTIMIZER][GROUPS]
-    found = _in_our_order(template[OPTIMIZER][STATE], groups, optimizer, names, folder)
+    states, groups = template[OPTIMIZER][STATE], template[OPTIMIZER][GROUPS]
+    found = by_all(lambda: _in_our_order(states, groups, optimizer, names, folder))
     optimizer.load_state_dict(found)  # refused by all ranks or by none
     set_model_state_dict(model, template[MODEL])
 
 
+def _template(
+    folder: Path, model: nn.Module, optimizer: MaskedEMAAdamW
+) -> tuple[Path, dict[Tensor, str], dict[str, Any]]:
+    """Where the checkpoint is, the parameters' names, and room for what it holds."""
+    if not folder.exists():  # a crash between the two renames of a save
+        folder = folder.with_name(folder.name + ".old")
+    if not (folder / MARK).exists():
+        raise FileNotFoundError(f"{folder}: no checkpoint of torch.distributed.checkpoint is there")
+    try:
+        stored = _stored(FileSystemReader(folder).read_metadata())
+    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise ValueError(f"{folder / MARK}: damaged ({error})") from None
+    names, weights = _names(model, optimizer), get_model_state_dict(model)
+    _check_model(weights, stored, folder)
+    template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
+    _lay_out(template[OPTIMIZER], stored, {name: param for param, name in names.items()}, folder)
+    return folder, names, template
+
+
 def _names(model: nn.Module, optimizer: MaskedEMAAdamW) -> dict[Tensor, str]:
     """Of the optimizer's parameters, in the model."""
+    if optimizer._world is not None and optimizer._world.group is not None:
+        raise ValueError(
+            "save_checkpoint and load_checkpoint take models that all ranks hold: with set_process_group save each stage's "
+            "state_dict() by itself"
+        )
     known = parameter_names(model)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     strangers = sum(param not in known for param in params)
@@ -133,7 +154,7 @@ def _stored(metadata: Metadata) -> dict[tuple, Any]:
 def _check_model(weights: Mapping[str, Any], stored: Mapping[tuple, Any], folder: Path) -> None:
     _check_same(weights, {path[1] for path in stored if path[0] == MODEL}, folder)
     for name, value in weights.items():
-        size = getattr(stored[MODEL, name], "size", None)
+        size = getattr(stored.get((MODEL, name)), "size", None)
         if isinstance(value, Tensor) and size != value.shape:
             raise ValueError(
                 f"{folder} is of another model: {name} has shape {size}, here {list(value.shape)}"

@@ -29,7 +29,7 @@ def transformer_block(name: str) -> Hashable:
     """
     bare = _WRAPPERS.sub("", name).removeprefix(_DDP).removeprefix(_PEFT)
     found = _BLOCK.search(bare)
-    return bare[: found.end()] if found else name
+    return bare[: found.end()] if found else bare
 
 
 def named_parameter_groups(

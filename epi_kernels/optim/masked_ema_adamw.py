@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
 _COPIED = """
-    _config _world _report _skipped _n_given _given_lr_0 _warned_nothing_selected _step_supports_amp_scaling
+    _config _world _report _skipped _given_lr_0 _warned_nothing_selected _step_supports_amp_scaling
 """.split()
 
 
@@ -166,7 +167,7 @@ class MaskedEMAAdamW(Optimizer):
         self._skipped = SkippedSteps()
         self._captured = Captured()
         self._warned_nothing_selected = False
-        self._n_given = 0  # parameters, of all groups
+        self._given: list[weakref.ref[Tensor]] = []  # parameters, of all groups
         self._given_lr_0 = False  # some group
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
@@ -199,7 +200,7 @@ class MaskedEMAAdamW(Optimizer):
         group[_VERSION] = state_.STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
-        self._n_given += len(self.param_groups[-1]["params"])
+        self._given += map(weakref.ref, self.param_groups[-1]["params"])
         self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
 
     def _parameters(self) -> Iterator[Entry]:
@@ -257,6 +258,9 @@ class MaskedEMAAdamW(Optimizer):
         if release is not None:
             release.end_step()
         return loss
+
+    def _adopt_state(self) -> None:
+        stepping.adopt_state(self, [entry.param for entry in self._parameters()])
 
     def _forget_plans(self) -> None:
         """And the state they hold; the ranks compare where they are before the next step."""
@@ -321,6 +325,7 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: the parameter is in no group.
         """
         entry_of(param, self.param_groups)
+        self._adopt_state()
         return unpacked_mask(self.state.get(param, {}), param)
 
     @uncompiled
@@ -340,6 +345,7 @@ class MaskedEMAAdamW(Optimizer):
         self._refuse_in_a_step("set_isolation_mask()")
         group = entry_of(param, self.param_groups).group
         check_mask(mask, param)
+        self._adopt_state()
         state = self.state[param]
         state_.complete_state(state, param, group, self._config)
         install_mask(state, param, mask, persistent=persistent)
@@ -399,6 +405,7 @@ class MaskedEMAAdamW(Optimizer):
         Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard.
         """
         self._refuse_in_a_step("state_dict()")
+        self._adopt_state()
         self._settle()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
@@ -441,6 +448,7 @@ class MaskedEMAAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_captured", Captured())  # a copy has no graphs
+        self._given = [weakref.ref(param) for group in self.param_groups for param in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_in_a_step("a copy")

@@ -24,7 +24,6 @@ from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition
 from epi_kernels.optim.release_checks import NO_SCALER, check_model, check_processwide, second_gradient
-from epi_kernels.optim.template import may_be_template
 from epi_kernels.optim.uncompiled import uncompiled
 from epi_kernels.policies.checks import is_int, require
 
@@ -157,8 +156,6 @@ class GradientRelease:
         Raises as ``step()`` does; nothing has changed since the backward then, and it may be called again.
         """
         optimizer = self._optimizer
-        if self._may_be_template and optimizer._world is not None:  # other ranks may be asking
-            optimizer._world.any(True, optimizer._device())
         params = [param for group in optimizer.param_groups for param in group["params"]]
         grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
         left = {param for param, grad in zip(params, grads, strict=True) if grad is not None}
@@ -229,7 +226,7 @@ class GradientRelease:
         stepping.join_ranks(optimizer, known)
         same_groups = len(groups) == len(self._groups) and all(map(is_, groups, self._groups))
         if not same_groups or len(known) != len(self._entries) or not all(map(is_, known, self._entries)):
-            check_given(groups, optimizer._n_given)
+            check_given(groups, len(optimizer._given))
             self._entries = {entry.param: entry for entry in optimizer._parameters()}
             self._groups = list(groups)
         if not self._looked_around:
@@ -243,9 +240,8 @@ class GradientRelease:
             now = schedules.due_settings(optimizer._config, groups[0])
         if now is not None:
             layers.check_before_refresh(entries, optimizer.state)
-        ranks.agree_once(optimizer._world, entries, optimizer._config)
+        stepping.agree(optimizer)
         self._now, self._n_states = now, len(optimizer.state)
-        self._may_be_template = may_be_template(optimizer)
 
     def _release(self, entry: Entry, grad: Tensor) -> None:
         if grad.requires_grad:
@@ -277,7 +273,6 @@ class GradientRelease:
         self._backwards.forget()
         self._n_states = 0  # parameters that had state before the step
         self._now: IsolationConfig | None = None  # settings of the refresh after this step
-        self._may_be_template = False
 
 
 def _register(param: Tensor, hook: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:

@@ -158,4 +158,6 @@ def load_schedules(
         held[RATIO_KEY] = config.ratio_schedule.within(check_ratio(RATIO_KEY, held[RATIO_KEY]))
     last = held.get(LAST_KEY, -1)
     require(is_int(last) and last >= -1, LAST_KEY, last, "an int >= 0, or -1 before the first refresh")
+    if isinstance(config.interval_schedule, AdaptiveInterval) and last >= 0:
+        held[NEXT_KEY] = min(held[NEXT_KEY], last + held[INTERVAL_KEY])
     _hold(groups, held)

@@ -65,7 +65,7 @@ def _is_one_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _load_param_state(
+def load_param_state(
     saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
 ) -> dict[str, Any]:
     """One parameter's state: clones in our dtypes, checked against the parameter."""
@@ -191,5 +191,5 @@ def read_state_dict(
         param, group, position = owner_of[key]
         name = group["param_names"][position] if "param_names" in group else f"parameter {key}"
         if entry:
-            state[param] = _load_param_state(entry, param, group, config, name)
+            state[param] = load_param_state(entry, param, group, config, name)
     return state, groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from epi_kernels.optim.layers import check_before_refresh, find_layers
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
 from epi_kernels.optim.report import IsolationReport, warn_after_refresh
-from epi_kernels.optim.template import is_template, may_be_template
+from epi_kernels.optim.state import load_param_state
+from epi_kernels.optim.template import is_template
 from epi_kernels.policies.layers import LayerTable
 
 if TYPE_CHECKING:
@@ -74,19 +76,50 @@ def captured_step(optimizer: MaskedEMAAdamW) -> None:
 def takes_no_step(optimizer: MaskedEMAAdamW, grads: Sequence[Tensor | None]) -> bool:
     """Whether the step makes a template, on all ranks. Where they have not agreed yet they do so here, first of all."""
     world, here = optimizer._world, is_template(optimizer, grads)
-    if world is None:
-        return here
-    entries = [] if world.agreed else list(optimizer._parameters())
-    everywhere = ranks.agree_once(world, entries, optimizer._config, votes=here)
-    if everywhere is None:
-        everywhere = may_be_template(optimizer) and not world.any(not here, optimizer._device())
-    return everywhere
+    return here if world is None else agree(optimizer, votes=here)
+
+
+def agree(optimizer: MaskedEMAAdamW, *, votes: bool = False) -> bool:
+    """Before a step, a call of all ranks where they have to compare: until T is 1, and after a load. Whether all vote yes."""
+    world = optimizer._world
+    if world is not None and optimizer._isolation_step == 0:
+        world.forget()
+    entries = [] if world is None or world.agreed else list(optimizer._parameters())
+    return bool(ranks.agree_once(world, entries, optimizer._config, votes=votes))
 
 
 def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     """Accelerate puts DTensors in the place of parameters that an optimizer was made with."""
     if optimizer._world is None and shards.any_sharded(params):
         optimizer._world = World()
+    adopt_state(optimizer, params)
+
+
+def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
+    """Hands the state of parameters that others have taken the place of to their successors, by position.
+
+    Raises:
+        RuntimeError: they are of another number.
+        ValueError: the state does not fit a successor.
+    """
+    given = optimizer._given
+    if len(params) == len(given) and all(ref() is param for ref, param in zip(given, params, strict=True)):
+        return
+    check_given(optimizer.param_groups, len(given))
+    moved = {}
+    for entry, ref in zip(optimizer._parameters(), given, strict=True):
+        old = ref()
+        if old is not None and old is not entry.param and optimizer.state.get(old):
+            moved[old] = (
+                entry,
+                load_param_state(
+                    optimizer.state[old], entry.param, entry.group, optimizer._config, entry.name
+                ),
+            )
+    for old, (entry, state) in moved.items():
+        del optimizer.state[old]
+        optimizer.state[entry.param] = state
+    optimizer._given = [weakref.ref(param) for param in params]
 
 
 def plan_of(
@@ -101,7 +134,7 @@ def plan_of(
     plan = optimizer._plan
     if plan is None or not plan.fits(params, grads, optimizer.state, alike=alike):
         optimizer._plan = None
-        check_given(optimizer.param_groups, optimizer._n_given)
+        check_given(optimizer.param_groups, len(optimizer._given))
         entries = list(optimizer._parameters())
         if optimizer._config.capturable:
             optimizer._settle()
