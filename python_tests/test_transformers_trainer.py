@@ -123,6 +123,17 @@ def test_refreshes_reach_tensorboards_event_file(tmp_path):
     assert min(event.value for event in events.Scalars("train/isolation/entered")) > 0
 
 
+@pytest.mark.parametrize("choice, written", [(None, True), (True, True), (False, False)])
+def test_tensorboard_is_the_default_where_nothing_else_is_reported_to(tmp_path, choice, written):
+    running = trainer(tiny_llama(), arguments(tmp_path))
+    add_isolation_callback(running, tensorboard=choice)
+    running.train()
+    files = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert len(files) == written
+    for file in files:
+        assert "train/isolation/share" in EventAccumulator(str(file)).Reload().Tags()["scalars"]
+
+
 def test_parameters_that_take_no_part_are_chosen_by_name(tmp_path):
     running = trainer(tiny_llama(), arguments(tmp_path), isolate=r"self_attn|norm", no_isolate=r"layers\.1\.")
     running.train()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, is_tensorboard_available
 
 from epi_kernels.integrations.groups import Patterns, named_parameter_groups
 from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
@@ -111,15 +112,26 @@ class IsolationCallback(TrainerCallback):
 
 
 def add_isolation_callback(
-    trainer: Trainer, carry: torch.optim.Optimizer | dict[str, Any] | None = None
+    trainer: Trainer,
+    carry: torch.optim.Optimizer | dict[str, Any] | None = None,
+    *,
+    tensorboard: bool | None = None,
 ) -> IsolationCallback:
     """Adds the callback to a Trainer whose optimizer is ours.
 
-    ``carry``: the optimizer of an earlier stage, or its state dict (``MaskedEMAAdamW.carry_importance``); its importance
-    is taken over and a mask selected before the first step.
+    Args:
+        carry: the optimizer of an earlier stage, or its state dict (``MaskedEMAAdamW.carry_importance``); its importance
+            is taken over and a mask selected before the first step.
+        tensorboard: whether the Trainer writes TensorBoard's event files. None: where it reports nowhere else
+            (``report_to``) and tensorboard is installed. W&B and the others that ``report_to`` names get the same scalars.
     """
     callback = IsolationCallback(trainer, carry)
     trainer.add_callback(callback)
+    if tensorboard is None:
+        tensorboard = not trainer.args.report_to and is_tensorboard_available()
+    there = any(isinstance(one, TensorBoardCallback) for one in trainer.callback_handler.callbacks)
+    if tensorboard and not there:
+        trainer.add_callback(TensorBoardCallback)
     return callback
 
 
