@@ -25,11 +25,11 @@ def transformer_block(name: str) -> Hashable:
 
     "model.layers.3.mlp.up_proj.weight" (Llama, Mistral, Qwen, Gemma) gives "model.layers.3",
     "transformer.h.3.attn.bias" (GPT-2) "transformer.h.3", "layers.3.attention.dense.weight" (GPT-NeoX) "layers.3".
-    What DDP, FSDP, torch.compile, activation checkpointing and PEFT put before or between makes no difference.
+    What DDP, FSDP, torch.compile, activation checkpointing and PEFT put before or between makes no difference to blocks.
     """
     bare = _WRAPPERS.sub("", name).removeprefix(_DDP).removeprefix(_PEFT)
     found = _BLOCK.search(bare)
-    return bare[: found.end()] if found else bare
+    return bare[: found.end()] if found else name
 
 
 def named_parameter_groups(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -167,7 +166,9 @@ class MaskedEMAAdamW(Optimizer):
         self._skipped = SkippedSteps()
         self._captured = Captured()
         self._warned_nothing_selected = False
-        self._given: list[weakref.ref[Tensor]] = []  # parameters, of all groups
+        self._given: list[
+            int
+        ] = []  # ids of the parameters of all groups; torch swaps no tensor that has a weak reference
         self._given_lr_0 = False  # some group
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
@@ -200,7 +201,7 @@ class MaskedEMAAdamW(Optimizer):
         group[_VERSION] = state_.STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
-        self._given += map(weakref.ref, self.param_groups[-1]["params"])
+        self._given += map(id, self.param_groups[-1]["params"])
         self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
 
     def _parameters(self) -> Iterator[Entry]:
@@ -448,7 +449,7 @@ class MaskedEMAAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_captured", Captured())  # a copy has no graphs
-        self._given = [weakref.ref(param) for group in self.param_groups for param in group["params"]]
+        self._given = [id(param) for group in self.param_groups for param in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_in_a_step("a copy")

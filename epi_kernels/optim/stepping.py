@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -102,13 +101,14 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
         RuntimeError: they are of another number.
         ValueError: the state does not fit a successor.
     """
-    given = optimizer._given
-    if len(params) == len(given) and all(ref() is param for ref, param in zip(given, params, strict=True)):
+    given, found = optimizer._given, list(map(id, params))
+    if found == given:
         return
     check_given(optimizer.param_groups, len(given))
+    held = {id(param): param for param in optimizer.state}  # which outlive their place in a group
     moved = {}
-    for entry, ref in zip(optimizer._parameters(), given, strict=True):
-        old = ref()
+    for entry, number in zip(optimizer._parameters(), given, strict=True):
+        old = held.get(number)
         if old is not None and old is not entry.param and optimizer.state.get(old):
             moved[old] = (
                 entry,
@@ -119,7 +119,7 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     for old, (entry, state) in moved.items():
         del optimizer.state[old]
         optimizer.state[entry.param] = state
-    optimizer._given = [weakref.ref(param) for param in params]
+    optimizer._given = found
 
 
 def plan_of(
