@@ -13,6 +13,15 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or what a directory lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Gives the name of a file to write: all of it is at `path`, on the disk, or what was there before, whenever the

@@ -69,7 +69,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
 
 def test_a_disk_full_at_the_end_loses_nothing(files, undisturbed, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    sync = checkpoint._sync
+    sync = checkpoint.sync
 
     def full(path):
         if f"{STEPS:08d}" in str(path):
@@ -77,7 +77,7 @@ def test_a_disk_full_at_the_end_loses_nothing(files, undisturbed, tmp_path, monk
         sync(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_sync", full)
+        patched.setattr(checkpoint, "sync", full)
         assert command(finetune, *arguments(files, out)) == 1
     text = capsys.readouterr().err
     assert (

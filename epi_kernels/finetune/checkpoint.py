@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels.files import sync
+
 from .errors import UserError
 
 PREFIX = "step-"
@@ -26,14 +28,6 @@ TEMPORARY = ".partial-"
 
 class DiskFull(Exception):
     """No space was left; the directory that was being written is gone again, everything older is whole."""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _probe(directory: Path) -> None:
@@ -72,12 +66,12 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir()
         write(temporary)
         for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         if target.exists():
             shutil.rmtree(target)
         os.rename(temporary, target)
-        _sync(parent)
+        sync(parent)
     except BaseException as error:
         # Asked before the half-written files go, which may be what fills the disk.
         full = isinstance(error, Exception) and is_disk_full(error, parent)
@@ -118,7 +112,7 @@ def save_checkpoint(
         )
 
     write_directory(target, write)
-    _sync(run_dir)  # the names of what a resume needs beside it
+    sync(run_dir)  # the names of what a resume needs beside it
     prune(run_dir, keep)
     return target
 
@@ -194,4 +188,4 @@ def export(checkpoint: Path, out: Path) -> None:
                 raise
         os.replace(temporary, out / source.name)
         temporary.unlink(missing_ok=True)  # a rename between two links to one file does nothing
-    _sync(out)
+    sync(out)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.shards import local, wrap
 from epi_kernels.distributed.world import by_all, on_first_rank
+from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW
 
@@ -61,14 +62,14 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
 
     def put_in_place() -> None:
         for file in (*sorted(partial.iterdir()), partial):
-            _sync(file)
+            sync(file)
         # a directory cannot be replaced in one move: load_checkpoint looks for the old one too
         if target.exists():
             if old.exists():
                 shutil.rmtree(old)
             os.rename(target, old)
         os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     on_first_rank(prepare)
@@ -233,11 +234,3 @@ def _copies(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copies(one) for key, one in value.items()}
     return [_copies(one) for one in value] if isinstance(value, list) else value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
