@@ -61,6 +61,9 @@ def run(rank: int, n_ranks: int, how: str, own_rows: bool, steps: int = STEPS):
     net = model = llama()
     if how == "FSDP2":
         shard(model, layers=n_ranks <= 2)
+        if n_ranks == 3 and not own_rows:  # a third of three is not exact: one rank's loss counts, undivided
+            model.set_gradient_divide_factor(1.0)
+            model.set_force_sum_reduction_for_comms(True)
     elif how == "DDP":
         model = DistributedDataParallel(net)
     optimizer = optimizer_of(net)
@@ -69,7 +72,8 @@ def run(rank: int, n_ranks: int, how: str, own_rows: bool, steps: int = STEPS):
         batch = tokens(step)
         if own_rows:
             batch = batch.chunk(n_ranks)[rank]
-        model(input_ids=batch, labels=batch).loss.backward()
+        counts = 0.0 if n_ranks == 3 and rank > 0 and not own_rows else 1.0
+        (model(input_ids=batch, labels=batch).loss * counts).backward()
         optimizer.step()
         optimizer.zero_grad()
         if optimizer.isolation_report() not in reports:
@@ -89,7 +93,7 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("n_ranks, how", [(1, "FSDP2"), (2, "FSDP2"), (4, "FSDP2"), (2, "DDP")])
+@pytest.mark.parametrize("n_ranks, how", [(1, "FSDP2"), (2, "FSDP2"), (3, "FSDP2"), (4, "FSDP2"), (2, "DDP")])
 def test_300_steps_with_equal_gradients_have_the_bits_of_one_process(alone, n_ranks, how):
     """Ranks with the same batch have the same gradients, and the mean of two or four equal ones is exact."""
     weights, reports = alone
