@@ -1,0 +1,79 @@
+"""What a run is made of: strict, frozen models in which an unknown key is an error.
+
+Everything that changes a result is here and nothing else, because a run is known by the hash of its description.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Immutable; an unknown key or a value out of range is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(Strict):
+    """A causal language model: a transformers config with random weights, or a checkpoint (a folder or a hub name)."""
+
+    config: dict[str, Any] | None = None  # {"model_type": "llama", "hidden_size": 64, ...}
+    checkpoint: str | None = None
+    tokenizer: str | None = None  # a folder or a hub name; None: the checkpoint's, or characters for a config
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ModelSpec:
+        if (self.config is None) == (self.checkpoint is None):
+            raise ValueError("a model is either a config or a checkpoint")
+        return self
+
+
+class TaskSpec(Strict):
+    """A task: its kind (`tasks.KINDS`), where its data lie, and how much of them is used."""
+
+    kind: str
+    source: str | None = None  # a folder in the original format, or a hub name; synthetic kinds have none
+    train: Count | None = None  # examples; None: all there are (synthetic kinds: their default)
+    test: Count | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training examples (the imbalance table)
+    judge: JudgeSpec | None = None  # of the kinds that are judged
+
+
+class JudgeSpec(Strict):
+    """An OpenAI-compatible endpoint that gives an answer 1 to 10 points."""
+
+    url: str  # ".../v1"
+    model: str
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    retries: Annotated[int, Field(ge=0)] = 5
+
+
+class Recipe(Strict):
+    """How one stage is trained. Either `steps` or `epochs`."""
+
+    lr: Annotated[float, Field(gt=0)]
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch: Count = 64  # examples a step, accumulation included
+    accumulation: Count = 1  # micro-batches a step
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # of the gradient's norm
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of the steps
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # of the peak, at the end
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_length: Count = 1024  # tokens; longer examples are cut
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recipe:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("a recipe has either steps or epochs")
+        if self.batch % self.accumulation:
+            raise ValueError("batch must be a multiple of accumulation")
+        return self

@@ -1,0 +1,47 @@
+"""One manifest a run: what it was, what made it, what came out. Tables read nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from epi_kernels.repro.config import Strict
+from epi_kernels.repro.runs import Run
+
+
+class Bytes(Strict):
+    """Memory of the stage, in bytes."""
+
+    parameters: int  # elements, not bytes
+    weights: int
+    optimizer: dict[str, int]  # state by kind, and "total"
+    peak: int | None = None  # of the device, or of the process on a CPU, over the stage
+    peak_of: str = "process"  # or "device"
+
+
+class StepTime(Strict):
+    """Milliseconds of one optimizer step and of one whole training step."""
+
+    optimizer_p20: float
+    optimizer_p50: float
+    optimizer_p80: float
+    training_p50: float
+    steps: int
+
+
+class Manifest(Strict):
+    """Of a finished run."""
+
+    key: str
+    run: Run
+    seed: int
+    commit: str | None
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    finished: str  # ISO 8601, UTC
+    seconds: float
+    scores: dict[str, float]  # kind of task -> score of the model after the run, in the task's own unit
+    losses: dict[str, float] = {}  # kind of task -> held-out loss, nats a token of the answer
+    bytes: Bytes | None = None
+    time: StepTime | None = None
+    series: dict[str, Any] = {}  # of the observers, by their names: plain JSON
+    notes: dict[str, Any] = {}  # groups of CPI-FT, examples cut, ...

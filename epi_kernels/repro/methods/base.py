@@ -1,0 +1,62 @@
+"""A method under way. The loop in `train` calls it; a method overrides what it does differently.
+
+for each step:  zero_grad -> backward(micro-batch) ... -> clip -> step
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from epi_kernels.repro.stage import Batch, Stage
+
+
+def token_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens, in nats; 0-d float32, with a graph."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100
+    )
+
+
+class Running:
+    """Full fine-tuning with torch.optim.AdamW, unless a subclass says otherwise.
+
+    A subclass makes its optimizer in ``make_optimizer`` and may override the rest. ``state_dict`` must hold all that a
+    stopped run needs beside weights, optimizer and random states.
+    """
+
+    replay = 0.0  # share of every batch that comes from the tasks of earlier stages
+
+    def __init__(self, config: Any, stage: Stage) -> None:
+        self.config, self.stage = config, stage
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def backward(self, batch: Batch, weight: float) -> float:
+        """Adds `weight` times the gradient of the loss; returns the loss, without penalties."""
+        loss = token_loss(self.stage.model, batch)
+        (loss * weight).backward()
+        return float(loss.detach())
+
+    def step(self, step: int) -> None:
+        """The update; `step` counts from 0."""
+        self.optimizer.step()
+
+    def finish(self) -> Any:
+        """The model to keep: LoRA merges its adapters here."""
+        return self.stage.model
+
+    def extra_bytes(self) -> dict[str, int]:
+        """State beside the optimizer's own (EWC's anchor, a window of gradients), by kind."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state

@@ -1,0 +1,146 @@
+"""Every way to fine-tune that the tables compare, as configs; `name` tells them apart."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from epi_kernels.repro.config import Count, Share, Strict
+
+
+class Full(Strict):
+    """Full fine-tuning: every weight moves. "torch" is torch.optim.AdamW; "epi" the same update by MaskedEMAAdamW at
+    ratio 0, which keeps the importance for a later stage to carry over."""
+
+    name: Literal["full"] = "full"
+    optimizer: Literal["torch", "epi"] = "torch"
+    keep_moments: bool = False  # second moments of the stage before go on, without any mask
+
+
+class Epi(Strict):
+    """EPI: the mask evolves. Defaults are the paper's where it states them (p = 1 %, min-max within a layer, global)."""
+
+    name: Literal["epi"] = "epi"
+    ratio: Share = 0.01
+    interval: Count = 100
+    carry: bool = True  # importance of the stage before is carried over, and isolated from the first step
+    importance_beta: Annotated[float, Field(gt=0, lt=1)] | None = None  # None: shared with exp_avg_sq
+    normalization: Literal["minmax", "zscore", "none"] = "minmax"
+    scope: Literal["global", "layer"] = "global"
+    by_block: bool = False  # a layer is a transformer block, not a tensor
+    hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    core: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # share isolated for good, by carried importance, beside the mask
+    )
+    adaptive: bool = False  # AdaptiveRatio and AdaptiveInterval from these values
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+
+
+class PublishedEpi(Strict):
+    """EPI as its paper describes it, with plain torch operations: what it costs without fused kernels."""
+
+    name: Literal["published"] = "published"
+    ratio: Share = 0.01
+    interval: Count = 100
+    importance_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    carry: bool = True
+
+
+class Window(Strict):
+    """EPI with the mean squared gradient over the last `window` steps in place of the moving average."""
+
+    name: Literal["window"] = "window"
+    ratio: Share = 0.01
+    interval: Count = 100
+    window: Count = 25
+
+
+class Static(Strict):
+    """A mask fixed before the stage: by the importance carried over ("g2") or by |theta - theta_0| of the stage
+    before ("delta", CPI-FT's core)."""
+
+    name: Literal["static"] = "static"
+    by: Literal["g2", "delta"] = "g2"
+    ratio: Share = 0.01
+    normalization: Literal["minmax", "zscore", "none"] = "minmax"
+
+
+class RandomMask(Strict):
+    """Control: a random mask of the same ratio, drawn anew every interval."""
+
+    name: Literal["random"] = "random"
+    ratio: Share = 0.01
+    interval: Count = 100
+
+
+class Inverted(Strict):
+    """Control: EPI's mask turned round; the least important are isolated, as many as EPI would isolate."""
+
+    name: Literal["inverted"] = "inverted"
+    ratio: Share = 0.01
+    interval: Count = 100
+    carry: bool = True
+
+
+class Ewc(Strict):
+    """Elastic weight consolidation (arXiv 1612.00796): a quadratic pull to the weights of the stage before, weighted
+    by its diagonal Fisher (here: the carried mean squared batch gradient)."""
+
+    name: Literal["ewc"] = "ewc"
+    strength: Annotated[float, Field(gt=0)] = 1.0
+
+
+class L2Sp(Strict):
+    """L2-SP (arXiv 1802.01483): a quadratic pull to the weights of the stage before."""
+
+    name: Literal["l2sp"] = "l2sp"
+    strength: Annotated[float, Field(gt=0)] = 0.01
+
+
+class Replay(Strict):
+    """A share of every batch comes from the tasks of the stages before."""
+
+    name: Literal["replay"] = "replay"
+    share: Share = 0.05
+
+
+class Lora(Strict):
+    """LoRA (arXiv 2106.09685) on all linear layers, by peft; merged when the stage ends."""
+
+    name: Literal["lora"] = "lora"
+    rank: Count = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+
+
+class Mofo(Strict):
+    """MoFO (arXiv 2407.20999): of each tensor only the entries with the largest momentum are updated."""
+
+    name: Literal["mofo"] = "mofo"
+    fraction: Share = 0.1
+
+
+class PcGrad(Strict):
+    """PCGrad (arXiv 2001.06782): one gradient a task, conflicting parts projected away. In a stage of one task the
+    other gradient is that of replayed examples, `share` of the batch."""
+
+    name: Literal["pcgrad"] = "pcgrad"
+    share: Share = 0.05
+
+
+Method = Annotated[
+    Full
+    | Epi
+    | PublishedEpi
+    | Window
+    | Static
+    | RandomMask
+    | Inverted
+    | Ewc
+    | L2Sp
+    | Replay
+    | Lora
+    | Mofo
+    | PcGrad,
+    Field(discriminator="name"),
+]

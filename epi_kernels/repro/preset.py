@@ -1,0 +1,168 @@
+"""Presets: what the tables are made of, at one size. A YAML file with these keys and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from epi_kernels.repro.config import Count, ModelSpec, Recipe, Share, Strict, TaskSpec
+from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.methods.config import Full, Method
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Try(Strict):
+    """One setting of a method; lr None is the recipe's."""
+
+    method: Method
+    lr: Annotated[float, Field(gt=0)] | None = None
+
+
+class Arm(Strict):
+    """A row: the settings tried on the tuning seed, and which of them the table's seeds are run with."""
+
+    tries: tuple[Try, ...] = Field(min_length=1)
+    chosen: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Arm:
+        if self.chosen >= len(self.tries):
+            raise ValueError(f"chosen is {self.chosen}, there are {len(self.tries)} tries, counted from 0")
+        return self
+
+    @property
+    def settled(self) -> Try:
+        return self.tries[self.chosen]
+
+
+class Pair(Strict):
+    """Tasks learned one after the other; no data of the first in the second stage."""
+
+    first: str
+    second: str
+    learn: Recipe  # of the first
+    adapt: Recipe  # of the second; full fine-tuning's learning rates are `full_lrs`
+
+
+class Sequential(Strict):
+    """Forgetting: CPI-FT's Table 2, EPI's forgetting table, and dA@B against full fine-tuning's frontier."""
+
+    pairs: tuple[Pair, ...]
+    full_lrs: tuple[float, ...] = Field(min_length=2)  # full fine-tuning's frontier
+    alphas: tuple[Share, ...] = (0.3, 0.5, 0.7)  # WiSE-FT's frontier, from each of full fine-tuning's runs
+    arms: dict[str, Arm]
+    tuning_seed: int = 0  # never among the seeds of a table
+
+
+class CpiFtPlan(Strict):
+    probe: Recipe
+    stage: Recipe
+    consolidation: Recipe
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    core_ratio: Share = 0.01
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.1
+    omega: Share = 0.5
+    taus: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()  # the sensitivity figures; tau 0 is one group
+    ratios: tuple[Share, ...] = ()
+
+
+class Mixture(Strict):
+    """All tasks at once: CPI-FT's Tables 1 and 3, EPI's main comparison."""
+
+    tasks: tuple[str, ...]
+    recipe: Recipe  # its steps are the budget; staged methods divide them by the number of stages
+    arms: dict[str, Arm]
+    random_stages: Count = 3
+    heuristic: tuple[tuple[str, ...], ...] = ()  # the two stages of the heuristic grouping
+    cpift: CpiFtPlan
+
+
+class Imbalance(Strict):
+    """Each task in turn cut to a share of its data: CPI-FT's Table 4."""
+
+    tasks: tuple[str, ...]
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.5, 0.2, 0.1)
+    recipe: Recipe
+    arms: dict[str, Arm]
+    cpift: CpiFtPlan
+
+
+class Sweep(Strict):
+    """EPI's ablations: one value after the other about the arm `of` of `sequential`, on its first pair."""
+
+    of: str
+    ratios: tuple[Share, ...] = ()
+    intervals: tuple[Count, ...] = ()
+    betas: tuple[float, ...] = ()
+    windows: tuple[Count, ...] = ()
+    schedules: tuple[str, ...] = ()
+    accumulations: tuple[Count, ...] = ()
+    clips: tuple[float | None, ...] = ()
+
+
+class DriftPlan(Strict):
+    """The drift of importance while a mixture is learned, with the ceiling that noise sets and the chance line."""
+
+    tasks: tuple[str, ...]
+    recipe: Recipe
+    ratios: tuple[Share, ...] = (0.01, 0.1)
+    every: Count = 50  # steps between snapshots
+
+
+class Preset(Strict):
+    name: str
+    seeds: tuple[int, ...] = Field(min_length=1)
+    models: dict[str, ModelSpec] = Field(min_length=1)  # the first is the one of tables with one model
+    pretrain: Recipe | None = None  # for models made from configs
+    tasks: dict[str, TaskSpec]
+    sequential: Sequential | None = None
+    mixture: Mixture | None = None
+    imbalance: Imbalance | None = None
+    sweep: Sweep | None = None
+    drift: DriftPlan | None = None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Preset:
+        named: list[str] = []
+        for pair in self.sequential.pairs if self.sequential else ():
+            named += [pair.first, pair.second]
+        for plan in (self.mixture, self.imbalance, self.drift):
+            named += plan.tasks if plan else ()
+        for stage in self.mixture.heuristic if self.mixture else ():
+            named += stage
+        unknown = sorted(set(named) - set(self.tasks))
+        if unknown:
+            raise ValueError(f"no such task under tasks: {', '.join(unknown)}")
+        if self.sequential and self.sequential.tuning_seed in self.seeds:
+            raise ValueError(
+                f"the tuning seed {self.sequential.tuning_seed} is among the seeds of the tables"
+            )
+        if self.sweep and (self.sequential is None or self.sweep.of not in self.sequential.arms):
+            raise ValueError(f"sweep.of {self.sweep.of!r} is no arm of sequential")
+        return self
+
+
+def load_preset(name: str) -> Preset:
+    """One of the presets that come with the package, or a YAML file. Raises ReproError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    try:
+        return Preset.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        known = ", ".join(sorted(one.stem for one in PRESETS.glob("*.yaml")))
+        raise ReproError(
+            f"--preset {name}: cannot be read ({error.strerror}); {known}, or a .yaml file"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ReproError(f"--preset {name}: is not YAML ({error})") from None
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, one['loc'])) or 'preset'}: {one['msg']}" for one in error.errors()
+        )
+        raise ReproError(f"--preset {name}: {wrong}") from None
+
+
+__all__ = ["Arm", "Full", "Preset", "Try", "load_preset"]

@@ -1,0 +1,134 @@
+"""Runs: nodes of a graph, each described in full, with the runs it starts from nested inside.
+
+A run's key is the hash of its description. Two tables that need the same run name the same key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from epi_kernels.repro.config import Count, ModelSpec, Recipe, Share, Strict, TaskSpec
+from epi_kernels.repro.methods.config import Full, Method
+
+Tasks = tuple[TaskSpec, ...]
+
+
+class Base(Strict):
+    """Where everything starts: a checkpoint as it is, or a config trained on task-free synthetic text by `recipe`."""
+
+    kind: Literal["base"] = "base"
+    model: ModelSpec
+    recipe: Recipe | None = None
+    evaluate: Tasks = ()
+    seed: int = 0
+
+
+class Train(Strict):
+    """One stage: the model of `before` trained on a mixture of `tasks` by `method`."""
+
+    kind: Literal["train"] = "train"
+    before: Run
+    tasks: Tasks
+    evaluate: Tasks
+    recipe: Recipe
+    method: Method = Full()
+    observe: tuple[str, ...] = ()  # measurements beside the training (`measure.OBSERVERS`)
+    seed: int = 0
+
+
+class Interpolate(Strict):
+    """WiSE-FT (arXiv 2109.01903): (1 - alpha) of the weights before a stage and alpha of those after it."""
+
+    kind: Literal["interpolate"] = "interpolate"
+    before: Run
+    after: Run
+    alpha: Share
+    evaluate: Tasks
+
+
+class CpiFt(Strict):
+    """CPI-FT in full, from one probe run a task: cores, groups, staged training, fusion, consolidated training."""
+
+    kind: Literal["cpift"] = "cpift"
+    before: Run
+    probes: tuple[Run, ...]  # one a task, in the order of `tasks`
+    tasks: Tasks
+    evaluate: Tasks
+    stage: Recipe  # of each group's stage
+    consolidation: Recipe  # of each stage on sampled data
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the data that is sampled for it
+    core_ratio: Share = 0.01
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.1
+    order: Literal["random", "smallest", "largest", "frozen", "curriculum"] = "random"
+    reading: Literal["earlier", "all"] = "earlier"
+    single_stage: bool = False
+    fusion: Literal["slerp", "linear"] = "slerp"
+    omega: Share = 0.5
+    seed: int = 0
+
+
+Run = Annotated[Base | Train | Interpolate | CpiFt, Field(discriminator="kind")]
+for _model in (Train, Interpolate, CpiFt):
+    _model.model_rebuild()
+
+
+def key(run: Run) -> str:
+    """16 hex digits that stand for the whole description."""
+    text = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parents(run: Run) -> tuple[Run, ...]:
+    """The runs that must be there first."""
+    match run:
+        case Base():
+            return ()
+        case Train():
+            return (run.before,)
+        case Interpolate():
+            return (run.before, run.after)
+        case CpiFt():
+            return (run.before, *run.probes)
+
+
+def ancestry(run: Run) -> Iterator[Run]:
+    """The run and all it rests on, parents before children."""
+    for parent in parents(run):
+        yield from ancestry(parent)
+    yield run
+
+
+def base_of(run: Run) -> Base:
+    """The model at the root."""
+    while not isinstance(run, Base):
+        run = run.before
+    return run
+
+
+def chain(
+    before: Run, stages: tuple[Tasks, ...], *, evaluate: Tasks, recipe: Recipe, method: Method, seed: int
+) -> Run:
+    """Stages one after the other, as multi-stage fine-tuning does."""
+    for tasks in stages:
+        before = Train(before=before, tasks=tasks, evaluate=evaluate, recipe=recipe, method=method, seed=seed)
+    return before
+
+
+__all__ = [
+    "Base",
+    "Count",
+    "CpiFt",
+    "Interpolate",
+    "Run",
+    "Train",
+    "ancestry",
+    "base_of",
+    "chain",
+    "key",
+    "parents",
+]

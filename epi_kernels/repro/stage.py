@@ -1,0 +1,48 @@
+"""A stage under way: what methods and observers see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from epi_kernels.repro.config import Recipe
+
+
+class Batch(NamedTuple):
+    """Padded on the right; a row is one example."""
+
+    input_ids: Tensor  # [rows, length] int64
+    labels: Tensor  # [rows, length] int64, -100 where nothing is learned, else the token that stands there
+    attention_mask: Tensor  # [rows, length] int64
+    task: Tensor  # [rows] int64, index into the stage's tasks; -1: replayed from an earlier stage
+
+    def rows(self, chosen: Tensor | slice) -> Batch:
+        return Batch(*(part[chosen] for part in self))
+
+
+@dataclass
+class Stage:
+    """The model and everything around it while one `Train` run goes on."""
+
+    model: Any  # a transformers causal language model, in training mode
+    recipe: Recipe
+    steps: int
+    seed: int
+    device: torch.device
+    tasks: Sequence[str]  # kinds, by the index of Batch.task
+    before: Path | None = None  # folder of the run before: `store` says what it holds
+    origin: Path | None = None  # folder of the run before that one (theta_0 of |theta - theta_0|)
+    replayed: Sequence[Any] = ()  # encoded examples of earlier stages' tasks; for methods that ask for them
+    loss: float = 0.0  # of the step under way, nats a token
+    grad_norm: float = 0.0  # before clipping
+    batch: Batch | None = None  # of the step under way (all micro-batches)
+    method: Any = field(default=None)  # methods.base.Running
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.method.optimizer

@@ -1,0 +1,43 @@
+"""Tasks by kind. Real ones read the original formats; synthetic ones need nothing and never go by a real one's name."""
+
+from __future__ import annotations
+
+import importlib
+
+from epi_kernels.repro.config import TaskSpec
+from epi_kernels.repro.errors import ReproError
+
+from .base import Task
+
+# kind -> "module:class"; the class is called with (spec, seed)
+SYNTHETIC = {
+    "sums": "synthetic.sums:Sums",  # stands for GSM8K
+    "programs": "synthetic.programs:Programs",  # CodeAlpaca
+    "deductions": "synthetic.deductions:Deductions",  # LogiQA
+    "strings": "synthetic.strings:Strings",  # Alpaca
+    "dialogues": "synthetic.dialogues:Dialogues",  # UltraChat
+    "topics": "synthetic.topics:Topics",  # text classification
+    "entailment": "synthetic.entailment:Entailment",  # natural language inference
+    "spans": "synthetic.spans:Spans",  # named entity recognition
+    "snippets": "synthetic.snippets:Snippets",  # code generation
+}
+REAL = {
+    "gsm8k": "gsm8k:Gsm8k",
+    "codealpaca": "code:CodeAlpaca",
+    "logiqa": "logiqa:LogiQA",
+    "alpaca": "chat:Alpaca",
+    "ultrachat": "chat:UltraChat",
+    "classification": "labels:Classification",
+    "nli": "labels:Nli",
+    "ner": "ner:Ner",
+    "mbpp": "code:Mbpp",
+}
+KINDS = SYNTHETIC | REAL
+
+
+def make_task(spec: TaskSpec, seed: int = 0) -> Task:
+    """The task of a spec; `seed` draws a synthetic task's examples. Raises ReproError."""
+    if spec.kind not in KINDS:
+        raise ReproError(f"no kind of task is called {spec.kind!r}; there are {', '.join(KINDS)}")
+    module, name = KINDS[spec.kind].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)(spec, seed)
