@@ -5,14 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from epi_kernels.provenance import git, machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -99,67 +97,16 @@ def line(sizes: Sequence[float], costs: Sequence[float]) -> Line:
 # ---------------------------------------------------------------- where and from what
 
 
-def _first(pattern: str, path: str) -> str | None:
-    try:
-        match = re.search(pattern, Path(path).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return match.group(1).strip() if match else None
-
-
-def _isa() -> str:
-    """The instruction set that the cpu backend takes here."""
-    from epi_kernels.backends.dispatch import load
-
-    return getattr(load("cpu"), "isa", "none")
-
-
-def machine() -> dict[str, Any]:
-    """No host name: a model, its cores and its caches are what a timing depends on."""
-    model = _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine()
-    memory_kib = _first(r"^MemTotal:\s*(\d+) kB", "/proc/meminfo")
-    # the index of the last-level cache differs; the highest that exists is it
-    caches = [_first(r"(.+)", f"/sys/devices/system/cpu/cpu0/cache/index{i}/size") for i in range(5)]
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "isa": _isa(),
-        "last_level_cache": next((size for size in reversed(caches) if size), None),
-        "memory_gib": round(int(memory_kib) / 2**20, 1) if memory_kib else None,
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def versions() -> dict[str, str]:
-    import epi_kernels
-
-    found = {"epi_kernels": epi_kernels.__version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "pytest-benchmark"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def provenance() -> dict[str, Any]:
     """What every row of a run shares. ``dirty``: what is measured, or what measures, is not as committed."""
-    changed = _git(
-        "status", "--porcelain", "--", "csrc", "epi_kernels", "bench", "setup.py", ":!bench/results"
+    changed = git(
+        ROOT, "status", "--porcelain", "--", "csrc", "epi_kernels", "bench", "setup.py", ":!bench/results"
     )
     return {
         "schema": SCHEMA,
         "machine": machine(),
-        "versions": versions(),
-        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
+        "versions": versions("torch", "numpy", "pytest-benchmark"),
+        "commit": git(ROOT, "rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(changed) if changed is not None else None,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
