@@ -23,8 +23,8 @@ from epi_kernels.reference import bits
 from python_tests.finetune_runs import events, weights
 from python_tests.rank_runs import Signal, started
 from python_tests.ranks import on_ranks
+from python_tests.sharded_net import OPTIONS, persistent, steps
 from python_tests.stopped_runs import STEPS, arguments, assert_same_end, story, write_inputs
-from python_tests.test_sharded_checkpoints import OPTIONS, persistent, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 # 19 rows, 3 a step: 2 ranks have 2 and 1 of them, and the last step of an epoch has one row alone
