@@ -6,44 +6,26 @@ import importlib.util
 import shutil
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import trackers
-from epi_kernels.finetune.log import scalars
 from python_tests.finetune_runs import events
 from python_tests.rank_runs import started
 from python_tests.stopped_runs import STEPS, arguments, resume, signalled, write_inputs
 from python_tests.tiny_model import command
-from python_tests.wandb_runs import curves, offline_rows, recording
+from python_tests.tracked_runs import (
+    assert_same,
+    curves,
+    of_tensorboard,
+    of_the_log,
+    offline_rows,
+    recording,
+)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("files"))
-
-
-def of_the_log(out) -> dict[str, dict[int, float]]:
-    found: dict[str, dict[int, float]] = {}
-    for kind in ("step", "refresh", "eval"):
-        for event in events(out, kind):
-            for name, value in scalars(event).items():
-                found.setdefault(name, {})[event["step"]] = value
-    return found
-
-
-def of_tensorboard(out) -> dict[str, dict[int, float]]:
-    found = EventAccumulator(str(out / "tensorboard")).Reload()
-    read = {tag: found.Scalars(tag) for tag in found.Tags()["scalars"]}
-    for tag, points in read.items():
-        assert len({point.step for point in points}) == len(points), f"{tag}: a step is there twice"
-    return {tag: {point.step: point.value for point in points} for tag, points in read.items()}
-
-
-def assert_same(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    for name, points in wanted.items():
-        assert found[name] == {step: pytest.approx(value) for step, value in points.items()}, name
 
 
 def test_the_logs_scalars_are_in_the_event_files_by_default_and_once_after_a_resume(files, tmp_path):
@@ -131,8 +113,9 @@ def test_wandb_that_refuses_is_said_and_one_that_breaks_costs_no_run(files, tmp_
 
 
 def test_wandb_itself_offline_gets_the_same_scalars(files, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # else it goes by the environment that it read first
     out = tmp_path / "out"
     assert command(finetune, *arguments(files, out, "--log-to", "wandb", "--compare")) == 0
     for folder in (out / "wandb", out / "adamw" / "wandb"):

@@ -93,7 +93,9 @@ class IsolationCallback(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
         report = _unwrapped(optimizer).isolation_report()
         if report is not self._logged:
+            due = control.should_log
             self._log(report)
+            control.should_log = due  # which a log line lowers: the Trainer's own of this step would be lost
             self._logged = report
 
     def _log(self, report: IsolationReport | None) -> None:
