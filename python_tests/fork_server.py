@@ -85,6 +85,7 @@ def _run(arguments: list[str]) -> None:
 
 def _serve() -> None:
     import torch
+    import torch.utils.tensorboard
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup  # noqa: F401
 

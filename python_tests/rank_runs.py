@@ -7,6 +7,7 @@ import io
 import signal
 
 import pytest
+import torch.utils.tensorboard  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401  once, before the ranks are forked
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup  # noqa: F401
 

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from epi_kernels import AdaptiveInterval, MaskedEMAAdamW
 from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
 from python_tests.ranks import Failed, on_ranks, outcomes
-from python_tests.test_sharded_checkpoints import contents, differing, made, persistent, steps, whole
+from python_tests.sharded import whole
+from python_tests.sharded_net import contents, differing, made, persistent, steps
 
 
 def keep(rank: int, folder: str, case: str, sharded: bool) -> dict:

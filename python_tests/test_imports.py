@@ -19,7 +19,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 
 # A module imports only from its own row or from rows above it in this table.
 LEVELS = [
-    ["reference", "architectures", "footprint", "published", "files", "text"],
+    ["reference", "architectures", "curves", "footprint", "published", "files", "text"],
     ["backends"],
     ["policies"],
     ["distributed"],

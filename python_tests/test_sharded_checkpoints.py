@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -16,140 +16,116 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from epi_kernels import MaskedEMAAdamW, load_isolation, save_isolation
+from epi_kernels.distributed.shards import local, shard_of
+from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
+from epi_kernels.optim.sharded_state import exported
 from epi_kernels.reference.codec import decode_each
 from python_tests.ranks import Failed, on_ranks, outcomes
-
-OPTIONS = {
-    "float32": {"importance_beta": 0.9},
-    "8-bit": {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"},
-    "24 bits": {"dtype": torch.bfloat16, "master_weight_bits": 24},
-}
+from python_tests.sharded import whole
+from python_tests.sharded_net import OPTIONS, Net, contents, differing, grad, made, part, persistent, steps
 
 
-class Net(nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        for name, shape in {"a": (65, 64), "b": (7,), "c": (5, 3)}.items():
-            weight = torch.randn(shape, generator=generator).to(dtype)
-            self.register_parameter(name, nn.Parameter(weight))
-
-
-def made(case: str, *, sharded: bool, **more):
-    options = dict(OPTIONS[case]) | more
-    net = Net(options.pop("dtype", torch.float32))
-    if sharded:
-        fully_shard(net)
-    return net, MaskedEMAAdamW(
-        net.named_parameters(), lr=1e-2, isolation_ratio=0.1, mask_interval=2, **options
-    )
-
-
-def grad(name: str, param, step: int) -> torch.Tensor:
-    seed = 1000 * step + ord(name)
-    return torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.dtype)
-
-
-def part(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    return (
-        distribute_tensor(full, param.device_mesh, param.placements) if isinstance(param, DTensor) else full
-    )
-
-
-def steps(net, optimizer, first: int, last: int) -> None:
-    for step in range(first, last):
-        for name, param in net.named_parameters():
-            param.grad = part(grad(name, param, step), param)
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def contents(net, optimizer) -> dict:
-    """Weights, masks and every state, unsharded; codes as the numbers they stand for."""
+def held(net, optimizer) -> dict:
+    """Weights and every state, laid out as a sharded state dict has them; of one process whole, else this rank's part."""
     found = {}
-    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
     for name, param in net.named_parameters():
-        found[name] = whole(param.detach()).clone()
-        found[name, "isolated"] = whole(optimizer.isolation_mask(param))
-        found[name, "master"] = whole(optimizer.master_weight(param))
-        for key, value in full["state"].get(name, {}).items():
-            found[name, key] = value.clone()
+        found[name, "weight"] = local(param.detach()).clone()
+        for key, value in exported(optimizer.state[param], param).items():
+            found[name, key] = local(value).clone()
     return found
 
 
-def persistent(param) -> torch.Tensor:
-    mask = torch.zeros(param.shape, dtype=torch.bool)
-    mask.view(-1)[::5] = True
-    return mask
+def differing_here(net, optimizer, expected: dict) -> list:
+    """``expected``: of one process."""
+    parts = {name: shard_of(param).slices for name, param in net.named_parameters()}
+    found = held(net, optimizer)
+    assert found.keys() == expected.keys()
+    return [
+        (name, key)
+        for (name, key), value in found.items()
+        if not torch.equal(value, expected[name, key] if key == "step" else expected[name, key][parts[name]])
+    ]
 
 
-def save(rank: int, case: str, folder: str) -> dict:
-    net, optimizer = made(case, sharded=True)
+def trained(case: str, *, sharded: bool):
+    """After two refreshes, in the middle of an interval."""
+    net, optimizer = made(case, sharded=sharded)
     optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
     steps(net, optimizer, 0, 5)
-    model_state, optimizer_state = get_state_dict(net, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    found = contents(net, optimizer)
-    steps(net, optimizer, 5, 8)
-    return {
-        "saved": found,
-        "end": contents(net, optimizer),
-        "step": optimizer.param_groups[0]["isolation_step"],
-    }
+    return net, optimizer
 
 
-def load(rank: int, case: str, folder: str) -> dict:
-    net, optimizer = made(case, sharded=True)
-    with torch.no_grad():
-        for param in net.parameters():
-            param.zero_()
+def in_place(folder: str, net, optimizer) -> None:
+    """As torch's documentation has it."""
     model_state, optimizer_state = get_state_dict(net, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    found = contents(net, optimizer)
-    steps(net, optimizer, 5, 8)
-    return {
-        "saved": found,
-        "end": contents(net, optimizer),
-        "step": optimizer.param_groups[0]["isolation_step"],
-    }
 
 
-def differing(one: dict, other: dict) -> list:
-    assert one.keys() == other.keys()
-    return [key for key in one if not torch.equal(one[key], other[key])]
+WAYS = [*((case, load_checkpoint) for case in OPTIONS), ("float32", in_place), ("8-bit", in_place)]
 
 
-@pytest.mark.parametrize("n, m", [(1, 3), (2, 1), (3, 2), (4, 3), (2, 4)])
-@pytest.mark.parametrize("case", ["float32", "24 bits"])
-def test_saved_on_n_ranks_and_loaded_on_m_it_goes_on_with_the_same_bits(case, n, m, tmp_path):
-    folder = str(tmp_path / "checkpoint")
-    saved = on_ranks(n, save, case, folder)[0]
-    assert saved["saved"]["b", "persistent_mask"].any() and saved["saved"]["a", "isolated"].any()
-    for loaded in on_ranks(m, load, case, folder):
-        assert differing(loaded["saved"], saved["saved"]) == []
-        assert differing(loaded["end"], saved["end"]) == []
-        assert loaded["step"] == saved["step"] == 8
+def save_each(rank: int, folder: str) -> None:
+    for case, way in WAYS:
+        net, optimizer = trained(case, sharded=True)
+        if way is load_checkpoint:
+            save_checkpoint(f"{folder}/{case} {way.__name__}", net, optimizer)
+        else:
+            state = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+            dcp.save(state, checkpoint_id=f"{folder}/{case} {way.__name__}")
 
 
-@pytest.mark.parametrize("n, m", [(1, 2), (3, 2)])
-def test_8_bit_states_reshard_by_value_within_a_step_of_the_code(n, m, tmp_path):
+def load_each(rank: int, folder: str, expected: dict) -> list:
+    """What differs from one process, with the number of ranks that saved, the case and the way of loading."""
+    found = []
+    for n, (case, way) in itertools.product((1, 2, 3, 4), WAYS):
+        net, optimizer = made(case, sharded=True)
+        with torch.no_grad():
+            for param in net.parameters():
+                local(param).zero_()
+        way(f"{folder}/{n}/{case} {way.__name__}", net, optimizer)
+        saved, end = expected[case]
+        differing = {"loaded": differing_here(net, optimizer, saved)}
+        steps(net, optimizer, 5, 7)
+        differing["went on"] = differing_here(net, optimizer, end)
+        assert optimizer.param_groups[0]["isolation_step"] == 7
+        found += [(n, case, way.__name__, when, what) for when, what in differing.items() if what]
+    return found
+
+
+def test_saved_on_n_ranks_and_loaded_on_m_it_goes_on_with_the_same_bits(tmp_path):
+    """Every n and m from 1 to 4, by both ways; those of an optimizer that one process never stopped."""
+    expected = {}
+    for case in OPTIONS:
+        net, optimizer = trained(case, sharded=False)
+        saved = held(net, optimizer)
+        assert saved["b", "persistent_mask"].any() and saved["a", "isolation_mask"].any()
+        steps(net, optimizer, 5, 7)
+        expected[case] = saved, held(net, optimizer)
+        assert not torch.equal(saved["a", "isolation_mask"], expected[case][1]["a", "isolation_mask"])
+    assert ("a", "importance_scale") in expected["8-bit"][0] and ("a", "importance") in expected["float32"][0]
+    for n in (1, 2, 3, 4):
+        on_ranks(n, save_each, f"{tmp_path}/{n}")
+    for m in (1, 2, 3, 4):
+        assert on_ranks(m, load_each, str(tmp_path), expected) == [[]] * m
+
+
+@pytest.mark.parametrize("width, begins_elsewhere", [(64, False), (66, True)])
+def test_8_bit_states_reshard_by_value_within_a_step_of_the_code(width, begins_elsewhere, tmp_path):
     """Blocks of 64 begin with a rank's part: where they begin elsewhere, codes are made anew, to nearest."""
     folder = str(tmp_path / "checkpoint")
-    saved = on_ranks(n, save_values, folder)[0]
-    for loaded in on_ranks(m, load_values, folder):
+    saved = on_ranks(3, save_values, folder, width)[0]
+    for loaded in on_ranks(2, load_values, folder, width):
         for key, value in saved.items():
             # 4 bits of mantissa: half a step is 1/32 of a value, and of the block's largest where values are tiny
             bound = value.abs() / 32 + value.abs().max() * 2.0**-8
             assert bool(((loaded[key] - value).abs() <= bound).all()), key
+        anew = [key for key, value in saved.items() if not torch.equal(loaded[key], value)]
+        assert bool(anew) == begins_elsewhere, anew
 
 
 def values_of(net, optimizer) -> dict:
@@ -166,15 +142,15 @@ def values_of(net, optimizer) -> dict:
     return found
 
 
-def save_values(rank: int, folder: str) -> dict:
-    net, optimizer = made("8-bit", sharded=True)
+def save_values(rank: int, folder: str, width: int) -> dict:
+    net, optimizer = made("8-bit", sharded=True, width=width)
     steps(net, optimizer, 0, 5)
     dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=folder)
     return values_of(net, optimizer)
 
 
-def load_values(rank: int, folder: str) -> dict:
-    net, optimizer = made("8-bit", sharded=True)
+def load_values(rank: int, folder: str, width: int) -> dict:
+    net, optimizer = made("8-bit", sharded=True, width=width)
     state = {"optimizer": get_optimizer_state_dict(net, optimizer)}
     dcp.load(state, checkpoint_id=folder)
     set_optimizer_state_dict(net, optimizer, optim_state_dict=state["optimizer"])
@@ -278,7 +254,7 @@ def test_torch_adamw_state_loads_and_is_loaded():
 
 def other_worlds(rank: int):
     """A state dict of this rank's shards where another rank loads another mesh's."""
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import Shard, init_device_mesh
 
     net, optimizer = made("float32", sharded=True)
     steps(net, optimizer, 0, 1)

@@ -47,9 +47,10 @@ def fsdp1(rank: int, use_orig_params: bool):
     MaskedEMAAdamW(net.named_parameters())
 
 
+@pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_fsdp1_is_refused_and_the_message_points_to_fsdp2(use_orig_params):
-    for heard in outcomes(2, fsdp1, use_orig_params):
+def test_fsdp1_is_refused_and_the_message_points_to_fsdp2(use_orig_params, n_ranks):
+    for heard in outcomes(n_ranks, fsdp1, use_orig_params):
         assert isinstance(heard, Failed) and heard.kind == "NotImplementedError"
         assert "FSDP1" in heard.message and "fully_shard" in heard.message
 
@@ -63,7 +64,7 @@ def test_zero_3_is_refused():
 
 @pytest.mark.parametrize("named", [True, False])
 def test_groups_whose_parameters_became_a_flat_buffer_are_refused(named):
-    """As DeepSpeed's ZeRO-1 and ZeRO-2 leave them, tried with DeepSpeed 0.19."""
+    """As DeepSpeed's ZeRO leaves them; test_deepspeed.py has the real one, where it is installed."""
     weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
     optimizer = MaskedEMAAdamW([("a", weights[0]), ("b", weights[1])] if named else weights)
     flat = nn.Parameter(torch.cat([weight.detach().view(-1) for weight in weights]))
@@ -72,6 +73,25 @@ def test_groups_whose_parameters_became_a_flat_buffer_are_refused(named):
     with pytest.raises(RuntimeError, match="made with 2 parameters .* now hold 1: DeepSpeed"):
         optimizer.step()
     assert torch.equal(flat, torch.ones(7)) and not optimizer.state
+
+
+def test_a_flat_buffer_in_the_place_of_an_only_parameter_is_refused():
+    """The number of parameters is right, and each rank would select alone in its part."""
+    optimizer = MaskedEMAAdamW([("w", nn.Parameter(torch.ones(4, 2)))])
+    flat = nn.Parameter(torch.ones(4))
+    flat.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"shape \[4, 2\] in whose place .* one of \[4\]: DeepSpeed"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(4)) and not optimizer.state
+
+
+def test_a_lazy_modules_parameters_get_their_shape_later():
+    net = nn.LazyLinear(3)
+    optimizer = MaskedEMAAdamW(net.named_parameters())
+    net(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[net.weight]["exp_avg"].shape == (3, 4)
 
 
 def mixed(rank: int):

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.integrations.transformers import add_isolation_callback, masked_ema_adamw
 from python_tests.tiny_model import backend, tiny_llama
+from python_tests.tracked_runs import curves, offline_rows
 
 
 class Tokens(Dataset):
@@ -107,6 +108,8 @@ def test_refreshes_are_logged_with_everything_else(tmp_path):
         assert 0.09 < line["isolation/share"] < 0.12 and 0 <= line["isolation/jaccard"] <= 1
         assert (line["isolation/ratio"], line["isolation/interval"]) == (0.1, 2)
     assert logged[0]["isolation/entered"] > 0 == logged[0]["isolation/released"]
+    # the Trainer's own lines of the same steps are there too
+    assert [line["step"] for line in running.state.log_history if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_refreshes_reach_tensorboards_event_file(tmp_path):
@@ -121,6 +124,42 @@ def test_refreshes_reach_tensorboards_event_file(tmp_path):
         assert read == {line["step"]: pytest.approx(line[f"isolation/{name}"]) for line in logged}
         assert list(read) == [2, 4, 6]
     assert min(event.value for event in events.Scalars("train/isolation/entered")) > 0
+
+
+def test_refreshes_reach_wandb(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    running = trainer(tiny_llama(), arguments(tmp_path / "out", report_to="wandb"))
+    add_isolation_callback(running)
+    with wandb.init(dir=tmp_path, mode="offline"):  # the Trainer takes the run that is there
+        running.train()
+    rows = [row for row in offline_rows(tmp_path) if "train/isolation/share" in row]
+    logged = [line for line in running.state.log_history if "isolation/share" in line]
+    names = [name for name in logged[0] if name.startswith("isolation/")]
+    found = curves([{**row, "_step": row["train/global_step"]} for row in rows])
+    assert len(logged) == 3 and len(names) == 6
+    for name in names:
+        assert found[f"train/{name}"] == {line["step"]: pytest.approx(line[name]) for line in logged}
+
+
+class Reported(transformers.TrainerCallback):
+    """What every callback of `report_to` is handed, W&B's among them."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.lines.append((state.global_step, dict(logs)))
+
+
+def test_whatever_the_trainer_reports_to_is_handed_the_refreshes(tmp_path):
+    running, reported = trainer(tiny_llama(), arguments(tmp_path)), Reported()
+    running.add_callback(reported)
+    add_isolation_callback(running)
+    running.train()
+    names = {"share", "ratio", "jaccard", "entered", "released", "interval"}
+    lines = [(step, line) for step, line in reported.lines if "isolation/share" in line]
+    assert [step for step, _ in lines] == [2, 4, 6]
+    assert all({f"isolation/{name}" for name in names} <= line.keys() for _, line in lines)
 
 
 @pytest.mark.parametrize("choice, written", [(None, True), (True, True), (False, False)])

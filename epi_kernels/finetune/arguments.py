@@ -6,6 +6,7 @@ import argparse
 
 from .options import BACKENDS, DTYPES, MASTER_WEIGHT_BITS, STATE_DTYPES, Options
 from .packing import ATTENTION
+from .trackers import CHOICES as TRACKERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +199,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "--overwrite", "delete the run in --out first", action="store_true")
     add(group, "--dry-run", "print memory, steps and refreshes due; write nothing", action="store_true")
     add(group, "--log-every", "steps between two lines of the log", type=int, metavar="STEPS")
+    add(
+        group,
+        "--log-to",
+        "what gets the log's scalars too, beside OUT/log.jsonl [tensorboard where it is installed]",
+        nargs="+",
+        choices=TRACKERS,
+    )
     add(
         group, "--eval-every", "steps between two evaluations [a tenth of the run]", type=int, metavar="STEPS"
     )

@@ -19,7 +19,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epi_kernels.curves import isolation_scalars
+
+from . import trackers
+
+if TYPE_CHECKING:
+    from .job import Job
 
 
 def _plain(value):
@@ -35,21 +45,40 @@ def _plain(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-class Log:
-    """Appends events to `path`. A full disk does not stop a run: lines wait in memory until they can be written."""
+def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+    """What of an event makes a curve, by the names it has in TensorBoard and W&B; {} of one that belongs to no curve."""
+    kind = event["event"]
+    if kind == "refresh":
+        return isolation_scalars(event)
+    named = {
+        "step": {name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "epoch")},
+        "eval": {name: f"eval/{name}" for name in ("validation_loss", "retain_loss")},
+    }.get(kind, {})
+    return {tag: event[name] for name, tag in named.items() if event[name] is not None}
 
-    def __init__(self, path: Path, keep_bytes: int | None = None):
+
+class Log:
+    """Appends events to `path`, their scalars to trackers. A full disk does not stop a run: lines wait in memory until
+    they can be written; a tracker that fails is left, and said so: the log has what it would have got.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int | None = None, to: Sequence[trackers.Tracker] = ()):
         """`keep_bytes`: length at the checkpoint a run resumes from; what a killed run wrote after it is cut off."""
         self.path = path
+        self.trackers = list(to)
         self.waiting: list[bytes] = []
         if keep_bytes is not None and path.exists():
             os.truncate(path, min(keep_bytes, path.stat().st_size))
         self.size = path.stat().st_size if path.exists() else 0
 
     def write(self, event: str, **fields) -> None:
-        line = json.dumps(_plain({"event": event, **fields}), ensure_ascii=False, allow_nan=False) + "\n"
+        told = {"event": event, **fields}
+        line = json.dumps(_plain(told), ensure_ascii=False, allow_nan=False) + "\n"
         self.waiting.append(line.encode())
         self.flush()
+        found = scalars(told) if self.trackers else {}
+        if found:
+            self._track(lambda tracker: tracker.write(fields["step"], found))
 
     def flush(self, sync: bool = False) -> int:
         """Writes what waits; returns the file's length in bytes. With `sync` the lines are on the disk when it returns."""
@@ -68,7 +97,23 @@ class Log:
             return self.size
         self.size += len(data)
         self.waiting.clear()
+        if sync:
+            self._track(lambda tracker: tracker.flush())
         return self.size
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._track(lambda tracker: tracker.close(failed=kind is not None))
+
+    def _track(self, act: Callable[[trackers.Tracker], None]) -> None:
+        for tracker in tuple(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # of a full disk, a network, a service: none is worth a run
+                self.trackers.remove(tracker)
+                print(f"\n{tracker.name} gets no more of this run: {error}", file=sys.stderr)
 
 
 class NoLog(Log):
@@ -82,6 +127,16 @@ class NoLog(Log):
 
     def flush(self, sync: bool = False) -> int:
         return 0
+
+
+def open_log(job: Job, directory: Path, label: str, keep_bytes: int, first: int) -> Log:
+    """The log of the run in `directory`, on the rank that writes. `first`: the first step that is not in it yet."""
+    if not job.ranks.first:
+        return NoLog()
+    options = job.options
+    named = trackers.chosen(options.log_to)
+    made = trackers.opened(named, directory, first, label, options.saved())
+    return Log(directory / "log.jsonl", keep_bytes, made)
 
 
 def read(path: str | os.PathLike[str]) -> list[dict]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from epi_kernels.files import partial_of
 
+from . import trackers
 from .errors import UserError
 from .packing import ATTENTION
 
@@ -22,6 +23,7 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "log_to",
     "quiet",
     "backend",
     "fsdp",
@@ -88,6 +90,7 @@ class Options:
     backend: str = "auto"
     fsdp: bool = False
     log_every: int = 1
+    log_to: list[str] | None = None
     eval_every: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -186,6 +189,7 @@ class Options:
             raise UserError("--protect with --isolation-ratio 0 protects nothing: give a ratio above 0")
         if self.protect_steps is not None and self.protect is None:
             raise UserError("--protect-steps says how much --protect weighs: give --protect too")
+        trackers.chosen(self.log_to)
         if self.resume and self.overwrite:
             raise UserError("--resume continues what --overwrite deletes: give one of them")
         return self

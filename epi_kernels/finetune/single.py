@@ -18,7 +18,7 @@ from . import checkpoint, frozen, fsdp, model, packing, plan, protect
 from .build import build_optimizer, build_scheduler, environment
 from .errors import UserError
 from .job import Job
-from .log import Log, NoLog
+from .log import Log, open_log
 from .options import Options
 from .prepare import Prepared
 from .train import Outcome, Run, peak_memory_bytes
@@ -97,22 +97,23 @@ def one_run(
         start, carried = state["step"], state["carried"]
         # A kill may have come before it; only now is the last one known to be sound.
         ranks.first_does(checkpoint.prune, directory, options.keep_checkpoints)
-        log = _open_log(job, directory, state["log_bytes"])
+        log = ranks.together(open_log, job, directory, label, state["log_bytes"], start + 1)
         log.write("resume", step=start, environment=environment(job), time=time.time())
         _warn_other_environment(saved, job)
         print(f"{label}: continues after step {start} of {job.steps}")
     else:
         scheduler = build_scheduler(options, optimizer, job.steps)
-        log = _open_log(job, directory, 0)
+        log = ranks.together(open_log, job, directory, label, 0, 0)
         _log_start(log, prepared, net, memory, label)
         if source is not None:
             _log_protect(log, source, fingerprint, optimizer)
         frozen.record(log, cores, held)
     one = Run(job, directory, net, optimizer, scheduler, log, label)
     one.saved_step, one.carried = (start if known else None), carried
-    outcome = one.run(start)
-    if outcome.step == job.steps:
-        ranks.first_does(_finish, one, outcome, one.state_bytes())
+    with log:
+        outcome = one.run(start)
+        if outcome.step == job.steps:
+            ranks.first_does(_finish, one, outcome, one.state_bytes())
     return outcome
 
 
@@ -152,10 +153,6 @@ def _load(job: Job, folder: Path, dtype: torch.dtype, label: str):
     ranks.together(_load_optimizer, optimizer, both["optimizer"], folder, job.sharded and label == "adamw")
     scheduler.load_state_dict(both["scheduler"])
     return net, optimizer, scheduler, state
-
-
-def _open_log(job: Job, directory: Path, keep_bytes: int) -> Log:
-    return Log(directory / "log.jsonl", keep_bytes) if job.ranks.first else NoLog()
 
 
 def _deterministic(device: str) -> None:

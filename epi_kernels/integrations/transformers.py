@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, is_tensorboard_available
 
+from epi_kernels.curves import isolation_scalars
 from epi_kernels.integrations.groups import Patterns, named_parameter_groups
 from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
 
@@ -92,23 +93,14 @@ class IsolationCallback(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
         report = _unwrapped(optimizer).isolation_report()
         if report is not self._logged:
+            due = control.should_log
             self._log(report)
+            control.should_log = due  # which a log line lowers: the Trainer's own of this step would be lost
             self._logged = report
 
     def _log(self, report: IsolationReport | None) -> None:
-        if report is None:
-            return
-        elements = sum(row.elements for row in report.layers)
-        figures = {
-            "isolation/share": report.isolated / elements if elements else 0.0,
-            "isolation/ratio": report.ratio,
-            "isolation/jaccard": report.jaccard,
-            "isolation/entered": report.entered,
-            "isolation/released": report.released,
-        }
-        if report.interval is not None:  # masks that are refreshed by hand have none
-            figures["isolation/interval"] = report.interval
-        self._trainer.log(figures)
+        if report is not None:
+            self._trainer.log(isolation_scalars(report.as_dict()))
 
 
 def add_isolation_callback(

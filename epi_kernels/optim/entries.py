@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from epi_kernels.backends import choose
 from epi_kernels.distributed import shards
@@ -89,17 +90,47 @@ def check_parameters(
             )
 
 
-def check_given(groups: Sequence[Mapping[str, Any]], n_given: int) -> None:
-    """Refuses groups whose parameters somebody has exchanged for other ones, of another number: names, layers and masks
-    would no longer be theirs."""
-    n_found = sum(len(group["params"]) for group in groups)
-    named = all(len(group.get("param_names", group["params"])) == len(group["params"]) for group in groups)
-    if n_found != n_given or not named:
-        raise RuntimeError(
-            f"the optimizer was made with {n_given} parameters and its groups now hold {n_found}: DeepSpeed's ZeRO "
-            "replaces them by flat buffers, which tears layers apart. Use FSDP2, "
-            "torch.distributed.fsdp.fully_shard, or DeepSpeed without ZeRO (stage 0)"
+class Given:
+    """The parameters an optimizer was made with: by id, for torch swaps no tensor that has a weak reference, and by shape."""
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.ids: list[int] = []
+        self._shapes: list[torch.Size | None] = []
+        for group in groups:
+            self.add(group["params"])
+
+    def add(self, params: Sequence[Tensor]) -> None:
+        self.ids += map(id, params)
+        self._shapes += map(_shape, params)
+
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses groups whose parameters somebody has exchanged for other ones, of another number or shape: names, layers
+        and masks would no longer be theirs."""
+        params = [param for group in groups for param in group["params"]]
+        named = all(
+            len(group.get("param_names", group["params"])) == len(group["params"]) for group in groups
         )
+        if len(params) != len(self.ids) or not named:
+            raise RuntimeError(
+                f"the optimizer was made with {len(self.ids)} parameters and its groups now hold {len(params)}: {_FLATTENED}"
+            )
+        for param, number, shape in zip(params, self.ids, self._shapes, strict=True):
+            if id(param) != number and shape is not None and param.shape != shape:
+                raise RuntimeError(
+                    f"the optimizer was made with a parameter of shape {list(shape)} in whose place its groups now hold one of "
+                    f"{list(param.shape)}: {_FLATTENED}"
+                )
+
+
+_FLATTENED = (
+    "DeepSpeed's ZeRO replaces them by flat buffers, which tears layers apart. Use FSDP2, "
+    "torch.distributed.fsdp.fully_shard, or DeepSpeed without ZeRO (stage 0)"
+)
+
+
+def _shape(param: Tensor) -> torch.Size | None:
+    """None of a lazy module's parameter that has none yet."""
+    return None if is_lazy(param) else param.shape
 
 
 def check_gradient(entry: Entry, grad: Tensor, requested_backend: str) -> None:

@@ -15,7 +15,7 @@ from epi_kernels.optim import arguments, carry, ranks, schedules, stepping
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured
 from epi_kernels.optim.corrections import master_weight
-from epi_kernels.optim.entries import Entry, check_parameters, check_state, entry_of, list_entries
+from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice
@@ -166,9 +166,7 @@ class MaskedEMAAdamW(Optimizer):
         self._skipped = SkippedSteps()
         self._captured = Captured()
         self._warned_nothing_selected = False
-        self._given: list[
-            int
-        ] = []  # ids of the parameters of all groups; torch swaps no tensor that has a weak reference
+        self._given = Given()  # the parameters of all groups
         self._given_lr_0 = False  # some group
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
@@ -201,7 +199,7 @@ class MaskedEMAAdamW(Optimizer):
         group[_VERSION] = state_.STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
-        self._given += map(id, self.param_groups[-1]["params"])
+        self._given.add(self.param_groups[-1]["params"])
         self._given_lr_0 = self._given_lr_0 or float(self.param_groups[-1]["lr"]) == 0
 
     def _parameters(self) -> Iterator[Entry]:
@@ -449,7 +447,7 @@ class MaskedEMAAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_captured", Captured())  # a copy has no graphs
-        self._given = [id(param) for group in self.param_groups for param in group["params"]]
+        self._given = Given(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_in_a_step("a copy")

@@ -19,7 +19,7 @@ from epi_kernels.optim import layers, ranks, schedules, stepping
 from epi_kernels.optim.accumulation import Backwards
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.captured import is_captured
-from epi_kernels.optim.entries import Entry, check_given
+from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition
@@ -226,7 +226,7 @@ class GradientRelease:
         stepping.join_ranks(optimizer, known)
         same_groups = len(groups) == len(self._groups) and all(map(is_, groups, self._groups))
         if not same_groups or len(known) != len(self._entries) or not all(map(is_, known, self._entries)):
-            check_given(groups, len(optimizer._given))
+            optimizer._given.check(groups)
             self._entries = {entry.param: entry for entry in optimizer._parameters()}
             self._groups = list(groups)
         if not self._looked_around:

@@ -12,7 +12,6 @@ from epi_kernels.distributed.world import World
 from epi_kernels.optim import ranks, schedules
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.captured import ReplayedSteps, check_capture
-from epi_kernels.optim.entries import check_given
 from epi_kernels.optim.layers import check_before_refresh, find_layers
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
@@ -98,16 +97,16 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     """Hands the state of parameters that others have taken the place of to their successors, by position.
 
     Raises:
-        RuntimeError: they are of another number.
+        RuntimeError: they are of another number or shape.
         ValueError: the state does not fit a successor.
     """
     given, found = optimizer._given, list(map(id, params))
-    if found == given:
+    if found == given.ids:
         return
-    check_given(optimizer.param_groups, len(given))
+    given.check(optimizer.param_groups)
     held = {id(param): param for param in optimizer.state}  # which outlive their place in a group
     moved = {}
-    for entry, number in zip(optimizer._parameters(), given, strict=True):
+    for entry, number in zip(optimizer._parameters(), given.ids, strict=True):
         old = held.get(number)
         if old is not None and old is not entry.param and optimizer.state.get(old):
             moved[old] = (
@@ -119,7 +118,7 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     for old, (entry, state) in moved.items():
         del optimizer.state[old]
         optimizer.state[entry.param] = state
-    optimizer._given = found
+    given.ids = found
 
 
 def plan_of(
@@ -134,7 +133,7 @@ def plan_of(
     plan = optimizer._plan
     if plan is None or not plan.fits(params, grads, optimizer.state, alike=alike):
         optimizer._plan = None
-        check_given(optimizer.param_groups, len(optimizer._given))
+        optimizer._given.check(optimizer.param_groups)
         entries = list(optimizer._parameters())
         if optimizer._config.capturable:
             optimizer._settle()
