@@ -5,7 +5,7 @@
 #   TORCH        what is installed as torch when VENV has none (torch==2.13.0)
 #   TORCH_INDEX  index to take torch from, and torch alone; pip's own configuration otherwise
 #   TIME_LIMIT   seconds for one slice of `make gpu`; the next call resumes
-#   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, BENCH_ARGS, QUALITY_ARGS and GPU_ARGS to their programs
+#   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, REPRODUCE_ARGS, BENCH_ARGS, QUALITY_ARGS and GPU_ARGS to their programs
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -18,6 +18,7 @@ DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 QUALITY_ARGS ?=
 GPU_ARGS    ?=
+REPRODUCE_ARGS ?=
 
 PY := $(VENV)/bin/python
 CSRC := $(shell find csrc -type f 2>/dev/null)
@@ -25,11 +26,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo bench side-by-side quality tables gpu gpu-large env lint format typecheck clean
+.PHONY: help build test demo reproduce bench side-by-side quality tables gpu gpu-large env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | bench | side-by-side | quality | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | reproduce | bench | side-by-side | quality | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -63,6 +64,10 @@ test: build
 
 demo: build
 	$(VENV)/bin/epi-kernels demo $(DEMO_ARGS)
+
+# Both papers' tables at the smallest size: at most 15 minutes on two cores; goes on where it was stopped.
+reproduce: build
+	$(VENV)/bin/epi-kernels reproduce --preset small $(REPRODUCE_ARGS)
 
 env: build
 	@$(VENV)/bin/epi-kernels env

@@ -1,16 +1,10 @@
-"""Cells and tables of the README, from result rows."""
+"""Cells of the README's tables, from result rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Row = dict[str, Any]
-
-
-def table(header: list[str], rows: list[list[str]], align: str = "") -> str:
-    """Markdown; ``align``: one of l, r a column."""
-    rule = ["---:" if side == "r" else "---" for side in align.ljust(len(header), "l")]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def ratio(row: Row | None) -> str:

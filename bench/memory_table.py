@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.markdown import table
 from epi_kernels import published
+from epi_kernels.markdown import table
 
 KINDS = (*published.STATE_BYTES, "weight_correction")
 TITLES = ("exp_avg", "exp_avg_sq", "importance", "mask", "correction")

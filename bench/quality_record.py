@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench import results
-from bench.markdown import table
+from epi_kernels.markdown import table
 
 BASE = "float32"  # the configuration that the others are compared with
 

@@ -18,13 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import memory_table, plots, quality_record, results, side_by_side_table
-from bench.markdown import Row, count, ratio, table
+from bench.markdown import Row, count, ratio
+from epi_kernels.markdown import rewrite_blocks, table
 
 README = results.ROOT / "README.md"
-BLOCK = re.compile(
-    r"(?P<begin><!-- bench:begin (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- bench:end (?P=name) -->)",
-    re.DOTALL,
-)
 
 # ---------------------------------------------------------------- cpu
 
@@ -208,17 +205,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 def rewrite(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
     """The README with every marked block written anew; a marker of an unknown name is an error."""
-    makers = SECTIONS if sections is None else sections
-
-    def block(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in makers:
-            raise ValueError(f"README marks a block {name!r}; there are {', '.join(makers)}")
-        return f"{match['begin']}{makers[name]().strip()}\n{match['end']}"
-
-    if len(BLOCK.findall(text)) != text.count("<!-- bench:begin "):
-        raise ValueError("a bench:begin marker in the README lacks its bench:end")
-    return BLOCK.sub(block, text)
+    return rewrite_blocks(text, "bench", SECTIONS if sections is None else sections)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import results
-from bench.markdown import Row, count, ratio, table
+from bench.markdown import Row, count, ratio
+from epi_kernels.markdown import table
 
 
 def _mib(n: float | None) -> str:

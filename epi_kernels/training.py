@@ -18,5 +18,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     kinds = {"exp_avg": 0, "exp_avg_sq": 0, "other": 0}
     for state in optimizer.state.values():
         for name, value in state.items():
+            if not isinstance(value, torch.Tensor):  # a count of steps
+                continue
             kinds[name if name in kinds else "other"] += local(value).nbytes
     return {**kinds, "total": sum(kinds.values())}

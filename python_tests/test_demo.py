@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from epi_kernels import cli
-from epi_kernels.demo import command, measure, pool, protocol, report_page, tasks, text, train
-from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE, Point, compare
+from epi_kernels.demo import command, pool, protocol, report_page, tasks, text, train
+from epi_kernels.scores import ABOVE, BELOW, INSIDE, Point, chance_jaccard, compare, frontier, spread
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +132,9 @@ def test_gain_at_the_same_b(run, gain, full_a, where):
 
 def test_a_run_beaten_on_both_scores_is_no_part_of_the_frontier():
     full = [Point(50, 40), Point(40, 30), Point(50, 20)]
-    assert measure.frontier(full) == [Point(50, 40)]
+    assert frontier(full) == [Point(50, 40)]
     assert compare(Point(40, 45), full, BEFORE) == (pytest.approx(-7), pytest.approx(52), BELOW)
-    assert measure.frontier([Point(50, 40)] * 2) == [Point(50, 40)]
+    assert frontier([Point(50, 40)] * 2) == [Point(50, 40)]
 
 
 def test_below_the_range_without_room_to_before():
@@ -142,13 +142,16 @@ def test_below_the_range_without_room_to_before():
 
 
 def test_spread():
-    assert measure.spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
-    assert measure.spread([4.0]) == (4.0, 0.0, 1)
-    assert measure.chance_jaccard(0.2) == pytest.approx(1 / 9)
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
+    assert spread([4.0]) == (4.0, 0.0, 1)
+    assert chance_jaccard(0.2) == pytest.approx(1 / 9)
+    assert chance_jaccard(0.2, 0.2) == pytest.approx(1 / 9)
+    assert chance_jaccard(0.5, 0.2) == pytest.approx(1 / 6)
+    assert chance_jaccard(0.0, 0.0) == 1.0
 
 
 def gain(*values: float) -> dict:
-    return {**measure.spread(values)._asdict(), "runs": [{"gain": value} for value in values]}
+    return {**spread(values)._asdict(), "runs": [{"gain": value} for value in values]}
 
 
 def test_the_verdict_follows_the_numbers():

@@ -22,7 +22,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(counter: Any) -> None:
+def start_worker(counter: Any) -> None:
     import torch
 
     global _counter
@@ -32,17 +32,17 @@ def _start_worker(counter: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _tick() -> None:
+def tick() -> None:
     with _counter.get_lock():
         _counter.value += 1
 
 
 def _worker_a(settings: Settings, seed: int) -> StageA:
-    return learn_a(settings, seed, _tick)
+    return learn_a(settings, seed, tick)
 
 
 def _worker_b(settings: Settings, before: StageA, arm: Arm) -> StageB:
-    return learn_b(settings, before, arm, _tick)
+    return learn_b(settings, before, arm, tick)
 
 
 def run_all(
@@ -59,7 +59,7 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     counter = context.Value("l", 0)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (counter,))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (counter,))
     try:
         return _drive(pool, settings, seeds, arms, lambda: show(counter.value))
     except BaseException:

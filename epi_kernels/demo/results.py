@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from epi_kernels import published
-from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE, Point, chance_jaccard, compare, spread
 from epi_kernels.demo.protocol import ADAMW, ISOLATION, KEPT, Arm, Settings, StageA, StageB
+from epi_kernels.scores import ABOVE, BELOW, INSIDE, Point, chance_jaccard, compare, spread
 
 VERSION = 1
 

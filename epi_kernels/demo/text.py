@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from epi_kernels.demo.measure import ABOVE, BELOW, INSIDE
 from epi_kernels.demo.protocol import ADAMW, ISOLATION
+from epi_kernels.scores import ABOVE, BELOW, INSIDE
 from epi_kernels.text import columns
 
 DEFINITION = (

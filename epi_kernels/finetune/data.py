@@ -33,49 +33,50 @@ class Example:
         return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()
 
 
-class _LineError(Exception):
-    pass
+class LineError(Exception):
+    """What is wrong with one record; the reader puts its place before it."""
 
 
-def _text(record: dict, key: str, allow_empty: bool = False) -> str:
+def text_field(record: dict, key: str, allow_empty: bool = False) -> str:
+    """The string under `key`. Raises LineError."""
     value = record[key]
     if not isinstance(value, str):
-        raise _LineError(f'"{key}" must be a string, is {type(value).__name__}')
+        raise LineError(f'"{key}" must be a string, is {type(value).__name__}')
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _LineError(f'"{key}" holds half of a surrogate pair, which is no text') from None
+        raise LineError(f'"{key}" holds half of a surrogate pair, which is no text') from None
     if not allow_empty and not value.strip():
-        raise _LineError(f'"{key}" is empty')
+        raise LineError(f'"{key}" is empty')
     return value
 
 
 def _messages(record: dict) -> tuple[tuple[str, str], ...]:
     turns = record["messages"]
     if not isinstance(turns, list) or not turns:
-        raise _LineError('"messages" must be a non-empty list')
+        raise LineError('"messages" must be a non-empty list')
     result = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise _LineError(f'message {number} must be an object with "role" and "content"')
+            raise LineError(f'message {number} must be an object with "role" and "content"')
         if turn["role"] not in ROLES:
-            raise _LineError(f"message {number} has role {turn['role']!r}, not one of {', '.join(ROLES)}")
+            raise LineError(f"message {number} has role {turn['role']!r}, not one of {', '.join(ROLES)}")
         try:
-            content = _text(turn, "content", allow_empty=turn["role"] != "assistant")
-        except _LineError as error:
-            raise _LineError(f"message {number} ({turn['role']}): {error}") from None
+            content = text_field(turn, "content", allow_empty=turn["role"] != "assistant")
+        except LineError as error:
+            raise LineError(f"message {number} ({turn['role']}): {error}") from None
         result.append((turn["role"], content))
     if result[-1][0] != "assistant":
-        raise _LineError("the last message must be the assistant's, for it is what is learned")
+        raise LineError("the last message must be the assistant's, for it is what is learned")
     if len(result) == 1:
-        raise _LineError("an assistant message alone answers nothing; a user message must come before it")
+        raise LineError("an assistant message alone answers nothing; a user message must come before it")
     return tuple(result)
 
 
 def parse(record: object, where: str) -> Example:
-    """One decoded line as an Example; raises ValueError saying what is wrong."""
+    """One decoded line as an Example. Raises LineError saying what is wrong."""
     if not isinstance(record, dict):
-        raise _LineError(f"is a JSON {type(record).__name__}, not an object")
+        raise LineError(f"is a JSON {type(record).__name__}, not an object")
     forms = [
         name
         for name, keys in (
@@ -87,19 +88,27 @@ def parse(record: object, where: str) -> Example:
     ]
     if not forms:
         have = ", ".join(f'"{key}"' for key in list(record)[:8]) or "none"
-        raise _LineError(f"has none of the accepted sets of keys (its keys: {have})")
+        raise LineError(f"has none of the accepted sets of keys (its keys: {have})")
     if len(forms) > 1:
-        raise _LineError(f"fits more than one form ({' and '.join(forms)})")
+        raise LineError(f"fits more than one form ({' and '.join(forms)})")
     if forms[0] == "messages":
         return Example(_messages(record), where)
     if forms[0] == "prompt/completion":
         return Example(
-            (("user", _text(record, "prompt")), ("assistant", _text(record, "completion"))), where, raw=True
+            (("user", text_field(record, "prompt")), ("assistant", text_field(record, "completion"))),
+            where,
+            raw=True,
         )
-    prompt = _text(record, "instruction")
-    if record.get("input") is not None and _text(record, "input", allow_empty=True).strip():
+    prompt = text_field(record, "instruction")
+    if record.get("input") is not None and text_field(record, "input", allow_empty=True).strip():
         prompt += "\n\n" + record["input"]
-    return Example((("user", prompt), ("assistant", _text(record, "output"))), where)
+    return Example((("user", prompt), ("assistant", text_field(record, "output"))), where)
+
+
+def first_of(errors: Sequence[str]) -> str:
+    """The first wrong lines and how many more there are."""
+    more = f"\n... and {len(errors) - SHOWN_ERRORS} more wrong lines" if len(errors) > SHOWN_ERRORS else ""
+    return "\n".join(errors[:SHOWN_ERRORS]) + more
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -128,13 +137,10 @@ def read_jsonl(path: str | Path) -> list[Example]:
                 errors.append(f"{where}: is not UTF-8 (byte {error.start})")
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
                 errors.append(f"{where}: is not JSON ({error})")
-            except _LineError as error:
+            except LineError as error:
                 errors.append(f"{where}: {error}")
     if errors:
-        more = (
-            f"\n... and {len(errors) - SHOWN_ERRORS} more wrong lines" if len(errors) > SHOWN_ERRORS else ""
-        )
-        raise UserError("\n".join(errors[:SHOWN_ERRORS]) + more + f"\n{ACCEPTED}")
+        raise UserError(f"{first_of(errors)}\n{ACCEPTED}")
     if not examples:
         raise UserError(f"{path}: holds no examples\n{ACCEPTED}")
     return examples

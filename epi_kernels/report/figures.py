@@ -39,11 +39,11 @@ def _axes(height: float, xlabel: str, ylabel: str):
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    _plain(axes, xlabel, ylabel)
+    plain(axes, xlabel, ylabel)
     return figure, axes
 
 
-def _plain(axes, xlabel: str, ylabel: str) -> None:
+def plain(axes, xlabel: str, ylabel: str) -> None:
     """Axes with two spines and a faint grid behind what is drawn."""
     axes.set_xlabel(xlabel, color=SOFT)
     axes.set_ylabel(ylabel, color=SOFT)
@@ -56,7 +56,8 @@ def _plain(axes, xlabel: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _svg(figure) -> str:
+def svg(figure) -> str:
+    """A matplotlib figure as SVG text."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -117,7 +118,7 @@ def lines(
         axes.set_yscale("log")
     axes.margins(x=0.02)
     _legend(axes, len(series) + bool(marks))
-    return _svg(figure)
+    return svg(figure)
 
 
 def points(
@@ -133,7 +134,7 @@ def points(
         )  # fmt: skip
     axes.margins(0.08)
     _legend(axes, len(series) + 1)
-    return _svg(figure)
+    return svg(figure)
 
 
 def heatmap(
@@ -165,7 +166,7 @@ def heatmap(
     bar.set_label(color_label, color=SOFT, fontsize=9)
     bar.ax.tick_params(labelsize=8, colors=SOFT)
     bar.outline.set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def bars(
@@ -197,7 +198,7 @@ def bars(
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(y=0.14)
     _legend(axes, len(groups))
-    return _svg(figure)
+    return svg(figure)
 
 
 @dataclass
@@ -228,7 +229,7 @@ def horizontal_bars(labels: Sequence[str], panels: Sequence[Panel], colors: Sequ
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     rows = range(len(labels))
     for axes, panel in zip(grid, panels):
-        _plain(axes, panel.xlabel, "")
+        plain(axes, panel.xlabel, "")
         axes.grid(False, axis="y")
         if panel.log:
             axes.set_xscale("log")
@@ -260,4 +261,4 @@ def horizontal_bars(labels: Sequence[str], panels: Sequence[Panel], colors: Sequ
         axes.margins(x=0.16, y=0.02)
     grid[0].set_yticks(rows, labels, fontsize=8.5)
     grid[0].invert_yaxis()
-    return _svg(figure)
+    return svg(figure)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from epi_kernels.files import write_whole
 
@@ -94,7 +95,10 @@ class Tiles:
         return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-Block = Text | Code | Table | Figure | Tiles
+class Block(Protocol):
+    """What a section is made of: those above, and whatever another page adds."""
+
+    def html(self) -> str: ...
 
 
 @dataclass
@@ -128,24 +132,27 @@ pre{background:#f0f2f5;border-radius:6px;padding:.7rem .9rem;overflow-x:auto;fon
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.8rem;margin:0 0 1rem}
 .tile{border:1px solid var(--line);border-radius:8px;padding:.7rem .9rem;display:flex;flex-direction:column}
 .tile span,.tile small{color:var(--soft);font-size:.82rem}.tile b{font-size:1.15rem;font-variant-numeric:tabular-nums}
+@media (max-width:40rem){main{padding:1.2rem .6rem 2rem}section{padding:1rem .8rem}h1{font-size:1.5rem}}
 @media print{body{background:#fff}section{break-inside:avoid}}
 """
 
 
-def render(title: str, sections: Iterable[Section], subtitle: str = "") -> str:
-    """The page as HTML text."""
+def render(title: str, sections: Iterable[Section], subtitle: str = "", style: str = "") -> str:
+    """The page as HTML text; ``style``: CSS after the page's own."""
     body = "".join(section.html() for section in sections)
     lead = f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>"
         f"<body><main><h1>{html.escape(title)}</h1>{lead}{body}</main></body></html>\n"
     )
 
 
-def build(path: str | os.PathLike[str], title: str, sections: Iterable[Section], subtitle: str = "") -> Path:
+def build(
+    path: str | os.PathLike[str], title: str, sections: Iterable[Section], subtitle: str = "", style: str = ""
+) -> Path:
     """Writes the page to `path` (all of it or nothing); returns the path."""
     path = Path(path)
-    write_whole(path, render(title, sections, subtitle))
+    write_whole(path, render(title, sections, subtitle, style))
     return path

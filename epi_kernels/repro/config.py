@@ -43,6 +43,7 @@ class TaskSpec(Strict):
     test: Count | None = None
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training examples (the imbalance table)
     judge: JudgeSpec | None = None  # of the kinds that are judged
+    harness: Literal["own", "lm-eval"] = "own"  # who evaluates; lm-eval: kinds and metrics of `lm_eval.TASKS`
 
 
 class JudgeSpec(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +66,7 @@ class CpiFtPlan(Strict):
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
     core_ratio: Share = 0.01
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
-    omega: Share = 0.5
+    omega: Share | None = None
     taus: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()  # the sensitivity figures; tau 0 is one group
     ratios: tuple[Share, ...] = ()
 
@@ -115,6 +116,7 @@ class DriftPlan(Strict):
 
 class Preset(Strict):
     name: str
+    tables: tuple[str, ...] = ()  # what is made where --table names none; empty: all that there are plans for
     seeds: tuple[int, ...] = Field(min_length=1)
     models: dict[str, ModelSpec] = Field(min_length=1)  # the first is the one of tables with one model
     pretrain: Recipe | None = None  # for models made from configs
@@ -144,6 +146,14 @@ class Preset(Strict):
         if self.sweep and (self.sequential is None or self.sweep.of not in self.sequential.arms):
             raise ValueError(f"sweep.of {self.sweep.of!r} is no arm of sequential")
         return self
+
+    def with_seeds(self, seeds: Sequence[int]) -> Preset:
+        """The same with other seeds. Raises ReproError."""
+        if self.sequential and self.sequential.tuning_seed in seeds:
+            raise ReproError(
+                f"--seeds: {self.sequential.tuning_seed} is the seed that the settings were chosen on"
+            )
+        return self.model_copy(update={"seeds": tuple(seeds)})
 
 
 def load_preset(name: str) -> Preset:

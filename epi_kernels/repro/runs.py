@@ -37,6 +37,9 @@ class Train(Strict):
     evaluate: Tasks
     recipe: Recipe
     method: Method = Full()
+    frozen: tuple[Run, ...] = ()  # probe runs whose cores are frozen (CPI-FT's consolidation)
+    core_ratio: Share = 0.01  # of those cores
+    sampled: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the tasks' examples, equally many of each
     observe: tuple[str, ...] = ()  # measurements beside the training (`measure.OBSERVERS`)
     seed: int = 0
 
@@ -49,6 +52,20 @@ class Interpolate(Strict):
     after: Run
     alpha: Share
     evaluate: Tasks
+    seed: int = 0
+
+
+class Fuse(Strict):
+    """CPI-FT's stage 3: cores of the probe runs' models in the backbone's weights, the rest interpolated."""
+
+    kind: Literal["fuse"] = "fuse"
+    backbone: Run
+    probes: tuple[Run, ...]
+    core_ratio: Share = 0.01
+    method: Literal["slerp", "linear"] = "slerp"
+    omega: Share | None = None  # None: every model weighs the same
+    evaluate: Tasks = ()
+    seed: int = 0
 
 
 class CpiFt(Strict):
@@ -68,12 +85,12 @@ class CpiFt(Strict):
     reading: Literal["earlier", "all"] = "earlier"
     single_stage: bool = False
     fusion: Literal["slerp", "linear"] = "slerp"
-    omega: Share = 0.5
+    omega: Share | None = None
     seed: int = 0
 
 
-Run = Annotated[Base | Train | Interpolate | CpiFt, Field(discriminator="kind")]
-for _model in (Train, Interpolate, CpiFt):
+Run = Annotated[Base | Train | Interpolate | Fuse | CpiFt, Field(discriminator="kind")]
+for _model in (Train, Interpolate, Fuse, CpiFt):
     _model.model_rebuild()
 
 
@@ -89,9 +106,11 @@ def parents(run: Run) -> tuple[Run, ...]:
         case Base():
             return ()
         case Train():
-            return (run.before,)
+            return (run.before, *run.frozen)
         case Interpolate():
             return (run.before, run.after)
+        case Fuse():
+            return (run.backbone, *run.probes)
         case CpiFt():
             return (run.before, *run.probes)
 
@@ -106,7 +125,7 @@ def ancestry(run: Run) -> Iterator[Run]:
 def base_of(run: Run) -> Base:
     """The model at the root."""
     while not isinstance(run, Base):
-        run = run.before
+        run = run.backbone if isinstance(run, Fuse) else run.before
     return run
 
 
@@ -123,6 +142,7 @@ __all__ = [
     "Base",
     "Count",
     "CpiFt",
+    "Fuse",
     "Interpolate",
     "Run",
     "Train",

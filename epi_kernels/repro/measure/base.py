@@ -5,14 +5,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from epi_kernels.repro.stage import Stage
+    from epi_kernels.repro.stage import Batch, Stage
+
+
+class Probes(Protocol):
+    """Batches to measure on, apart from the order of training, which they never advance. On the stage's device.
+
+    The same arguments give the same examples at any time, after a resume too; no random state is touched.
+    """
+
+    def batch(self, task: int | None, index: int, rows: int) -> Batch:
+        """``rows`` training examples held aside from this stage: of ``stage.tasks[task]``, or of its mixture (None).
+
+        For one ``task`` and ``rows``, two values of ``index`` (0, 1, ...) have no example in common. Raises ReproError
+        when there are too few.
+        """
+        ...
+
+    def validation(self, rows: int) -> Batch:
+        """At most ``rows`` examples of the stage's tasks, in equal shares, of the split that is never trained on."""
+        ...
 
 
 class Observer(Protocol):
     """Called around every step. It must leave weights, gradients, random states and optimizer as they were."""
 
     def before_step(self, stage: Stage, step: int) -> None:
-        """Gradients are there, clipped; the optimizer has not stepped. `step` counts from 0."""
+        """Gradients are there, clipped; the optimizer has not stepped. `step` counts from 0.
+
+        ``stage.loss`` and ``stage.grad_norm`` (before clipping) are those of the step under way.
+        """
         ...
 
     def after_step(self, stage: Stage, step: int) -> None: ...
@@ -22,7 +44,7 @@ class Observer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """For a run that is stopped and goes on later: torch.save-able."""
+        """For a run that is stopped and goes on later: torch.save-able, and loads with weights_only."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from epi_kernels.repro.config import Count, Share, Strict
 
@@ -16,6 +16,12 @@ class Full(Strict):
     name: Literal["full"] = "full"
     optimizer: Literal["torch", "epi"] = "torch"
     keep_moments: bool = False  # second moments of the stage before go on, without any mask
+
+    @model_validator(mode="after")
+    def _moments_are_ours(self) -> Full:
+        if self.keep_moments and self.optimizer != "epi":
+            raise ValueError('keep_moments needs optimizer "epi", which makes the same update')
+        return self
 
 
 class Epi(Strict):
@@ -54,6 +60,7 @@ class Window(Strict):
     ratio: Share = 0.01
     interval: Count = 100
     window: Count = 25
+    carry: bool = True  # second moments go on, and the carried importance isolates up to the first refresh
 
 
 class Static(Strict):
@@ -64,14 +71,16 @@ class Static(Strict):
     by: Literal["g2", "delta"] = "g2"
     ratio: Share = 0.01
     normalization: Literal["minmax", "zscore", "none"] = "minmax"
+    carry: bool = True  # second moments go on as they do in EPI, so that the mask is all that differs
 
 
 class RandomMask(Strict):
-    """Control: a random mask of the same ratio, drawn anew every interval."""
+    """Control: a random mask of the same ratio, from the first step on, drawn anew every interval."""
 
     name: Literal["random"] = "random"
     ratio: Share = 0.01
     interval: Count = 100
+    carry: bool = True  # second moments go on as they do in EPI, so that the mask is all that differs
 
 
 class Inverted(Strict):
@@ -85,7 +94,7 @@ class Inverted(Strict):
 
 class Ewc(Strict):
     """Elastic weight consolidation (arXiv 1612.00796): a quadratic pull to the weights of the stage before, weighted
-    by its diagonal Fisher (here: the carried mean squared batch gradient)."""
+    by its diagonal Fisher (here: the carried mean squared batch gradient, scaled to mean 1)."""
 
     name: Literal["ewc"] = "ewc"
     strength: Annotated[float, Field(gt=0)] = 1.0

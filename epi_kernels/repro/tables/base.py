@@ -39,11 +39,12 @@ class Figure:
 class Rendered:
     name: str
     title: str
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # one a cell of a row, the label's included
     rows: tuple[tuple[Cell | str, ...], ...] = ()  # the first cell of a row is its label, a str
     notes: tuple[str, ...] = ()  # below the table: definitions, what is ours, inconsistencies of the source
     figures: tuple[Figure, ...] = ()
-    findings: tuple[str, ...] = field(default=())  # sentences: what held, what did not
+    findings: tuple[str, ...] = field(default=())  # sentences made by writers.held, failed, scale
+    runs: tuple[tuple[str, ...], ...] = ()  # one a row: keys of the runs behind it; the page links them
 
 
 class Table(Protocol):

@@ -74,6 +74,9 @@ def _line(points: Sequence[Point], b: float) -> float:
     return points[-1].a
 
 
-def chance_jaccard(ratio: float) -> float:
-    """Expected overlap of two independent random masks of this ratio."""
-    return ratio / (2 - ratio)
+def chance_jaccard(ratio: float, other: float | None = None) -> float:
+    """Expected overlap of two independent random masks of these ratios, or both of the one; 1 for two empty ones."""
+    if other is None:
+        return ratio / (2 - ratio)
+    union = ratio + other - ratio * other
+    return ratio * other / union if union else 1.0

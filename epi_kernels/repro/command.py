@@ -1,0 +1,144 @@
+"""`epi-kernels reproduce`: both papers' tables at the size this machine allows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        default="small",
+        metavar="NAME",
+        help="small (two cores, minutes), medium (one GPU), paper (the real models and data), or a .yaml file of that form (small)",
+    )
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        metavar="NAME",
+        help="tables to make (all that the preset has plans for); --list names them",
+    )
+    parser.add_argument("--list", action="store_true", help="name the tables and end")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reproduce_out"), metavar="DIR",
+        help="for the tables, the page and the runs; a second call goes on where the first stopped (reproduce_out)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the preset's")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes of one thread each (the cores; 1 on a GPU)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0 done or stopped by --time-limit, 1 a run failed or is still to be made, 2 a bad argument."""
+    from epi_kernels.repro.errors import ReproError
+
+    try:
+        return _run(args)
+    except ReproError as error:
+        print(f"epi-kernels reproduce: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    from epi_kernels.finetune.errors import UserError
+    from epi_kernels.finetune.model import pick_device, quiet_libraries
+    from epi_kernels.repro import output
+    from epi_kernels.repro.errors import ReproError
+    from epi_kernels.repro.preset import load_preset
+    from epi_kernels.repro.store import Store
+    from epi_kernels.repro.sweep import Plan, sweep
+    from epi_kernels.repro.tables import TABLES, tables_of
+
+    preset = load_preset(args.preset)
+    if args.seeds:
+        preset = preset.with_seeds(args.seeds)
+    known = tables_of(preset)
+    if args.list:
+        for name, table in TABLES.items():
+            print(
+                f"{name:22} {table.title} ({table.source}){'' if name in known else '  - not in this preset'}"
+            )
+        return 0
+    chosen = list(args.table or preset.tables or known)
+    unknown = [name for name in chosen if name not in TABLES]
+    if unknown:
+        raise ReproError(f"--table {' '.join(unknown)}: no such table; there are {', '.join(TABLES)}")
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise ReproError(f"--time-limit {args.time_limit}: must be above 0")
+    tables = [TABLES[name] for name in chosen]
+    plan = Plan.of(run for table in tables for run in table.runs(preset))
+    store = Store(args.out / "runs")
+    missing = plan.missing(store)
+    print(
+        f"{preset.name}: {len(chosen)} tables from {len(plan.runs)} runs, {len(missing)} of them to be made",
+        flush=True,
+    )
+    if args.dry_run:
+        _list(plan, missing)
+        return 0
+    try:
+        device = pick_device(args.device)
+    except UserError as error:
+        raise ReproError(str(error)) from None
+    quiet_libraries()
+    outcome = None
+    if missing:
+        with _bar(plan, missing) as bar:
+            outcome = sweep(
+                plan, store, device=_torch_device(device), workers=_workers(args.workers, device, len(missing)),
+                time_limit_s=args.time_limit, progress=bar,
+            )  # fmt: skip
+    if outcome is not None and outcome.left:
+        print(
+            f"stopped at the time limit: {outcome.left} of {len(plan.runs)} runs are left; the same command goes on"
+        )
+        return 0
+    command = f"epi-kernels reproduce --preset {args.preset}" + (
+        f" --table {' '.join(args.table)}" if args.table else ""
+    )
+    output.write(args.out, preset, chosen, plan.manifests(store), command)
+    print(f"The page: {args.out / output.PAGE}   Tables: {args.out / output.TABLES_FOLDER}")
+    return 0
+
+
+def _list(plan: Any, missing: list[str]) -> None:
+    from epi_kernels.repro.sweep import steps_of
+
+    for name in missing:
+        run = plan.runs[name]
+        print(f"{name}  {run.kind:12} {steps_of(run):6} steps  seed {run.seed}")
+
+
+def _bar(plan: Any, missing: list[str]) -> Any:
+    from tqdm import tqdm
+
+    from epi_kernels.repro.sweep import steps_of
+
+    total = sum(steps_of(plan.runs[name]) for name in missing)
+    return tqdm(total=total, unit="step", desc="training", file=sys.stderr, mininterval=0.5)
+
+
+def _workers(asked: int | None, device: str, runs: int) -> int:
+    from epi_kernels.demo.pool import usable_cores
+    from epi_kernels.repro.errors import ReproError
+
+    if asked is not None and asked < 1:
+        raise ReproError(f"--workers {asked}: must be at least 1")
+    if asked is None:
+        asked = 1 if device.startswith("cuda") else usable_cores()
+    return min(asked, runs)
+
+
+def _torch_device(name: str) -> Any:
+    import torch
+
+    return torch.device(name)

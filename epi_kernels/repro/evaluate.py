@@ -1,0 +1,164 @@
+"""A task's score and held-out loss, of a model that is left as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from epi_kernels.finetune.chat import IGNORE, Encoded, Encoding, encode, ensure_template
+from epi_kernels.finetune.data import Example
+from epi_kernels.finetune.model import pad_id
+from epi_kernels.finetune.packing import collate
+from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.stage import Batch
+from epi_kernels.repro.tasks import Task
+
+
+def encode_task(tokenizer: Any, examples: Sequence[Example], max_length: int) -> Encoding:
+    """Tokens with loss on the answers and the end token behind them.
+
+    Raw examples are prompt and answer as they stand; others go through the chat template, or the fallback's where the
+    tokenizer has none (it is then kept in the tokenizer). What is cut or dropped is counted in ``counts``.
+    """
+    if not all(example.raw for example in examples):
+        ensure_template(tokenizer)
+    return encode(tokenizer, examples, max_length, template="raw")
+
+
+def make_batch(
+    rows: Sequence[Encoded], pad: int, device: torch.device, task: int | Sequence[int] = 0
+) -> Batch:
+    """Rows padded on the right; `task` is the rows' index among the stage's tasks, one for all or one each."""
+    parts = collate([[row] for row in rows], pad, packing=False, device=device)
+    indices = [task] * len(rows) if isinstance(task, int) else list(task)
+    return Batch(**parts, task=torch.tensor(indices, dtype=torch.int64, device=device))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    device: torch.device,
+    batch: int,
+    max_length: int | None = None,
+) -> tuple[float, float]:
+    """(score in the task's unit, loss in nats a token of the answers, the end token included).
+
+    `max_length`: tokens an example may have, None for any number. Longer ones are left out of the loss and count as
+    wrong where the score is exact; where answers are generated, a prompt loses its beginning to leave room for one.
+    Raises ReproError when no example is short enough.
+    """
+    limit = max_length or sys.maxsize
+    rows = [
+        one for one in encode_task(tokenizer, examples, sys.maxsize).examples if len(one.input_ids) <= limit
+    ]
+    if not rows:
+        raise ReproError(f"{task.kind}: no example has at most {limit} tokens; raise max_length")
+    with _evaluating(model):
+        right, loss = _teacher_forced(model, rows, pad_id(tokenizer), device, batch)
+        if task.exact:
+            return 100.0 * right / len(examples), loss
+        answers = generate(model, tokenizer, examples, device, batch, task.max_new_tokens, limit)
+    return task.score(answers, examples), loss
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without a graph; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _teacher_forced(
+    model: Any, rows: Sequence[Encoded], pad: int, device: torch.device, batch: int
+) -> tuple[int, float]:
+    """(rows whose every answer token is the likeliest one given the right tokens before it, mean loss of a token).
+
+    Greedy decoding goes wrong exactly where this does: the two part only after a first mistake.
+    """
+    right, nats, tokens = 0, 0.0, 0
+    for start in range(0, len(rows), batch):
+        part = make_batch(rows[start : start + batch], pad, device)
+        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False).logits
+        labels = part.labels[:, 1:]
+        learned = labels != IGNORE
+        logits, wanted = logits[:, :-1][learned].float(), labels[learned]  # [tokens, vocabulary], [tokens]
+        missed = torch.zeros_like(learned)
+        missed[learned] = logits.argmax(-1) != wanted
+        right += int((~missed.any(1)).sum())
+        nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
+        tokens += len(wanted)
+    return right, nats / tokens
+
+
+def prompt_of(tokenizer: Any, example: Example) -> str:
+    """What the model is given before its answer, as `encode_task` has it."""
+    if example.raw:
+        return example.messages[0][1]
+    messages = [{"role": role, "content": content} for role, content in example.messages[:-1]]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    device: torch.device,
+    batch: int,
+    max_new_tokens: int,
+    max_length: int = sys.maxsize,
+) -> list[str]:
+    """Greedy answers in the examples' order, without special tokens. The model is in evaluation mode."""
+    room = max(1, max_length - max_new_tokens)
+    prompts = [
+        tokenizer(prompt_of(tokenizer, one), add_special_tokens=False)["input_ids"][-room:]
+        for one in examples
+    ]
+    pad, answers = pad_id(tokenizer), [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
+    with _greedy(model, tokenizer, max_new_tokens):
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            width = len(prompts[chosen[-1]])
+            ids = [[pad] * (width - len(prompts[index])) + prompts[index] for index in chosen]
+            seen = [[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]
+            found = model.generate(
+                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(seen, device=device)
+            )
+            texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+            for index, text in zip(chosen, texts):
+                answers[index] = text
+    return answers
+
+
+@contextmanager
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """A checkpoint's own generation settings (sampling, penalties) are set aside; its end tokens count still."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad_id(tokenizer),
+        use_cache=True,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,97 @@
+"""One run from its description to its folder."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epi_kernels import provenance
+from epi_kernels.repro import cpift
+from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
+from epi_kernels.repro.stages import run_base, run_train
+from epi_kernels.repro.weights import run_fuse, run_interpolate
+from epi_kernels.repro.workshop import Result, Workshop
+
+PACKAGES = ("torch", "transformers", "numpy", "peft")
+
+
+def execute(run: Run, shop: Workshop) -> Manifest:
+    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there.
+
+    Raises:
+        ReproError: what a user can mend; finished runs are kept.
+        Stopped: the time limit; the run goes on from where it was.
+    """
+    shop.store.folder.mkdir(parents=True, exist_ok=True)
+    with shop.store.claim(run):
+        if shop.store.finished(run, with_weights=key(run) in shop.keep):
+            manifest = shop.store.manifest(run)
+            assert manifest is not None
+            return manifest
+        return _execute(run, shop)
+
+
+def _execute(run: Run, shop: Workshop) -> Manifest:
+    started = time.perf_counter()
+    result = _make(run, shop)
+    manifest = Manifest(
+        key=key(run),
+        run=run,
+        seed=run.seed,
+        commit=provenance.git(Path(__file__).parent, "rev-parse", "--short=10", "HEAD"),
+        versions=provenance.versions(*PACKAGES),
+        machine=provenance.machine() | _gpu(shop.device),
+        finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        seconds=round(time.perf_counter() - started, 2),
+        scores=result.scores,
+        losses=result.losses,
+        **result.facts,
+    )
+    shop.store.write(run, manifest, result.write_model if key(run) in shop.keep else None)
+    return manifest
+
+
+def ensure(run: Run, shop: Workshop) -> Manifest:
+    """The manifest of a run, made with all it rests on where it is missing."""
+    for one in ancestry(run):
+        manifest = execute(one, shop)
+    return manifest  # pyright: ignore[reportPossiblyUnboundVariable]  # a run is its own last ancestor
+
+
+def _make(run: Run, shop: Workshop) -> Result:
+    match run:
+        case Base():
+            return run_base(run, shop)
+        case Train():
+            return run_train(run, shop)
+        case Interpolate():
+            return run_interpolate(run, shop)
+        case Fuse():
+            return run_fuse(run, shop)
+        case CpiFt():
+            return _cpift(run, shop)
+
+
+def _cpift(run: CpiFt, shop: Workshop) -> Result:
+    groups, similarity = cpift.groups_of(run, shop)
+    last = cpift.unfold(run, groups)
+    inner = {key(parent) for one in ancestry(last) for parent in parents(one)}
+    shop = replace(shop, keep=shop.keep | inner)
+    manifest = ensure(last, shop)
+    facts = {"bytes": manifest.bytes, "time": manifest.time}
+    notes = manifest.notes | cpift.describe(groups, similarity, run, manifest)
+    return Result(manifest.scores, manifest.losses, _nothing, facts | {"notes": notes})
+
+
+def _nothing(folder: Path) -> None:
+    """The weights are those of the last of its runs."""
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    return {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}

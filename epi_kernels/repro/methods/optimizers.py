@@ -1,0 +1,34 @@
+"""The optimizers that methods share, with a stage's recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from epi_kernels.integrations.groups import named_parameter_groups
+from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.repro.stage import Stage
+
+
+def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
+    """(name, parameter) pairs of what trains; biases and norms have no weight decay."""
+    return named_parameter_groups(stage.model, weight_decay=stage.recipe.weight_decay)
+
+
+def torch_adamw(stage: Stage) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameter_groups(stage), lr=stage.recipe.lr, betas=stage.recipe.betas, fused=True
+    )
+
+
+def masked_adamw(stage: Stage, *, isolation_ratio: Any = 0.0, **options: Any) -> MaskedEMAAdamW:
+    """Ratio 0, the default: no mask but those that are installed."""
+    return MaskedEMAAdamW(
+        parameter_groups(stage),
+        lr=stage.recipe.lr,
+        betas=stage.recipe.betas,
+        isolation_ratio=isolation_ratio,
+        seed=stage.seed,
+        **options,
+    )

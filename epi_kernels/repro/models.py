@@ -1,0 +1,72 @@
+"""Models and tokenizers of runs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epi_kernels.finetune.chat import ensure_template
+from epi_kernels.finetune.model import TORCH_DTYPES, quiet_libraries
+from epi_kernels.repro.characters import make_tokenizer
+from epi_kernels.repro.config import ModelSpec
+from epi_kernels.repro.errors import ReproError
+
+DTYPES = {"float32": TORCH_DTYPES["fp32"], "bfloat16": TORCH_DTYPES["bf16"]}
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return make_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of the hub, or of a file; many kinds
+        raise ReproError(f"no tokenizer in {name} ({error}); set `tokenizer` of the model") from None
+    if not tokenizer.is_fast:
+        raise ReproError(
+            f"{name}: {type(tokenizer).__name__} gives no character offsets; use a fast tokenizer"
+        )
+    ensure_template(tokenizer)
+    return tokenizer
+
+
+def tokenizer_of(spec: ModelSpec) -> Any:
+    """The spec's, its checkpoint's, or characters; with a chat template and a padding token. Raises ReproError."""
+    return _tokenizer(spec.tokenizer or spec.checkpoint)
+
+
+def new_model(spec: ModelSpec, seed: int) -> Any:
+    """Random weights from a config, for the spec's tokenizer. Raises ReproError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert spec.config is not None
+    record, tokenizer = dict(spec.config), tokenizer_of(spec)
+    try:
+        kind = record.pop("model_type")
+        config = AutoConfig.for_model(
+            kind,
+            **{"vocab_size": len(tokenizer), "use_cache": False, **record},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype]).train()
+    except (KeyError, ValueError, TypeError) as error:
+        raise ReproError(f"the model's config makes no model: {error}") from None
+
+
+def load_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """The model that a run left, or a checkpoint. Raises ReproError."""
+    from transformers import AutoModelForCausalLM
+
+    quiet_libraries()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[spec.dtype])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ReproError(f"{folder}: cannot be loaded ({error})") from None
+    return loaded.to(device).train()

@@ -1,0 +1,34 @@
+"""From manifests to what people read: tables in three formats, plots, one page, and one file to commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from epi_kernels.repro.bundle import bundle, write_bundle
+from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.page import write_page
+from epi_kernels.repro.preset import Preset
+from epi_kernels.repro.tables import TABLES
+from epi_kernels.repro.tables.base import Rendered
+from epi_kernels.repro.writers import write_tables
+
+PAGE, TABLES_FOLDER, RESULTS = "index.html", "tables", "results.json"
+
+
+def render(preset: Preset, manifests: Mapping[str, Manifest], names: Iterable[str]) -> list[Rendered]:
+    """The tables of these names. Raises ReproError when a run is missing."""
+    return [TABLES[name].render(preset, manifests) for name in names]
+
+
+def write(
+    out: Path, preset: Preset, names: Iterable[str], manifests: Mapping[str, Manifest], command: str
+) -> None:
+    """`out`/index.html, `out`/tables/ and `out`/results.json: all manifests in one file, from which
+    `bench/results/reproduce-PRESET.json` and with it the README's tables are made."""
+    names = list(names)
+    rendered = render(preset, manifests, names)
+    write_tables(out / TABLES_FOLDER, rendered)
+    write_bundle(bundle(preset, names, manifests), out / RESULTS)
+    sources = {name: TABLES[name].source for name in names}
+    write_page(out / PAGE, rendered, manifests, preset, sources, command)

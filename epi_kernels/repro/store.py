@@ -1,0 +1,114 @@
+"""Where runs lie: one folder a run, whole or absent, under the run's key.
+
+RUNS/KEY/            manifest.json
+                     model.safetensors, config.json, tokenizer: only of runs that others start from
+                     isolation.safetensors: importance and masks, where the optimizer was a MaskedEMAAdamW
+RUNS/KEY.progress    a run that was stopped and goes on from there
+RUNS/KEY.lock        a run under way
+RUNS/lock            held while a sweep is at work
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from epi_kernels.finetune.checkpoint import DiskFull, write_directory
+from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.runs import Base, Run, key
+
+MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
+
+
+class Store:
+    """A folder of finished runs. Cheap to make; workers make their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def at(self, run: Run) -> Path:
+        return self.folder / key(run)
+
+    def progress(self, run: Run) -> Path:
+        return self.folder / f"{key(run)}.progress"
+
+    def manifest(self, run: Run) -> Manifest | None:
+        """None where the run is not finished. Raises ReproError when its manifest cannot be read."""
+        path = self.at(run) / MANIFEST
+        try:
+            return Manifest.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise ReproError(
+                f"{path}: is no manifest of this version ({error}); remove {path.parent}"
+            ) from None
+
+    def weights(self, run: Run) -> Path:
+        """The folder that holds the model after a run: a checkpoint that was only evaluated stays where it was."""
+        if isinstance(run, Base) and run.model.checkpoint is not None and run.recipe is None:
+            return _local(run.model.checkpoint)
+        return self.at(run)
+
+    def finished(self, run: Run, *, with_weights: bool) -> bool:
+        """Whether nothing is left to do: a run made as a leaf has no weights for others to start from."""
+        if not (self.at(run) / MANIFEST).is_file():
+            return False
+        return not with_weights or any(self.weights(run).glob("*.safetensors"))
+
+    def write(self, run: Run, manifest: Manifest, write_model: Callable[[Path], None] | None) -> None:
+        """The folder of a finished run, whole or not at all; then its progress is gone. Raises ReproError."""
+
+        def write(folder: Path) -> None:
+            if write_model is not None:
+                write_model(folder)
+            (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+        try:
+            write_directory(self.at(run), write)
+        except DiskFull as error:
+            raise ReproError(
+                f"{error}; finished runs are kept: make room and run the same command again"
+            ) from None
+        self.progress(run).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, run: Run) -> Iterator[None]:
+        """Makes others that want the same run wait; they find it finished."""
+        path = self.folder / f"{key(run)}.lock"
+        with open(path, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One sweep at a time. Raises ReproError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ReproError(
+                    f"{self.folder}: another sweep is at work there; wait for it, or pass another --out"
+                ) from None
+            yield
+
+
+def _local(checkpoint: str) -> Path:
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(checkpoint, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"])
+        )
+    except Exception as error:  # the hub's own errors, of many kinds
+        raise ReproError(f"model {checkpoint}: no such folder, and the hub gave none ({error})") from None

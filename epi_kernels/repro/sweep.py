@@ -1,0 +1,181 @@
+"""All runs that some tables need, made once, parents first, on processes of one thread each or on one GPU.
+
+Killed or stopped by a time limit, the same call goes on: finished runs are whole on the disk, unfinished ones go on
+from what they saved.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epi_kernels.demo.pool import start_worker, tick
+from epi_kernels.repro.execute import execute
+from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, parents
+from epi_kernels.repro.store import Store
+from epi_kernels.repro.train import Limits, Stopped
+from epi_kernels.repro.workshop import Workshop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made, by key, parents before children, and which runs each one starts from."""
+
+    runs: Mapping[str, Run]
+    needs: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, wanted: Iterable[Run]) -> Plan:
+        runs = {key(run): run for leaf in wanted for run in ancestry(leaf)}
+        return cls(runs, {name: frozenset(map(key, parents(run))) for name, run in runs.items()})
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """Those that others start from: their weights are written."""
+        return frozenset(name for needs in self.needs.values() for name in needs)
+
+    def missing(self, store: Store) -> list[str]:
+        """What is not finished; and, of what is, those without the weights that a missing one starts from."""
+        left: set[str] = set()
+        for name in reversed(list(self.runs)):  # children before parents
+            needed = any(name in self.needs[child] for child in left)
+            if not store.finished(self.runs[name], with_weights=needed):
+                left.add(name)
+        return [name for name in self.runs if name in left]
+
+    def manifests(self, store: Store) -> dict[str, Manifest]:
+        """Of the finished ones."""
+        found = {name: store.manifest(run) for name, run in self.runs.items()}
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def steps_of(run: Run) -> int:
+    """Training steps, for the progress bar, as far as they are known before; 1 where there are none."""
+    recipes = [run.recipe] if isinstance(run, (Base, Train)) else []
+    if isinstance(run, CpiFt):
+        recipes = [run.stage, run.consolidation]
+    return sum(recipe.steps or 0 for recipe in recipes if recipe is not None) or 1
+
+
+@dataclass
+class Outcome:
+    """What a call of `sweep` did."""
+
+    finished: int
+    left: int
+    seconds: float
+
+
+def sweep(
+    plan: Plan,
+    store: Store,
+    *,
+    device: torch.device,
+    workers: int,
+    time_limit_s: float | None = None,
+    progress: Any = None,
+) -> Outcome:
+    """Makes what is missing, as far as the time goes.
+
+    `progress`: a tqdm bar in training steps; None shows nothing.
+
+    Raises:
+        ReproError: a run failed for a reason that a user can mend; finished runs are kept.
+    """
+    started = time.time()
+    deadline = started + time_limit_s if time_limit_s is not None else None
+    with store.lock():
+        missing = plan.missing(store)
+        job = _Job(store.folder, str(device), deadline, plan.keep)
+        make = _alone if workers == 1 else partial(_together, workers=workers)
+        done = make(job, plan, missing, progress=progress)
+    return Outcome(done, len(missing) - done, time.time() - started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    folder: Path
+    device: str
+    deadline: float | None
+    keep: frozenset[str]
+
+    def shop(self, on_step: Any) -> Workshop:
+        limits = Limits(self.deadline, tick=on_step)
+        return Workshop(Store(self.folder), torch.device(self.device), limits, self.keep)
+
+    def is_over(self) -> bool:
+        return self.deadline is not None and time.time() >= self.deadline
+
+
+def _make(job: _Job, run: Run) -> bool:
+    """In a worker; whether the run was finished."""
+    try:
+        execute(run, job.shop(tick))
+    except Stopped:
+        return False
+    return True
+
+
+def _alone(job: _Job, plan: Plan, missing: Sequence[str], progress: Any) -> int:
+    shop = job.shop(progress.update if progress is not None else _nothing)
+    for done, name in enumerate(missing):
+        if job.is_over():
+            return done
+        try:
+            execute(plan.runs[name], shop)
+        except Stopped:
+            return done
+    return len(missing)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _together(job: _Job, plan: Plan, missing: Sequence[str], progress: Any, workers: int) -> int:
+    # Spawned, not forked: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("l", 0)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, start_worker, (counter,))
+    try:
+        return _drive(pool, job, plan, missing, counter, progress)
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # or shutdown waits for the runs under way
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drive(pool: Executor, job: _Job, plan: Plan, missing: Sequence[str], counter: Any, progress: Any) -> int:
+    """A run is queued once its parents are there."""
+    waiting = {name: set(plan.needs[name]) & set(missing) for name in missing}
+    under_way: dict[Future, str] = {}
+    done = 0
+    while waiting or under_way:
+        for name in [one for one, needs in waiting.items() if not needs]:
+            if not job.is_over():
+                del waiting[name]
+                under_way[pool.submit(_make, job, plan.runs[name])] = name
+        if not under_way:
+            break
+        ended, _ = wait(under_way, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in ended:
+            name = under_way.pop(future)
+            if future.result():
+                done += 1
+                for needs in waiting.values():
+                    needs.discard(name)
+        if progress is not None:
+            progress.update(counter.value - progress.n)
+    return done

@@ -1,0 +1,67 @@
+"""Which of the papers' printed numbers stand beside ours: those of the same model, data and metric, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from epi_kernels.repro import published_values as printed
+from epi_kernels.repro.config import TaskSpec
+from epi_kernels.repro.preset import Preset
+from epi_kernels.repro.runs import Tasks
+
+NAMES = {printed.FULL: "full SFT", printed.CPIFT: "CPI-FT", "epi": "EPI"}  # of printed rows
+
+
+def listed(values: Mapping[str, float]) -> str:
+    """Printed numbers by method, in a line."""
+    return ", ".join(f"{NAMES.get(name, name)} {value:g}" for name, value in values.items())
+
+
+def same_task(spec: TaskSpec) -> bool:
+    """The paper's data in full, by the paper's metric: a judged task with a judge."""
+    judged = printed.FULL_MARKS.get(spec.kind) == printed.JUDGED[1]
+    whole = spec.share == 1 and spec.train is None and spec.test is None and spec.harness == "own"
+    return spec.kind in printed.TASKS and whole and (spec.judge is not None or not judged)
+
+
+def same_model(preset: Preset, model: str) -> bool:
+    """A checkpoint that the preset calls by the paper's name of it."""
+    return model in printed.TABLE1 and preset.models[model].checkpoint is not None
+
+
+def reason(preset: Preset, tasks: Tasks) -> str | None:
+    """Why numbers of the paper do not stand beside ours; None where all of them do."""
+    other_models = [model for model in preset.models if not same_model(preset, model)]
+    other_tasks = [spec.kind for spec in tasks if not same_task(spec)]
+    parts = []
+    if other_models:
+        parts.append(f"{', '.join(other_models)}: not a model of the paper")
+    if other_tasks:
+        parts.append(f"{', '.join(other_tasks)}: not the paper's data, or not by its metric")
+    return "; ".join(parts) or None
+
+
+def not_comparable(preset: Preset, tasks: Tasks, prints: str) -> tuple[str, ...]:
+    """A note that marks what is not comparable and says what the paper prints."""
+    why = reason(preset, tasks)
+    return (f"Not comparable with the paper's numbers ({why}). It prints: {prints}.",) if why else ()
+
+
+def task_score(preset: Preset, model: str, method: str, spec: TaskSpec) -> float | None:
+    """Table 1's score, in the metric's unit."""
+    if not (same_model(preset, model) and same_task(spec)):
+        return None
+    return printed.TABLE1[model][method].tasks[spec.kind]
+
+
+def average(preset: Preset, model: str, method: str, tasks: Tasks) -> float | None:
+    """Table 1's average, recomputed by its own formula; None unless all its tasks are here and no others."""
+    if not same_model(preset, model) or {spec.kind for spec in tasks} != set(printed.TASKS):
+        return None
+    return printed.TABLE1[model][method].recomputed if all(map(same_task, tasks)) else None
+
+
+TABLE1_PRINTS = "average, full SFT and CPI-FT: " + "; ".join(
+    f"{model} {rows[printed.FULL].average:g} and {rows[printed.CPIFT].average:g}"
+    for model, rows in printed.TABLE1.items()
+)

@@ -1,0 +1,49 @@
+"""Tables as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from epi_kernels.markdown import escape, table
+from epi_kernels.repro.tables.base import Rendered
+
+from .cells import Parts, lay_out
+from .findings import ordered
+
+
+def markdown(rendered: Rendered, heading: str = "###", images: Mapping[str, str] | None = None) -> str:
+    """Heading, table, notes, and those figures that ``images`` (name -> path) has a file for."""
+    laid = lay_out(rendered)
+    blocks = [f"{heading} {escape(rendered.title)}"]
+    if laid.rows:
+        cells = [[_cell(cell) for cell in row] for row in laid.rows]
+        blocks.append(table([escape(one) for one in laid.header], cells, laid.align))
+    blocks.append(escape(laid.caption))
+    footnotes = [f"- <sup>{number}</sup> {escape(note)}" for number, note in enumerate(laid.footnotes, 1)]
+    blocks.append("\n".join([*footnotes, *(f"- {escape(note)}" for note in rendered.notes)]))
+    blocks += [
+        f"![{escape(figure.caption)}]({images[figure.name]})\n\n{escape(figure.caption)}"
+        for figure in rendered.figures
+        if images and figure.name in images
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def findings(*tables: Rendered) -> str:
+    """A list: what held, what did not, at which scale."""
+    sentences = [sentence for one in tables for sentence in one.findings]
+    lines = [f"- **{title}.** {escape(one)}" for title, group in ordered(sentences) for one in group]
+    return "\n".join(lines)
+
+
+def _cell(cell: Parts) -> str:
+    text = escape(cell.main)
+    if cell.sd:
+        text += f" ± {cell.sd}"
+    if cell.difference and cell.interval:
+        text += f" ({cell.interval[0]} to {cell.interval[1]})"
+    if cell.n is not None:
+        text += f", n = {cell.n}"
+    if cell.paper:
+        text = f"{text} [{cell.paper}]".strip()
+    return text if cell.mark is None else f"{text}<sup>{cell.mark}</sup>"

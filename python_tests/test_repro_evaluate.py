@@ -1,0 +1,186 @@
+"""Scores and losses of any task: one forward pass finds what greedy decoding finds, and the model is left as it was."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from epi_kernels.finetune.chat import IGNORE
+from epi_kernels.finetune.data import Example
+from epi_kernels.repro.characters import ALPHABET, END, make_tokenizer
+from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.evaluate import encode_task, evaluate, generate, make_batch, prompt_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+class Planted:
+    """Examples given, scored either way."""
+
+    kind, metric, full_mark = "planted", "exact match, %", 100.0
+
+    def __init__(self, examples, exact, max_new_tokens=8):
+        self.given, self.exact, self.max_new_tokens = examples, exact, max_new_tokens
+
+    def examples(self, split):
+        return self.given
+
+    def score(self, answers, examples):
+        hits = [answer == one.messages[-1][1] for answer, one in zip(answers, examples, strict=True)]
+        return 100.0 * sum(hits) / len(hits)
+
+
+def make_model(seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.5,  # attention then matters, and answers differ by prompt
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def raw(prompt, answer):
+    return Example((("user", prompt), ("assistant", answer)), "here:1", raw=True)
+
+
+@pytest.fixture(scope="module")
+def planted(tokenizer):
+    """(a random model, examples, how many of them it answers rightly and ends): its own answers where it ends in time."""
+    model, rng = make_model().eval(), random.Random(5)
+    prompts = ["".join(rng.choices(ALPHABET, k=rng.randint(2, 12))) for _ in range(100)]
+    examples, right = [], 0
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        answer = []
+        while len(answer) < 8 and 1 not in answer:  # greedy, without transformers' generate
+            with torch.no_grad():
+                answer.append(int(model(input_ids=ids).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([answer[-1:]])], 1)
+        text = tokenizer.decode(answer[:-1])
+        usable = answer[-1] == 1 and not {0, 1, 2} & set(answer[:-1])
+        if usable:
+            right += len(examples) % 3 != 0
+            examples.append(raw(prompt, text if len(examples) % 3 else text + "a"))
+    return model, examples, right
+
+
+def test_teacher_forcing_finds_what_greedy_decoding_finds(planted, tokenizer):
+    model, examples, right = planted
+    assert len(examples) >= 6 and 0 < right < len(examples)
+    expected = 100.0 * right / len(examples)
+    exact, loss = evaluate(model, tokenizer, Planted(examples, exact=True), examples, CPU, 4)
+    decoded, same_loss = evaluate(model, tokenizer, Planted(examples, exact=False), examples, CPU, 4)
+    assert exact == decoded == pytest.approx(expected)
+    assert loss == same_loss
+
+
+def test_the_loss_is_the_mean_over_all_answer_tokens(planted, tokenizer):
+    model, examples, _ = planted
+    nats, tokens = 0.0, 0
+    for one in examples:
+        (prompt, answer), *_ = [(one.messages[0][1], one.messages[1][1])]
+        ids = tokenizer(prompt + answer + END, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        for place in range(len(prompt), ids.shape[1]):
+            nats -= float(logs[place - 1, ids[0, place]])
+            tokens += 1
+    loss = evaluate(model, tokenizer, Planted(examples, exact=True), examples, CPU, 5)[1]
+    assert loss == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_answers_do_not_depend_on_the_batch(planted, tokenizer):
+    model, examples, _ = planted
+    together = generate(model, tokenizer, examples, CPU, 100, 8)
+    assert together == generate(model, tokenizer, examples, CPU, 1, 8)
+    assert len(set(together)) > 1
+
+
+def test_the_model_is_left_as_it_was(planted, tokenizer):
+    model, examples, right = planted
+    model.train()
+    model.model.norm.eval()  # a module in a mode of its own
+    model.generation_config.update(do_sample=True, temperature=9.0, min_new_tokens=30, repetition_penalty=3.0)
+    own, state = model.generation_config, torch.get_rng_state()
+    try:
+        weights = [weight.clone() for weight in model.parameters()]
+        score, _ = evaluate(model, tokenizer, Planted(examples, exact=False), examples, CPU, 50)
+        assert score == pytest.approx(100.0 * right / len(examples))  # none of the settings above
+        assert model.training and model.model.layers[0].training and not model.model.norm.training
+        assert model.generation_config is own and own.do_sample
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(map(torch.equal, weights, model.parameters()))
+        assert all(weight.grad is None for weight in model.parameters())
+    finally:
+        model.eval()
+        model.generation_config = type(own)()
+
+
+def test_length_limits(planted, tokenizer):
+    model, examples, _ = planted
+    task = Planted(examples, exact=True)
+    whole = evaluate(model, tokenizer, task, examples, CPU, 50)
+    long = raw("a" * 90, "b")
+    score, loss = evaluate(model, tokenizer, task, [*examples, long], CPU, 50, max_length=64)
+    assert score == pytest.approx(whole[0] * len(examples) / (len(examples) + 1))  # too long is wrong
+    assert loss == pytest.approx(whole[1])
+    with pytest.raises(ReproError, match="planted: no example has at most 2 tokens"):
+        evaluate(model, tokenizer, task, examples, CPU, 50, max_length=2)
+    cut = generate(model, tokenizer, [raw("xyz" + examples[0].messages[0][1], "")], CPU, 1, 8, 10)
+    room = examples[0].messages[0][1][-2:]
+    assert cut == generate(model, tokenizer, [raw(room, "")], CPU, 1, 8)
+
+
+def test_conversations_go_through_a_chat_template():
+    tokenizer = make_tokenizer()
+    turns = (("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh"))
+    one = Example(turns, "here:1")
+    assert tokenizer.chat_template is None
+    (row,) = encode_task(tokenizer, [one], 200).examples
+    assert tokenizer.chat_template
+    assert tokenizer.decode([token for token in row.labels if token != IGNORE]) == f"cd{END}gh{END}"
+    ids = tokenizer(prompt_of(tokenizer, one), add_special_tokens=False)["input_ids"]
+    assert row.input_ids[: len(ids)] == ids  # what it is asked with is what it was trained on
+    assert tokenizer.decode(row.input_ids[len(ids) :]) == "gh" + END
+    model = make_model().eval()
+    score, loss = evaluate(model, tokenizer, Planted([one], exact=False), [one], CPU, 1)
+    assert score == 0.0 and math.isfinite(loss)
+
+
+def test_batches_name_their_tasks(tokenizer):
+    rows = encode_task(tokenizer, [raw("ab", "c"), raw("a", "bcde")], 64).examples
+    batch = make_batch(rows, 0, CPU, [1, 0])
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2, 6)
+    assert batch.task.tolist() == [1, 0] and batch.attention_mask.sum(1).tolist() == [4, 6]
+    assert batch.labels[0].tolist() == [IGNORE, IGNORE, *rows[0].input_ids[2:], IGNORE, IGNORE]
+    assert make_batch(rows, 0, CPU, 2).task.tolist() == [2, 2]
