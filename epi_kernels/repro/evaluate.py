@@ -15,6 +15,7 @@ from epi_kernels.finetune.data import Example
 from epi_kernels.finetune.model import pad_id
 from epi_kernels.finetune.packing import collate
 from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.methods.base import logits_of
 from epi_kernels.repro.stage import Batch
 from epi_kernels.repro.tasks import Task
 
@@ -91,7 +92,7 @@ def _teacher_forced(
     right, nats, tokens = 0, 0.0, 0
     for start in range(0, len(rows), batch):
         part = make_batch(rows[start : start + batch], pad, device)
-        logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False).logits
+        logits = logits_of(model, part, use_cache=False)
         labels = part.labels[:, 1:]
         learned = labels != IGNORE
         logits, wanted = logits[:, :-1][learned].float(), labels[learned]  # [tokens, vocabulary], [tokens]

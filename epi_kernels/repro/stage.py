@@ -20,9 +20,18 @@ class Batch(NamedTuple):
     labels: Tensor  # [rows, length] int64, -100 where nothing is learned, else the token that stands there
     attention_mask: Tensor  # [rows, length] int64
     task: Tensor  # [rows] int64, index into the stage's tasks; -1: replayed from an earlier stage
+    pictures: Tensor | None = None  # [rows, 3, height, width] uint8; None: text alone
 
     def rows(self, chosen: Tensor | slice) -> Batch:
-        return Batch(*(part[chosen] for part in self))
+        return Batch(*(None if part is None else part[chosen] for part in self))
+
+    def to(self, device: torch.device) -> Batch:
+        """On a GPU from page-locked memory, so that the copy waits for nothing."""
+        if device.type != "cuda":
+            return Batch(*(None if part is None else part.to(device) for part in self))
+        return Batch(
+            *(None if part is None else part.pin_memory().to(device, non_blocking=True) for part in self)
+        )
 
 
 @dataclass
@@ -38,8 +47,9 @@ class Stage:
     before: Path | None = None  # folder of the run before: `store` says what it holds
     origin: Path | None = None  # folder of the run before that one (theta_0 of |theta - theta_0|)
     replayed: Sequence[Any] = ()  # encoded examples of earlier stages' tasks; for methods that ask for them
-    loss: float = 0.0  # of the step under way, nats a token
-    grad_norm: float = 0.0  # before clipping
+    # Both 0-d on the device, so that whoever reads them waits for the step, and no one else.
+    loss: Tensor | float = 0.0  # of the step under way, nats a token
+    grad_norm: Tensor | float = 0.0  # before clipping
     batch: Batch | None = None  # of the step under way (all micro-batches)
     method: Any = field(default=None)  # methods.base.Running
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from epi_kernels.demo.train import schedule
 from epi_kernels.files import whole
@@ -18,6 +19,8 @@ from epi_kernels.repro.data import Batches
 from epi_kernels.repro.measure import Observer
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer
 from epi_kernels.repro.stage import Batch, Stage
+
+HOST = torch.device("cpu")
 
 
 class Stopped(Exception):
@@ -70,13 +73,14 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
         with timer.gradient():
             for group in stage.optimizer.param_groups:
                 group["lr"] = recipe.lr * lr_factor(recipe, step, stage.steps)
-            stage.batch = batches.batch(step, stage.device)
+            batch = batches.batch(step, HOST)
+            stage.batch = batch.to(stage.device)
             stage.optimizer.zero_grad()
-            stage.loss = _backward(stage, stage.batch)
+            stage.loss = _backward(stage, stage.batch, _answer_tokens(batch))
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if recipe.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, recipe.clip, norm)
-            stage.grad_norm = float(norm)
+            stage.grad_norm = norm
         for observer in observers:
             observer.before_step(stage, step)
         with timer.update():
@@ -87,21 +91,23 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
     return method.finish()
 
 
-def _backward(stage: Stage, batch: Batch) -> float:
-    """Gradients of the mean loss over the batch's answer tokens, whatever the micro-batches; returns that loss."""
+def _backward(stage: Stage, batch: Batch, tokens: Sequence[int]) -> Tensor | float:
+    """Gradients of the mean loss over the batch's answer tokens, of which each row has `tokens`, whatever the
+    micro-batches; returns that loss. Nothing here waits for the device."""
     size = len(batch.input_ids) // stage.recipe.accumulation
-    total = max(1, _answer_tokens(batch))
-    loss = 0.0
+    total = max(1, sum(tokens))
+    loss: Tensor | float = 0.0
     for at in range(0, len(batch.input_ids), size):
-        part = batch.rows(slice(at, at + size))
-        weight = _answer_tokens(part) / total
+        rows = slice(at, at + size)
+        weight = sum(tokens[rows]) / total
         if weight:
-            loss += weight * stage.method.backward(part, weight)
+            loss = loss + weight * stage.method.backward(batch.rows(rows), weight).double()
     return loss
 
 
-def _answer_tokens(batch: Batch) -> int:
-    return int((batch.labels[:, 1:] != IGNORE).sum())
+def _answer_tokens(batch: Batch) -> list[int]:
+    """Of every row; of a batch that is on the host."""
+    return (batch.labels[:, 1:] != IGNORE).sum(1).tolist()
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:
@@ -119,6 +125,7 @@ def _save(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
         "timer": meters.timer.state_dict(),
         "peak": meters.peak.bytes,
         "random": torch.get_rng_state(),
+        "random_of_device": torch.cuda.get_rng_state(stage.device) if _on_gpu(stage) else None,
     }
     with whole(progress) as partial:
         torch.save(state, partial)
@@ -136,4 +143,10 @@ def _load(stage: Stage, meters: Meters, progress: Path) -> int:
         observer.load_state_dict(state["observers"][name])
     meters.timer.load_state_dict(state["timer"])
     torch.set_rng_state(state["random"])
+    if _on_gpu(stage) and state["random_of_device"] is not None:
+        torch.cuda.set_rng_state(state["random_of_device"], stage.device)
     return state["step"]
+
+
+def _on_gpu(stage: Stage) -> bool:
+    return stage.device.type == "cuda"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
+            gc.collect()  # a stage and its method hold each other: the one before may still be there
             torch.cuda.reset_peak_memory_stats(self._device)
             self.of, self.before = "device", torch.cuda.memory_allocated(self._device)
         else:

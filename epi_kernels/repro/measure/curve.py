@@ -23,7 +23,7 @@ class Curve:
 
     def __init__(self, stage: Stage, data: Probes, options: CurveOptions) -> None:
         self._every = options.every or max(1, stage.steps // POINTS)
-        self._points: list[dict[str, float]] = []
+        self._points: list[dict[str, Any]] = []
         self._refreshes: list[dict[str, Any]] = []
         self._watch = RefreshWatch()
 
@@ -32,9 +32,9 @@ class Curve:
             self._look(stage, 0)
         if step % self._every == 0 or step == stage.steps - 1:
             lr = float(stage.optimizer.param_groups[0]["lr"])
-            self._points.append(
-                {"step": step, "loss": float(stage.loss), "grad_norm": float(stage.grad_norm), "lr": lr}
-            )
+            # As they are: to read them now would make every step wait for the device.
+            point = {"step": step, "loss": stage.loss, "grad_norm": stage.grad_norm, "lr": lr}
+            self._points.append(point)
 
     def after_step(self, stage: Stage, step: int) -> None:
         self._look(stage, step + 1)
@@ -57,11 +57,17 @@ class Curve:
         )
 
     def record(self) -> dict[str, Any]:
-        return {"every": self._every, "points": self._points, "refreshes": self._refreshes}
+        return {"every": self._every, "points": self._read(), "refreshes": self._refreshes}
+
+    def _read(self) -> list[dict[str, float]]:
+        return [
+            {name: value if name == "step" else float(value) for name, value in point.items()}
+            for point in self._points
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "points": list(self._points),
+            "points": self._read(),
             "refreshes": list(self._refreshes),
             "watch": self._watch.state_dict(),
         }

@@ -13,9 +13,17 @@ from torch.nn import functional as F
 from epi_kernels.repro.stage import Batch, Stage
 
 
+def logits_of(model: Any, batch: Batch, **options: Any) -> torch.Tensor:
+    """[rows, length, vocabulary], in the model's dtype."""
+    if batch.pictures is not None:
+        dtype = next(model.parameters()).dtype
+        options["pixel_values"] = (batch.pictures.float() / 127.5 - 1).to(dtype)  # 0 .. 255 -> -1 .. 1
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
+
+
 def token_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens, in nats; 0-d float32, with a graph."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits_of(model, batch)
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100
     )
@@ -37,11 +45,11 @@ class Running:
     def make_optimizer(self) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def backward(self, batch: Batch, weight: float) -> float:
-        """Adds `weight` times the gradient of the loss; returns the loss, without penalties."""
+    def backward(self, batch: Batch, weight: float) -> torch.Tensor:
+        """Adds `weight` times the gradient of the loss; returns the loss, 0-d, without penalties or graph."""
         loss = token_loss(self.stage.model, batch)
         (loss * weight).backward()
-        return float(loss.detach())
+        return loss.detach()
 
     def step(self, step: int) -> None:
         """The update; `step` counts from 0."""

@@ -39,9 +39,9 @@ class PcGrad(Running):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch_adamw(self.stage)
 
-    def backward(self, batch: Batch, weight: float) -> float:
+    def backward(self, batch: Batch, weight: float) -> Tensor:
         learned = (batch.labels[:, 1:] != -100).sum(1)  # tokens a row
-        total, loss = int(learned.sum()), 0.0
+        total, loss = int(learned.sum()), torch.zeros((), dtype=torch.float64, device=learned.device)
         for task in batch.task.unique().tolist():  # ascending
             rows = batch.task == task
             tokens = int(learned[rows].sum())
@@ -49,7 +49,7 @@ class PcGrad(Running):
                 continue  # its mean would be 0 / 0
             part = token_loss(self.stage.model, batch.rows(rows)) * (tokens / total)
             self._add(task, torch.autograd.grad(part * weight, self._params, materialize_grads=True))
-            loss += float(part.detach())
+            loss += part.detach()
         order = random.Random(step_seed(self.stage.seed, self._step))
         for param, gradient in zip(self._params, surgery(list(self._gradients.values()), order), strict=True):
             param.grad = gradient

@@ -38,7 +38,7 @@ class _Pull(Running):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch_adamw(self.stage)
 
-    def backward(self, batch: Batch, weight: float) -> float:
+    def backward(self, batch: Batch, weight: float) -> Tensor:
         loss = super().backward(batch, weight)
         self._pull(weight * self.config.strength)
         return loss
