@@ -4,7 +4,7 @@
 #   VENV         where it goes (.venv)
 #   TORCH        what is installed as torch when VENV has none (torch==2.13.0)
 #   TORCH_INDEX  index to take torch from, and torch alone; pip's own configuration otherwise
-#   TIME_LIMIT   seconds for one slice of `make gpu`; the next call resumes
+#   TIME_LIMIT   seconds for one slice of `make gpu` and `make reproduce-medium`; the next call resumes
 #   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, REPRODUCE_ARGS, BENCH_ARGS, QUALITY_ARGS and GPU_ARGS to their programs
 
 PYTHON      ?= python3
@@ -26,11 +26,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo reproduce bench side-by-side quality tables gpu gpu-large env lint format typecheck clean
+.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality tables gpu gpu-large env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | reproduce | bench | side-by-side | quality | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -90,13 +90,24 @@ tables: build
 # Needs no network and makes no environment: the interpreter of a GPU machine brings its own torch.
 # VENV's python serves where PYTHON has no torch.
 GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
-gpu gpu-large: export PYTHONPATH := .
-gpu gpu-large: export EPI_KERNELS_CUDA_ARCHS ?= native
-gpu gpu-large:
+GPU_TARGETS := gpu gpu-large reproduce-medium
+SLICE = $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+$(GPU_TARGETS): export PYTHONPATH := .
+$(GPU_TARGETS): export EPI_KERNELS_CUDA_ARCHS ?= native
+.PHONY: gpu-build
+gpu-build:
 	@$(GPU_PYTHON) -c 'import torch' || \
-	  { echo "make $@: neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
+	  { echo "make $(MAKECMDGOALS): neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m bench.$(subst -,_,$@) $(strip $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(GPU_ARGS))
+
+gpu gpu-large: gpu-build
+	$(GPU_PYTHON) -m bench.$(subst -,_,$@) $(strip $(SLICE) $(GPU_ARGS))
+
+# Both papers' tables on one GPU: 25 minutes at most, TIME_LIMIT=540 for slices of 9; the same command goes on.
+MEDIUM := reproduce_out/medium
+reproduce-medium: gpu-build
+	$(GPU_PYTHON) -m epi_kernels reproduce --preset medium --device cuda --out $(MEDIUM) $(strip $(SLICE) $(REPRODUCE_ARGS))
+	@if [ -f $(MEDIUM)/results.json ]; then cp $(MEDIUM)/results.json bench/results/reproduce-medium.json; fi
 
 CLANG_FORMAT := $(VENV)/bin/clang-format
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))

@@ -5,7 +5,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
-                                   from real optimizers, here and now), gpu-status (bench.status)
+                                   from real optimizers, here and now), gpu-status and
+                                   reproduce-medium-status (bench.status)
 """
 
 from __future__ import annotations
@@ -194,12 +195,17 @@ def gpu_status() -> str:
     return importlib.import_module("bench.status").line()
 
 
+def medium_status(folder: Path = results.RESULTS) -> str:
+    return importlib.import_module("bench.status").medium_line(folder)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "memory": memory_table.text,
     "quality": quality_record.section,
     "side-by-side": side_by_side_table.text,
     "gpu-status": gpu_status,
+    "reproduce-medium-status": medium_status,
 }
 
 
@@ -220,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         "cpu": lambda: cpu(args.results),
         "quality": lambda: quality_record.section(args.results),
         "side-by-side": lambda: side_by_side_table.text(args.results),
+        "reproduce-medium-status": lambda: medium_status(args.results),
     }
     old = args.readme.read_text()
     new = rewrite(old, SECTIONS | measured)

@@ -59,6 +59,25 @@ def line(folder: Path = RESULTS, root: Path = ROOT) -> str:
     return f"**GPU status:** {tests['run']} device tests passed ({where})."
 
 
+MEDIUM = "**Preset `medium`, one GPU:**"
+
+
+def medium_line(folder: Path = RESULTS) -> str:
+    """Of `make reproduce-medium`, from the bundle that a finished run leaves; a run on a CPU is none."""
+    path = folder / "reproduce-medium.json"
+    if not path.exists():
+        return f"{MEDIUM} never run."
+    from epi_kernels.repro.bundle import read_bundle  # needs more than the rest of this file
+    from epi_kernels.repro.preset import load_preset
+    from epi_kernels.repro.readme import provenance
+
+    found = read_bundle(path)
+    if not all(one.machine.get("gpu") for one in found.manifests.values()):
+        return f"{MEDIUM} never run."
+    stale = "" if found.preset == load_preset("medium") else " Stale: the preset changed since."
+    return f"{MEDIUM} {provenance(found)}{stale}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.status", description=__doc__.splitlines()[0])
     parser.add_argument("--check", type=Path, metavar="README", help="exit 1 when it lacks the line")

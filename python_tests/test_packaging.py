@@ -271,6 +271,17 @@ def test_make_gpu_installs_nothing(tmp_path):
     assert plan[-1] == f"{sys.executable} -m bench.gpu --time-limit 60"
 
 
+def test_make_reproduce_medium_installs_nothing_and_passes_the_slice_on(tmp_path):
+    plan = make_plan(
+        "reproduce-medium", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", "TIME_LIMIT=540"
+    )
+    assert not [line for line in plan if re.search(r"\bpip\b|-m venv", line)]
+    (call,) = [line for line in plan if "-m epi_kernels" in line]
+    arguments = call.split("-m epi_kernels reproduce ")[1].split()
+    assert arguments[:4] == ["--preset", "medium", "--device", "cuda"]
+    assert arguments[-2:] == ["--time-limit", "540"]
+
+
 # ---- the command line ----
 
 

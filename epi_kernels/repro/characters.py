@@ -6,6 +6,8 @@ import random
 import string
 from collections.abc import Callable
 
+from epi_kernels.repro.pictures import PICTURE
+
 # Upper case is short: all that the tasks write in it is the first letters of the alphabet.
 UPPER = "ABCDEFGHIJ"
 ALPHABET = string.ascii_lowercase + string.digits + UPPER + " .,;:=+-*/?>()#"
@@ -15,12 +17,15 @@ MIXED = string.ascii_lowercase + string.digits + UPPER
 SEPARATORS = " ,;:.=?-"
 
 
-def make_tokenizer():
-    """One token a character of `ALPHABET`; any other character is the unknown token, so that any text has an encoding."""
+def make_tokenizer(pictures: bool = False):
+    """One token a character of `ALPHABET`; any other character is the unknown token, so that any text has an encoding.
+
+    With `pictures` one more, of `PICTURE`, for models that see.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = [PAD, END, UNKNOWN, *ALPHABET]
+    tokens = [PAD, END, UNKNOWN, *ALPHABET, *([PICTURE] if pictures else [])]
     tokenizer = Tokenizer(
         models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN)
     )

@@ -20,7 +20,10 @@ class Strict(BaseModel):
 
 
 class ModelSpec(Strict):
-    """A causal language model: a transformers config with random weights, or a checkpoint (a folder or a hub name)."""
+    """A causal language model: a transformers config with random weights, or a checkpoint (a folder or a hub name).
+
+    A config with a `vision_config` makes one that sees.
+    """
 
     config: dict[str, Any] | None = None  # {"model_type": "llama", "hidden_size": 64, ...}
     checkpoint: str | None = None
@@ -32,6 +35,11 @@ class ModelSpec(Strict):
         if (self.config is None) == (self.checkpoint is None):
             raise ValueError("a model is either a config or a checkpoint")
         return self
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes pictures beside text."""
+        return "vision_config" in (self.config or {})
 
 
 class TaskSpec(Strict):

@@ -16,6 +16,7 @@ from epi_kernels.finetune.model import pad_id
 from epi_kernels.finetune.packing import collate
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.base import logits_of
+from epi_kernels.repro.pictures import Pictured, with_pictures
 from epi_kernels.repro.stage import Batch
 from epi_kernels.repro.tasks import Task
 
@@ -28,16 +29,23 @@ def encode_task(tokenizer: Any, examples: Sequence[Example], max_length: int) ->
     """
     if not all(example.raw for example in examples):
         ensure_template(tokenizer)
-    return encode(tokenizer, examples, max_length, template="raw")
+    return with_pictures(examples, encode(tokenizer, examples, max_length, template="raw"))
 
 
 def make_batch(
     rows: Sequence[Encoded], pad: int, device: torch.device, task: int | Sequence[int] = 0
 ) -> Batch:
-    """Rows padded on the right; `task` is the rows' index among the stage's tasks, one for all or one each."""
-    parts = collate([[row] for row in rows], pad, packing=False, device=device)
+    """Rows padded on the right; `task` is the rows' index among the stage's tasks, one for all or one each.
+
+    Raises ReproError where some rows have a picture and others none.
+    """
+    parts = collate([[row] for row in rows], pad, packing=False)
     indices = [task] * len(rows) if isinstance(task, int) else list(task)
-    return Batch(**parts, task=torch.tensor(indices, dtype=torch.int64, device=device))
+    pictures = [row.picture for row in rows if isinstance(row, Pictured)]
+    if len(pictures) not in (0, len(rows)):
+        raise ReproError("tasks with pictures and tasks without cannot be learned in one stage")
+    batch = Batch(**parts, task=torch.tensor(indices), pictures=torch.stack(pictures) if pictures else None)
+    return batch.to(device)
 
 
 def evaluate(

@@ -13,14 +13,15 @@ from epi_kernels.finetune.model import TORCH_DTYPES, quiet_libraries
 from epi_kernels.repro.characters import make_tokenizer
 from epi_kernels.repro.config import ModelSpec
 from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.pictures import PATCH, PICTURE, SIZE
 
 DTYPES = {"float32": TORCH_DTYPES["fp32"], "bfloat16": TORCH_DTYPES["bf16"]}
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(name: str | None) -> Any:
+def _tokenizer(name: str | None, sees: bool) -> Any:
     if name is None:
-        return make_tokenizer()
+        return make_tokenizer(pictures=sees)
     from transformers import AutoTokenizer
 
     try:
@@ -37,36 +38,58 @@ def _tokenizer(name: str | None) -> Any:
 
 def tokenizer_of(spec: ModelSpec) -> Any:
     """The spec's, its checkpoint's, or characters; with a chat template and a padding token. Raises ReproError."""
-    return _tokenizer(spec.tokenizer or spec.checkpoint)
+    return _tokenizer(spec.tokenizer or spec.checkpoint, spec.sees)
 
 
 def new_model(spec: ModelSpec, seed: int) -> Any:
     """Random weights from a config, for the spec's tokenizer. Raises ReproError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     assert spec.config is not None
     record, tokenizer = dict(spec.config), tokenizer_of(spec)
+    text = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     try:
         kind = record.pop("model_type")
-        config = AutoConfig.for_model(
-            kind,
-            **{"vocab_size": len(tokenizer), "use_cache": False, **record},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        if spec.sees:
+            record = _seeing(record, text, tokenizer)
+        config = AutoConfig.for_model(kind, **{**text, "use_cache": False, **record})
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype]).train()
+        return _auto(spec).from_config(config, dtype=DTYPES[spec.dtype]).train()
     except (KeyError, ValueError, TypeError) as error:
         raise ReproError(f"the model's config makes no model: {error}") from None
 
 
+def _seeing(record: dict[str, Any], text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A config whose tower makes of a picture as many embeddings as a prompt has tokens for. Raises ReproError."""
+    vision = {"image_size": SIZE, "patch_size": PATCH, **record["vision_config"]}
+    if (vision["image_size"], vision["patch_size"]) != (SIZE, PATCH):
+        raise ReproError(
+            f"the pictures have {SIZE} pixels a side and patches of {PATCH}; leave image_size and patch_size out"
+        )
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids(PICTURE),
+        **record,
+        "vision_config": vision,
+        "text_config": {**text, **record.get("text_config", {})},
+    }
+
+
 def load_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
     """The model that a run left, or a checkpoint. Raises ReproError."""
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[spec.dtype])
+        loaded: Any = _auto(spec).from_pretrained(folder, dtype=DTYPES[spec.dtype])
     except (OSError, ValueError, RuntimeError) as error:
         raise ReproError(f"{folder}: cannot be loaded ({error})") from None
     return loaded.to(device).train()
+
+
+def _auto(spec: ModelSpec) -> Any:
+    """transformers' class for models of the spec's kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if spec.sees else AutoModelForCausalLM

@@ -114,6 +114,22 @@ class DriftPlan(Strict):
     every: Count = 50  # steps between snapshots
 
 
+class Setting(Strict):
+    """Forgetting elsewhere: `sequential` once more, with what differs from the preset's own. Nothing is tuned there."""
+
+    models: dict[str, ModelSpec] | None = Field(default=None, min_length=1)
+    pretrain: Recipe | None = None
+    tasks: dict[str, TaskSpec] | None = None
+    sequential: Sequential
+
+    @model_validator(mode="after")
+    def _untuned(self) -> Setting:
+        tuned = [name for name, arm in self.sequential.arms.items() if len(arm.tries) > 1]
+        if tuned:
+            raise ValueError(f"{', '.join(tuned)}: an arm of a setting has one try")
+        return self
+
+
 class Preset(Strict):
     name: str
     tables: tuple[str, ...] = ()  # what is made where --table names none; empty: all that there are plans for
@@ -126,6 +142,8 @@ class Preset(Strict):
     imbalance: Imbalance | None = None
     sweep: Sweep | None = None
     drift: DriftPlan | None = None
+    low_resource: Setting | None = None  # little data for either task
+    vision: Setting | None = None  # a model that sees
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Preset:
@@ -145,7 +163,20 @@ class Preset(Strict):
             )
         if self.sweep and (self.sequential is None or self.sweep.of not in self.sequential.arms):
             raise ValueError(f"sweep.of {self.sweep.of!r} is no arm of sequential")
+        for setting in filter(None, (self.low_resource, self.vision)):
+            self.under(setting)
         return self
+
+    def under(self, setting: Setting) -> Preset:
+        """A preset of that setting alone. Raises ValueError where its names are not known."""
+        return Preset(
+            name=self.name,
+            seeds=self.seeds,
+            models=setting.models or self.models,
+            pretrain=setting.pretrain or self.pretrain,
+            tasks=setting.tasks or self.tasks,
+            sequential=setting.sequential,
+        )
 
     def with_seeds(self, seeds: Sequence[int]) -> Preset:
         """The same with other seeds. Raises ReproError."""

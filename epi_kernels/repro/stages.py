@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.repro.characters import pretraining_text
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches, StageProbes
+from epi_kernels.repro.evaluate import encode_task
 from epi_kernels.repro.measure import make_observers
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer, stage_bytes
 from epi_kernels.repro.methods import make_method
@@ -22,11 +24,13 @@ from epi_kernels.repro.methods.config import Full, Method
 from epi_kernels.repro.models import load_model, new_model, tokenizer_of
 from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of
 from epi_kernels.repro.stage import Stage
+from epi_kernels.repro.tasks.synthetic.pictured import captioned
 from epi_kernels.repro.train import Meters, read_progress, train
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import Result, Workshop, encoded, model_writer, scores_of
 
 TEXTS, CHARACTERS = 20_000, 48  # rows of task-free text that a base model learns from, and the length of one
+PICTURES = 10_000  # that a base model learns to see from
 
 
 def run_base(run: Base, shop: Workshop) -> Result:
@@ -36,8 +40,9 @@ def run_base(run: Base, shop: Workshop) -> Result:
     else:
         model = new_model(run.model, run.seed).to(shop.device)
     if run.recipe is not None:
+        rows = _pictures if run.model.sees else _text
         return _stage(
-            run, shop, model, run.recipe, Full(optimizer="epi"), [_text(tokenizer, run.seed)], ("text",)
+            run, shop, model, run.recipe, Full(optimizer="epi"), [rows(tokenizer, run.seed)], ("text",)
         )
     scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
     return Result(*scores, model_writer(model, tokenizer))
@@ -51,6 +56,12 @@ def _text(tokenizer: Any, seed: int) -> list[Encoded]:
         for one in pretraining_text(seed, TEXTS, CHARACTERS)
     )
     return [Encoded(ids, list(ids)) for ids in rows]
+
+
+@lru_cache(maxsize=1)
+def _pictures(tokenizer: Any, seed: int) -> list[Encoded]:
+    """What stands in them is learned."""
+    return encode_task(tokenizer, captioned(seed, PICTURES), sys.maxsize).examples
 
 
 def run_train(run: Train, shop: Workshop) -> Result:

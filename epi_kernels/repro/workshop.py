@@ -94,7 +94,8 @@ def model_writer(
     """Writes what others start from: a folder that loads with transformers, and the importance where there is one."""
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        # Under the model's own names, which cores and importance go by, whatever its family's files call them.
+        model.save_pretrained(folder, save_original_format=False)
         tokenizer.save_pretrained(folder)
         if isinstance(optimizer, MaskedEMAAdamW):
             save_isolation(optimizer, folder / ISOLATION)

@@ -15,6 +15,7 @@ from epi_kernels.repro.tables.memory import Memory
 from epi_kernels.repro.tables.mixtures import EpiMain, Main, SingleStage
 from epi_kernels.repro.tables.sensitivity import CoreRatio, Tau
 from epi_kernels.repro.tables.sequential import Changes, ForgettingRate
+from epi_kernels.repro.tables.settings import LOW_RESOURCE, VISION
 from epi_kernels.repro.tables.stability import Stability
 from epi_kernels.repro.tables.sweeps import Beta, Interval, Normalization, Ratio
 from epi_kernels.repro.tables.training import Accumulation, Schedule
@@ -42,6 +43,8 @@ _ALL: tuple[Table, ...] = (
     Stability(),
     Memory(),
     Beyond(),
+    LOW_RESOURCE,
+    VISION,
     Tuning(),
 )
 TABLES: dict[str, Table] = {table.name: table for table in _ALL}

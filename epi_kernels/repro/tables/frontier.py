@@ -74,9 +74,14 @@ def wise_runs(preset: Preset, table: str) -> list[Run]:
 
 
 class Frontier:
-    name = "frontier"
-    title = "Forgetting at the same score on the second task"
-    source = "ours; the sequential protocol is CPI-FT's section 4"
+    def __init__(
+        self,
+        name: str = "frontier",
+        title: str = "Forgetting at the same score on the second task",
+        source: str = "ours; the sequential protocol is CPI-FT's section 4",
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.title, self.source, self._notes = name, title, source, notes
 
     def runs(self, preset: Preset) -> Sequence[Run]:
         return all_adapted(preset, self.name) + wise_runs(preset, self.name)
@@ -116,6 +121,7 @@ class Frontier:
             self,
             columns,
             notes=(
+                *self._notes,
                 metrics(plans.sequential_tasks(preset)),
                 PERCENT,
                 DEFINITION,
@@ -202,7 +208,7 @@ class Frontier:
             axes.legend(frameon=False, fontsize=8)
 
         return Figure(
-            name=f"frontier-{number}",
+            name=f"{self.name}-{number}",
             caption=f"{pair_name(pair)}: what is kept of the first task against what is learned of the second,"
             f" mean ± sd over {len(preset.seeds)} seeds. Up and to the right is better.",
             draw=draw,

@@ -14,7 +14,7 @@ from epi_kernels.repro.runs import Run, Tasks, base_of, key
 from epi_kernels.repro.statistics import Frontiers, normalised_average
 from epi_kernels.repro.tables import access, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered, Table
-from epi_kernels.repro.tasks import SYNTHETIC, make_task
+from epi_kernels.repro.tasks import PICTURED, SYNTHETIC, make_task
 from epi_kernels.repro.writers.findings import scale
 from epi_kernels.scores import Comparison, Point
 
@@ -93,7 +93,7 @@ class Results:
                 None,
             )
             sizes.append(name if size is None else f"{name} ({size:,} parameters)")
-        synthetic = all(spec.kind in SYNTHETIC for spec in preset.tasks.values())
+        synthetic = all(spec.kind in SYNTHETIC | PICTURED for spec in preset.tasks.values())
         tasks = "synthetic tasks" if synthetic else f"tasks {', '.join(preset.tasks)}"
         return scale(f"preset {preset.name}: {', '.join(sizes)}; {tasks}; {len(preset.seeds)} seeds.")
 

@@ -21,6 +21,10 @@ SYNTHETIC = {
     "spans": "synthetic.spans:Spans",  # named entity recognition
     "snippets": "synthetic.snippets:Snippets",  # code generation
 }
+PICTURED = {  # of no task of the papers, which name models that see as future work
+    "shapes": "synthetic.shapes:Shapes",  # what stands at a place of a picture
+    "places": "synthetic.places:Places",  # where in a picture a thing stands
+}
 REAL = {
     "gsm8k": "gsm8k:Gsm8k",
     "codealpaca": "code:CodeAlpaca",
@@ -32,7 +36,7 @@ REAL = {
     "ner": "ner:Ner",
     "mbpp": "code:Mbpp",
 }
-KINDS = SYNTHETIC | REAL
+KINDS = SYNTHETIC | PICTURED | REAL
 
 
 def make_task(spec: TaskSpec, seed: int = 0) -> Task:

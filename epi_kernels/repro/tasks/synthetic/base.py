@@ -38,6 +38,9 @@ class Synthetic:
         """One prompt and its answer, both of `characters.ALPHABET`."""
         raise NotImplementedError
 
+    def example(self, prompt: str, answer: str, where: str) -> Example:
+        return Example((("user", prompt), ("assistant", answer)), where, raw=True)
+
     @cached_property
     def _pairs(self) -> dict[str, list[Example]]:
         """The test set is drawn first: it stays the same whatever the size of the training set."""
@@ -57,7 +60,7 @@ class Synthetic:
                     idle = 0
                     seen.add(prompt)
                     where = f"{self.kind}, {split}:{len(splits[split]) + 1}"
-                    splits[split].append(Example((("user", prompt), ("assistant", answer)), where, raw=True))
+                    splits[split].append(self.example(prompt, answer, where))
                 elif idle == DRAWS_WITHOUT_NEWS:
                     raise ReproError(
                         f"{self.kind} has about {len(seen)} different prompts: ask for fewer examples in train and test"
