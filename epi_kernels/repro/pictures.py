@@ -12,7 +12,7 @@ from epi_kernels.finetune.data import Example
 from epi_kernels.repro.errors import ReproError
 
 PICTURE = "\ufffc"  # a character of its own in a prompt, as often as the model has embeddings of the picture
-SIZE, PATCH = 24, 8  # pixels, of the synthetic tasks' pictures and of what a model sees as one
+SIZE, PATCH = 16, 8  # pixels, of the synthetic tasks' pictures and of what a model sees as one
 EMBEDDINGS = (SIZE // PATCH) ** 2
 
 

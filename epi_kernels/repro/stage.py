@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +23,18 @@ class Batch(NamedTuple):
     pictures: Tensor | None = None  # [rows, 3, height, width] uint8; None: text alone
 
     def rows(self, chosen: Tensor | slice) -> Batch:
-        return Batch(*(None if part is None else part[chosen] for part in self))
+        return self._each(lambda part: part[chosen])
 
     def to(self, device: torch.device) -> Batch:
         """On a GPU from page-locked memory, so that the copy waits for nothing."""
         if device.type != "cuda":
-            return Batch(*(None if part is None else part.to(device) for part in self))
-        return Batch(
-            *(None if part is None else part.pin_memory().to(device, non_blocking=True) for part in self)
-        )
+            return self._each(lambda part: part.to(device))
+        return self._each(lambda part: part.pin_memory().to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        pictures = None if self.pictures is None else change(self.pictures)
+        text = (self.input_ids, self.labels, self.attention_mask, self.task)
+        return Batch(*map(change, text), pictures)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Pictures of a few coloured shapes on a board of nine places, for the tasks that ask about them.
+"""Pictures of a few coloured shapes on a board of four places, for the tasks that ask about them.
 
 They stand for no task of the papers, which name multimodal settings as future work. Two kinds share what must be
 seen and differ in what is asked, so that the second can make a model forget the first.
@@ -7,7 +7,7 @@ seen and differ in what is asked, so that the second can make a model forget the
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ SHAPES = {
     "cross": "........ ...##... ...##... .######. .######. ...##... ...##... ........",
     "bars": "........ .######. ........ .######. .######. ........ .######. ........",
 }
-PLACES = list("123456789")  # in reading order
-CELL = SIZE // 3  # pixels, of a place's side
+PLACES = list("1234")  # in reading order, two rows of two
+CELL = SIZE // 2  # pixels, of a place's side
 Scene = dict[str, str]  # place -> "red box"
 
 
@@ -34,7 +34,7 @@ class Pictured(Synthetic):
     """A kind says by ``ask`` what is asked of a scene. Prompts are drawn as "scene|question"; the scene then becomes
     the picture, so that the same question of another scene is another prompt."""
 
-    things = 4
+    things = 3
 
     def ask(self, scene: Scene, place: str) -> tuple[str, str]:
         """Question and answer about one of the scene's places."""
@@ -66,12 +66,12 @@ def paint(scene: Scene) -> Tensor:
     """[3, SIZE, SIZE] uint8: black where nothing is."""
     picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     for place, thing in scene.items():
-        top, left = (CELL * at for at in divmod(PLACES.index(place), 3))
+        top, left = (CELL * at for at in divmod(PLACES.index(place), 2))
         picture[:, top : top + CELL, left : left + CELL] = _painted(thing)
     return picture
 
 
-@lru_cache(maxsize=None)
+@cache
 def _painted(thing: str) -> Tensor:
     """[3, CELL, CELL] uint8"""
     colour, shape = thing.split()

@@ -6,7 +6,7 @@ from .pictured import Pictured, Scene
 
 
 class Places(Pictured):
-    """A picture and "blue box=" -> "5"."""
+    """A picture and "blue box=" -> "3"."""
 
     kind = "places"
     max_new_tokens = 2

@@ -6,7 +6,7 @@ from .pictured import Pictured, Scene
 
 
 class Shapes(Pictured):
-    """A picture and "5=" -> "blue box"."""
+    """A picture and "3=" -> "blue box"."""
 
     kind = "shapes"
     max_new_tokens = 12
