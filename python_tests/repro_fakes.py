@@ -24,6 +24,17 @@ def recipe(**changes: Any) -> dict[str, Any]:
     return {"lr": 1e-3, "steps": 40, "batch": 8, **changes}
 
 
+def forgetting(first: str, second: str, method: dict[str, Any]) -> dict[str, Any]:
+    """A plan of one pair and one arm."""
+    pair = {"first": first, "second": second, "learn": recipe(), "adapt": recipe(steps=20)}
+    return {
+        "pairs": [pair],
+        "full_lrs": [1e-3, 1e-4],
+        "alphas": [0.5],
+        "arms": {"EPI": {"tries": [{"method": method}]}},
+    }
+
+
 def make_preset(**changes: Any) -> Preset:
     cpift = {
         "probe": recipe(steps=10),
@@ -33,6 +44,7 @@ def make_preset(**changes: Any) -> Preset:
         "ratios": [0.05],
     }
     epi = {"name": "epi", "ratio": 0.2, "interval": 10}
+    tasks = {kind: {"kind": kind} for kind in ("sums", "strings", "topics", "spans")}
     described: dict[str, Any] = {
         "name": "made-up",
         "seeds": [1, 2, 3],
@@ -41,7 +53,7 @@ def make_preset(**changes: Any) -> Preset:
             "small": {"config": {"model_type": "qwen2"}},
         },
         "pretrain": recipe(steps=100),
-        "tasks": {kind: {"kind": kind} for kind in ("sums", "strings", "topics", "spans")},
+        "tasks": tasks,
         "sequential": {
             "pairs": [
                 {"first": "sums", "second": "strings", "learn": recipe(), "adapt": recipe(steps=20)},
@@ -85,6 +97,12 @@ def make_preset(**changes: Any) -> Preset:
             "clips": [1.0, None],
         },
         "drift": {"tasks": ["sums", "topics"], "recipe": recipe(), "ratios": [0.01, 0.1], "every": 20},
+        "low_resource": {"tasks": tasks, "sequential": forgetting("sums", "strings", epi)},
+        "vision": {
+            "models": {"sees": {"config": {"model_type": "llava", "vision_config": {}}}},
+            "tasks": {kind: {"kind": kind} for kind in ("shapes", "places")},
+            "sequential": forgetting("shapes", "places", epi),
+        },
     }
     return Preset.model_validate(described | changes)
 

@@ -14,6 +14,8 @@ from epi_kernels.repro.writers import csv_text, markdown
 from epi_kernels.repro.writers.plots import drawn
 from python_tests.repro_fakes import FULL_MARK, fake_task, make_preset, manifests
 
+BESIDE = ("mixture", "imbalance", "sweep", "drift", "low_resource", "vision")  # plans beside `sequential`
+
 
 @pytest.fixture(autouse=True)
 def tasks(monkeypatch):
@@ -73,7 +75,7 @@ def test_a_run_that_is_missing_is_named(name, preset):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_preset_without_the_plan_is_refused(name):
-    empty = make_preset(sequential=None, mixture=None, imbalance=None, sweep=None, drift=None)
+    empty = make_preset(sequential=None, **dict.fromkeys(BESIDE))
     with pytest.raises(access.NoPlan, match=f"--table {name}: preset made-up has no "):
         TABLES[name].runs(empty)
     assert tables_of(empty) == []
@@ -81,7 +83,7 @@ def test_a_preset_without_the_plan_is_refused(name):
 
 def test_tables_of_a_preset_are_those_it_has_plans_for(preset):
     assert tables_of(preset) == list(TABLES)
-    some = tables_of(make_preset(mixture=None, imbalance=None, sweep=None, drift=None))
+    some = tables_of(make_preset(**dict.fromkeys(BESIDE)))
     assert some == [
         "frontier", "cpift-2", "epi-forgetting", "epi-static-dynamic", "stability", "memory", "beyond", "tuning"
     ]  # fmt: skip
@@ -115,7 +117,8 @@ def test_all_the_data_is_one_run_whichever_task_is_cut(preset):
 def test_all_runs_of_a_model_start_from_one_base(preset):
     runs = [run for table in TABLES.values() for run in table.runs(preset)]
     bases = {key(one) for run in runs for one in ancestry(run) if one.kind == "base"}
-    assert bases == {key(plans.base(preset, model)) for model in preset.models}
+    seeing = plans.base(preset.under(preset.vision))
+    assert bases == {key(seeing), *(key(plans.base(preset, model)) for model in preset.models)}
 
 
 def test_stages_divide_the_budget_to_the_last_step(preset):

@@ -33,8 +33,8 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         pictures = None if self.pictures is None else change(self.pictures)
-        text = (self.input_ids, self.labels, self.attention_mask, self.task)
-        return Batch(*map(change, text), pictures)
+        ids, labels, mask, task = map(change, self[:4])
+        return Batch(ids, labels, mask, task, pictures)
 
 
 @dataclass
