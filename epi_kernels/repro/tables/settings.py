@@ -57,5 +57,5 @@ VISION = Elsewhere(
     "vision",
     "Forgetting of a model that sees",
     "A vision tower, a projector and a language model, all of random weights at first; the base model has learned to"
-    " list what stands in a picture. All three are trained, isolated and counted alike.",
+    " say what stands where in a picture. All three are trained, isolated and counted alike.",
 )
