@@ -6,6 +6,7 @@ from what they saved.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from epi_kernels.demo.pool import start_worker, tick
+from epi_kernels.repro.config import Recipe, TaskSpec
 from epi_kernels.repro.execute import execute
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, parents
@@ -60,10 +62,21 @@ class Plan:
 
 def steps_of(run: Run) -> int:
     """Training steps, for the progress bar, as far as they are known before; 1 where there are none."""
-    recipes = [run.recipe] if isinstance(run, (Base, Train)) else []
+    if isinstance(run, Base):
+        return (run.recipe.steps if run.recipe else None) or 1
+    if isinstance(run, Train):
+        return _steps(run.recipe, run.tasks, run.sampled)
     if isinstance(run, CpiFt):
-        recipes = [run.stage, run.consolidation]
-    return sum(recipe.steps or 0 for recipe in recipes if recipe is not None) or 1
+        return _steps(run.stage, run.tasks, 1.0) + _steps(run.consolidation, run.tasks, run.share)
+    return 1
+
+
+def _steps(recipe: Recipe, tasks: Sequence[TaskSpec], share: float) -> int:
+    """Epochs are counted in steps where the tasks say how many examples they have."""
+    if recipe.steps is not None:
+        return recipe.steps
+    examples = sum(share * task.share * (task.train or 0) for task in tasks)
+    return max(1, math.ceil((recipe.epochs or 0) * examples / recipe.batch))
 
 
 @dataclass
