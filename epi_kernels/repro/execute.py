@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _execute(run: Run, shop: Workshop) -> Manifest:
         key=key(run),
         run=run,
         seed=run.seed,
-        commit=provenance.git(Path(__file__).parent, "rev-parse", "--short=10", "HEAD"),
+        **_source(),
         versions=provenance.versions(*PACKAGES),
         machine=provenance.machine() | _gpu(shop.device),
         finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -91,6 +92,17 @@ def _cpift(run: CpiFt, shop: Workshop) -> Result:
 
 def _nothing(folder: Path) -> None:
     """The weights are those of the last of its runs."""
+
+
+@lru_cache(maxsize=1)
+def _source() -> dict[str, Any]:
+    """Of the package, as this process began with it."""
+    package = Path(__file__).parents[1]
+    changed = provenance.git(package, "status", "--porcelain", "--", ".")
+    return {
+        "commit": provenance.git(package, "rev-parse", "--short=10", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+    }
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
