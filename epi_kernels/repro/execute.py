@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from epi_kernels import provenance
+from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro import cpift
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
@@ -23,33 +25,40 @@ PACKAGES = ("torch", "transformers", "numpy", "peft")
 
 
 def execute(run: Run, shop: Workshop) -> Manifest:
-    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there.
+    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there. A call of all ranks.
 
     Raises:
-        ReproError: what a user can mend; finished runs are kept.
+        UserError: what a user can mend (of one rank: ReproError); finished runs are kept.
         Stopped: the time limit; the run goes on from where it was.
     """
+    with contextlib.ExitStack() as claimed:
+        found = shop.ranks.first_does(_claim, run, shop, claimed)
+        return _execute(run, shop) if found is None else found
+
+
+def _claim(run: Run, shop: Workshop, claimed: contextlib.ExitStack) -> Manifest | None:
+    """The manifest of a run that is there; else others wait for it until `claimed` ends."""
     shop.store.folder.mkdir(parents=True, exist_ok=True)
-    with shop.store.claim(run):
-        if shop.store.finished(run, with_weights=key(run) in shop.keep):
-            manifest = shop.store.manifest(run)
-            assert manifest is not None
-            return manifest
-        return _execute(run, shop)
+    claimed.enter_context(shop.store.claim(run))
+    return shop.store.manifest(run) if shop.store.finished(run, with_weights=key(run) in shop.keep) else None
 
 
 def _execute(run: Run, shop: Workshop) -> Manifest:
     started = time.perf_counter()
     result = _make(run, shop)
+    return shop.ranks.first_does(_write, run, shop, result, time.perf_counter() - started)
+
+
+def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest:
     manifest = Manifest(
         key=key(run),
         run=run,
         seed=run.seed,
         **_source(),
         versions=provenance.versions(*PACKAGES),
-        machine=provenance.machine() | _gpu(shop.device),
+        machine=provenance.machine() | _gpu(shop.device) | _ranks(shop.ranks),
         finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=round(seconds, 2),
         scores=result.scores,
         losses=result.losses,
         **result.facts,
@@ -103,6 +112,10 @@ def _source() -> dict[str, Any]:
         "commit": provenance.git(package, "rev-parse", "--short=10", "HEAD"),
         "dirty": None if changed is None else bool(changed),
     }
+
+
+def _ranks(ranks: Ranks) -> dict[str, Any]:
+    return {"ranks": ranks.size} if ranks.size > 1 else {}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
