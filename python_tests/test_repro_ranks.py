@@ -1,0 +1,324 @@
+"""`epi-kernels reproduce` on several ranks, real processes over gloo: one process's runs, by any number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  once, before the ranks are forked
+import yaml
+from safetensors.torch import load_file
+
+import epi_kernels.repro.methods.lora  # noqa: F401
+from epi_kernels.finetune.ranks import Ranks
+from epi_kernels.optim import exchange
+from epi_kernels.reference import bits
+from epi_kernels.repro import command as reproduce
+from epi_kernels.repro import workshop
+from epi_kernels.repro.characters import make_tokenizer
+from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.evaluate import evaluate
+from epi_kernels.repro.execute import ensure, execute
+from epi_kernels.repro.methods import config as configs
+from epi_kernels.repro.methods.base import Running
+from epi_kernels.repro.runs import Train, ancestry, key
+from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
+from epi_kernels.repro.sweep import Plan, sweep
+from epi_kernels.repro.train import Limits, Stopped
+from epi_kernels.repro.workshop import Workshop
+from python_tests.rank_runs import Ended, Patch, run, started
+from python_tests.ranks import Failed, on_ranks, outcomes
+from python_tests.repro_runs import MODEL, RECIPE, STRINGS, SUMS, cpift, first, halfway, second
+from python_tests.test_repro_evaluate import Planted, make_model, raw
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+UNEVEN = RECIPE.model_copy(update={"batch": 7})  # 2 ranks have 4 and 3 rows of a step
+MANY = RECIPE.model_copy(update={"batch": 9, "accumulation": 3})  # one process has 3 micro-batches, ranks 2
+
+
+def mixture(method) -> Train:
+    return Train(
+        before=first(), tasks=(SUMS, STRINGS), evaluate=(SUMS,), recipe=MANY, method=method, seed=1,
+        observe=("conflict:every=2",),
+    )  # fmt: skip
+
+
+EPI = second(recipe=UNEVEN, observe=("stability:window=1",))
+LEAVES = [
+    halfway(EPI),  # so that its weights, importance and masks are kept
+    mixture(configs.PcGrad()),
+    second(configs.PcGrad(share=0.3), recipe=MANY),
+    second(configs.Ewc(strength=1.0), recipe=MANY),
+    second(configs.Replay(share=0.3), recipe=MANY),
+    second(configs.Lora(rank=2), recipe=UNEVEN),
+    cpift(tau=0.0),
+]
+
+
+def make(rank: int, n_ranks: int, folder: Path) -> int:
+    """Runs that a sweep made."""
+    ranks = Ranks(rank, n_ranks, rank)
+    return sweep(Plan.of(LEAVES), Store(folder), device=CPU, workers=1, ranks=ranks).finished
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, with one thread as the ranks have."""
+    folder = tmp_path_factory.mktemp("alone")
+    on_ranks(1, make, 1, folder)
+    return folder
+
+
+def manifests(folder: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob(f"*/{MANIFEST}")}
+
+
+def assert_one_process(folder: Path, alone: Path) -> None:
+    """Gradients were added in another order: nearly the same numbers, and the same files."""
+    mine, theirs = manifests(folder), manifests(alone)
+    assert mine.keys() == theirs.keys()
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {
+        str(path.relative_to(alone)) for path in alone.rglob("*")
+    }
+    for name, wanted in theirs.items():
+        assert mine[name]["scores"] == pytest.approx(wanted["scores"])
+        assert mine[name]["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+        assert mine[name]["notes"] == wanted["notes"]
+        assert_close(mine[name]["series"], wanted["series"])
+        assert mine[name]["bytes"] is None or (
+            mine[name]["bytes"]["optimizer"] == wanted["bytes"]["optimizer"]
+        )
+
+
+def assert_close(mine, theirs) -> None:
+    """Plain JSON, numbers within rounding."""
+    if isinstance(theirs, dict):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            assert_close(mine[name], theirs[name])
+    elif isinstance(theirs, list):
+        assert len(mine) == len(theirs)
+        for pair in zip(mine, theirs):
+            assert_close(*pair)
+    elif isinstance(theirs, float):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    else:
+        assert mine == theirs
+
+
+def test_ranks_make_the_runs_of_one_process(alone, tmp_path):
+    counts = on_ranks(2, make, 2, tmp_path)
+    plan = Plan.of(LEAVES)
+    assert counts == [len(plan.runs)] * 2 and set(plan.runs) < manifests(alone).keys()  # CPI-FT's own too
+    assert_one_process(tmp_path, alone)
+    assert {one["machine"].get("ranks") for one in manifests(tmp_path).values()} == {2}
+    assert {one["machine"].get("ranks") for one in manifests(alone).values()} == {None}
+    assert_same_masks(tmp_path, alone, key(EPI))
+    assert on_ranks(2, make, 2, tmp_path) == [0, 0]
+
+
+def assert_same_masks(folder: Path, alone: Path, name: str) -> None:
+    weights = [load_file(one / name / "model.safetensors") for one in (folder, alone)]
+    for tensor, value in weights[1].items():
+        torch.testing.assert_close(weights[0][tensor], value, rtol=1e-4, atol=1e-5)
+    saved = [exchange.read(one / name / ISOLATION).parameters for one in (folder, alone)]
+    differing = isolated = elements = 0
+    for tensor, wanted in saved[1].items():
+        masks = [one[tensor].masks["isolation_mask"] for one in saved]
+        mask, other = (bits.unpack(one, 8 * one.numel()) for one in masks)
+        differing, isolated = differing + int((mask != other).sum()), isolated + int(other.sum())
+        elements += wanted.shape.numel()
+        torch.testing.assert_close(saved[0][tensor].importance, wanted.importance, rtol=1e-3, atol=1e-9)
+    assert isolated > 500 and differing <= 1e-4 * elements
+
+
+# ---------------------------------------------------------------- stopped, and gone on with
+
+
+def stopped(rank: int, n_ranks: int, folder: Path, slow: int) -> bool:
+    """EPI, whose time is over on rank `slow` alone when three steps are done."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done == 3 and rank == slow:
+            limits.deadline = time.time()
+
+    limits = Limits(tick=tick)
+    keep = frozenset(map(key, ancestry(halfway(EPI))))
+    shop = Workshop(Store(folder), CPU, Limits(), keep, Ranks(rank, n_ranks))
+    ensure(EPI.before, shop)
+    with pytest.raises(Stopped):
+        execute(EPI, Workshop(shop.store, CPU, limits, keep, shop.ranks))
+    return done == 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_a_stopped_run_goes_on_with_any_number_of_ranks(alone, tmp_path, before, after):
+    assert on_ranks(before, stopped, before, tmp_path, before - 1) == [True] * before
+    saved = torch.load(Store(tmp_path).progress(EPI), weights_only=True)
+    assert saved["step"] == 3 and Store(tmp_path).manifest(EPI) is None
+    on_ranks(after, finish, after, tmp_path)
+    mine, wanted = (manifests(one)[key(EPI)] for one in (tmp_path, alone))
+    assert mine["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    assert_close(mine["series"], wanted["series"])
+    assert_same_masks(tmp_path, alone, key(EPI))
+
+
+def finish(rank: int, n_ranks: int, folder: Path) -> None:
+    plan = Plan.of([halfway(EPI)])
+    sweep(plan, Store(folder), device=CPU, workers=1, ranks=Ranks(rank, n_ranks))
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class Recording(Planted):
+    """Says what it was given to score, and how often."""
+
+    def __init__(self, examples):
+        super().__init__(examples, exact=False)
+        self.calls = []
+
+    def score(self, answers, examples):
+        self.calls.append(list(answers))
+        return super().score(answers, examples)
+
+
+def evaluated(rank: int, n_ranks: int, count: int) -> tuple:
+    examples = [raw("abcdefg"[: 1 + at % 7], "abc"[: 1 + at % 3]) for at in range(count)]
+    task = Recording(examples)
+    found = evaluate(
+        make_model().eval(), make_tokenizer(), task, examples, CPU, 4, ranks=Ranks(rank, n_ranks)
+    )
+    return found, task.calls
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_answers_are_gathered_in_order_and_scored_once(count):
+    (((score, loss), (answers,)),) = on_ranks(1, evaluated, 1, count)
+    one, other = on_ranks(2, evaluated, 2, count)
+    assert one == ((score, pytest.approx(loss, rel=1e-5)), [answers]) and len(answers) == count
+    assert count == 1 or len(set(answers)) > 1
+    assert other[0] == one[0] and other[1] == []
+
+
+# ---------------------------------------------------------------- the command
+
+
+def preset(folder: Path) -> Path:
+    described = {
+        "name": "tiny",
+        "seeds": [1, 2],
+        "models": {"llama": MODEL.model_dump(exclude_none=True)},
+        "tasks": {one.kind: one.model_dump(exclude_none=True) for one in (SUMS, STRINGS)},
+        "drift": {
+            "tasks": ["sums", "strings"],
+            "recipe": {"lr": 1e-2, "steps": 4, "batch": 6},
+            "ratios": [0.1],
+            "every": 2,
+        },
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(described))
+    return path
+
+
+def given(folder: Path, *more) -> list:
+    return ["--preset", preset(folder), "--table", "drift", "--out", folder / "out", *more]
+
+
+def on(n_ranks: int, *arguments, prepare=None) -> list[Ended]:
+    return started(n_ranks, *arguments, prepare=prepare, module=reproduce)
+
+
+def broken(_):
+    def make_task(spec, seed):
+        raise ReproError(f"task {spec.kind}: not on this machine")
+
+    return make_task
+
+
+def test_the_first_rank_alone_speaks_and_an_error_of_another_ends_all(tmp_path):
+    assert [one.status for one in on(2, *given(tmp_path, "--workers", 2))] == [2, 2]
+    one, other = on(2, *given(tmp_path), prepare=Patch(1, workshop, "make_task", broken))
+    assert (one.status, other.status, other.err) == (2, 2, "")
+    assert one.err.endswith("epi-kernels reproduce: rank 1: task strings: not on this machine\n")
+    assert manifests(tmp_path / "out" / "runs") == {}
+    one, other = on(2, *given(tmp_path))
+    assert (one.status, other.status, other.out, other.err) == (0, 0, "", ""), one.err
+    assert "The page: " in one.out and (tmp_path / "out" / "index.html").is_file()
+    assert len(manifests(tmp_path / "out" / "runs")) == 3
+
+
+def bug(step):
+    def stepped(self, index):
+        if index == 2:
+            raise RuntimeError("a bug")
+        return step(self, index)
+
+    return stepped
+
+
+def alone_refused(step):
+    def stepped(self, index):
+        if index == 2:
+            raise ReproError("this rank's")
+        return step(self, index)
+
+    return stepped
+
+
+@pytest.mark.parametrize("makes", [bug, alone_refused])
+def test_a_rank_that_breaks_in_a_step_leaves_no_other_waiting(tmp_path, makes):
+    began = time.monotonic()
+    both = outcomes(2, run, given(tmp_path), Patch(1, Running, "step", makes), reproduce)
+    assert time.monotonic() - began < 30 and all(isinstance(one, Failed) for one in both)
+    assert both[1].kind == ("RuntimeError" if makes is bug else "SystemExit")
+    (base,) = manifests(tmp_path / "out" / "runs").values()
+    assert base["run"]["kind"] == "base"
+
+
+def drifts(step):
+    def stepped(self, index):
+        step(self, index)
+        self.optimizer.param_groups[0]["params"][0].data += 1
+
+    return stepped
+
+
+def test_ranks_whose_weights_part_or_whose_arguments_differ_are_refused(tmp_path):
+    one, other = on(2, *given(tmp_path), prepare=Patch(1, Running, "step", drifts))
+    assert (one.status, other.status, other.err) == (1, 1, "")
+    assert "the ranks differ in weights: the stage's are no longer those of one run at its end" in one.err
+    one, other = on(2, *given(tmp_path), prepare=Patch(1, reproduce, "_chosen", seeds))
+    assert one.status == 1 and "the ranks differ in the runs" in one.err
+
+
+def seeds(chosen):
+    def other(args):
+        found, names = chosen(args)
+        return found.with_seeds([7]), names
+
+    return other
+
+
+def test_torchrun_stopped_by_a_time_limit_and_gone_on_with_by_one_process(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("TRITON_INTERPRET", None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*torchrun, "-m", "epi_kernels", "reproduce", *given(tmp_path, "--time-limit", 1e-3)]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stopped at the time limit: 3 of 3 runs are left") == 1
+    assert on(1, *given(tmp_path, "--workers", 1))[0].status == 0
