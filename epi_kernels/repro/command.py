@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes of one thread each (the cores; 1 on a GPU, and under torchrun)",
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun or accelerate launch: weights, gradients and optimizer states lie over the ranks (FSDP2)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
 
@@ -82,7 +87,12 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     plan = ranks.together(_plan, preset, names)
     store = Store(args.out / "runs")
     ranks.refuse_differences(
-        {"--out": str(args.out), "--time-limit": args.time_limit, "the runs": list(plan.runs)},
+        {
+            "--out": str(args.out),
+            "--time-limit": args.time_limit,
+            "--fsdp": args.fsdp,
+            "the runs": list(plan.runs),
+        },
         "give all the same arguments, presets and version of epi-kernels",
     )
     missing = ranks.first_does(plan.missing, store)
@@ -101,7 +111,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         with _bar(plan, missing) as bar:
             outcome = sweep(
                 plan, store, device=_torch_device(device), workers=workers, time_limit_s=args.time_limit,
-                progress=bar, ranks=ranks,
+                progress=bar, ranks=ranks, fsdp=args.fsdp,
             )  # fmt: skip
     if outcome is not None and outcome.left:
         print(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from epi_kernels import provenance
-from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro import cpift
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
@@ -56,7 +55,7 @@ def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest
         seed=run.seed,
         **_source(),
         versions=provenance.versions(*PACKAGES),
-        machine=provenance.machine() | _gpu(shop.device) | _ranks(shop.ranks),
+        machine=provenance.machine() | _gpu(shop.device) | _ranks(shop),
         finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         seconds=round(seconds, 2),
         scores=result.scores,
@@ -114,8 +113,8 @@ def _source() -> dict[str, Any]:
     }
 
 
-def _ranks(ranks: Ranks) -> dict[str, Any]:
-    return {"ranks": ranks.size} if ranks.size > 1 else {}
+def _ranks(shop: Workshop) -> dict[str, Any]:
+    return {"ranks": shop.ranks.size, "fsdp": shop.fsdp} if shop.ranks.size > 1 else {}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

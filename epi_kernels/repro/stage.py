@@ -46,6 +46,7 @@ class Stage:
     batch: Batch | None = None  # of the step under way (all micro-batches)
     method: Any = field(default=None)  # methods.base.Running
     ranks: Ranks = field(default_factory=Ranks)  # each takes its part of every step's rows
+    sharded: bool = False  # each has a part of the weights, gradients and states too
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -10,12 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from epi_kernels.distributed.shards import local
 from epi_kernels.finetune.chat import Encoded
+from epi_kernels.finetune.fsdp import shard
 from epi_kernels.finetune.model import pad_id, weights_fingerprint
 from epi_kernels.isolation import freeze, sample_stage
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.exchange import save_isolation
+from epi_kernels.repro import sharded
 from epi_kernels.repro.characters import pretraining_text
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches, StageProbes
@@ -24,7 +26,7 @@ from epi_kernels.repro.measure.cost import PeakMemory, StepTimer, stage_bytes
 from epi_kernels.repro.methods import make_method
 from epi_kernels.repro.methods.config import Full, Method
 from epi_kernels.repro.models import load_model, new_model, tokenizer_of
-from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of
+from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of, key
 from epi_kernels.repro.stage import Stage
 from epi_kernels.repro.train import Meters, read_progress, train
 from epi_kernels.repro.weights import core_of
@@ -44,9 +46,17 @@ def run_base(run: Base, shop: Workshop) -> Result:
 
 def _begin_base(run: Base, shop: Workshop) -> tuple[Any, Any]:
     tokenizer = tokenizer_of(run.model)
+    model = _before(run, shop)
+    return tokenizer, model if run.recipe is not None else model.to(shop.device)
+
+
+def _before(run: Base | Train, shop: Workshop) -> Any:
+    """The model before a stage."""
+    if isinstance(run, Train):
+        return load_model(shop.store.weights(run.before), base_of(run).model, shop.loads_to)
     if run.model.checkpoint is not None:
-        return tokenizer, load_model(shop.store.weights(run), run.model, shop.device)
-    return tokenizer, new_model(run.model, run.seed).to(shop.device)
+        return load_model(shop.store.weights(run), run.model, shop.loads_to)
+    return new_model(run.model, run.seed).to(shop.loads_to)
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +102,7 @@ def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
         tagged = [[(at, one) for one in part] for at, part in enumerate(examples)]
         chosen = sample_stage(tagged, range(len(tagged)), run.sampled, run.seed)
         examples = [[one for at, one in chosen if at == task] for task in range(len(parts))]
-    model = load_model(shop.store.weights(run.before), spec, shop.device)
+    model = _before(run, shop)
     held_out = [
         encoded(tokenizer, task, run.seed, run.recipe.max_length, "test").examples for task in run.tasks
     ]
@@ -118,7 +128,7 @@ def _stage(
     tokenizer, ranks = tokenizer_of(base_of(run).model), shop.ranks
     stage = Stage(
         model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=examples.kinds,
-        replayed=examples.replayed, ranks=ranks,
+        replayed=examples.replayed, ranks=ranks, sharded=shop.sharded,
     )  # fmt: skip
     cores: list[Path] = []
     if isinstance(run, Train):
@@ -135,19 +145,29 @@ def _stage(
         )
     progress = shop.store.progress(run)
     saved = ranks.together(read_progress, progress)
+    if stage.sharded:
+        if saved:
+            model.load_state_dict(saved["model"])
+        shard(model, ranks, str(shop.device))
     with PeakMemory(shop.device, at_least=saved["peak"] if saved else 0) as peak:
         batches, observers = ranks.together(_set_up, stage, run, method, examples, cores, pad_id(tokenizer))
         meters = Meters(StepTimer(shop.device), peak, observers)
         kept = train(stage, batches, meters, shop.limits, progress)
+    isolation = None
+    if stage.sharded:
+        kept = sharded.gather(kept, ranks.together(_before, run, shop)).to(shop.device)
+        if key(run) in shop.keep and isinstance(stage.optimizer, MaskedEMAAdamW):
+            isolation = shop.store.folder / f"{key(run)}.isolation"
+            save_isolation(stage.optimizer, isolation)
     scores = scores_of(kept, tokenizer, run.evaluate, run.seed, shop)
     return Result(
         *scores,
-        model_writer(kept, tokenizer, stage.optimizer),
+        model_writer(kept, tokenizer, stage.optimizer, isolation),
         {
             "bytes": stage_bytes(stage, peak),
             "time": meters.timer.result(),
             "series": {name: observer.record() for name, observer in observers.items()},
-            "notes": {"steps": stage.steps, "isolated": _isolated(stage.optimizer)},
+            "notes": {"steps": stage.steps, "isolated": _isolated(stage)},
         },
     )
 
@@ -168,12 +188,14 @@ def _set_up(
     return batches, make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
 
 
-def _isolated(optimizer: torch.optim.Optimizer) -> int:
-    """Elements, when the stage ended."""
+def _isolated(stage: Stage) -> int:
+    """Elements, when the stage ended. A call of all ranks."""
+    optimizer = stage.optimizer
     if not isinstance(optimizer, MaskedEMAAdamW):
         return 0
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return sum(int(optimizer.isolation_mask(param).sum()) for param in params)
+    found = sum(int(local(optimizer.isolation_mask(param)).sum()) for param in params)
+    return int(stage.ranks.sums([found])[0]) if stage.sharded else found
 
 
 def _replayed(run: Train, tokenizer: Any) -> list[Encoded]:

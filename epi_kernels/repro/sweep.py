@@ -22,6 +22,7 @@ import torch
 
 from epi_kernels.demo.pool import start_worker, tick
 from epi_kernels.finetune.ranks import Ranks
+from epi_kernels.repro import sharded
 from epi_kernels.repro.config import Recipe, TaskSpec
 from epi_kernels.repro.execute import execute
 from epi_kernels.repro.manifest import Manifest
@@ -100,11 +101,12 @@ def sweep(
     time_limit_s: float | None = None,
     progress: Any = None,
     ranks: Ranks | None = None,
+    fsdp: bool = False,
 ) -> Outcome:
     """Makes what is missing, as far as the time goes.
 
     `progress`: a tqdm bar in training steps; None shows nothing. `ranks`: make every run together; then it is a call of
-    all of them, with one worker, and `store` is one folder that all see.
+    all of them, with one worker, and `store` is one folder that all see. `fsdp`: with the stages sharded over them.
 
     Raises:
         UserError: a run failed for a reason that a user can mend (of one rank: ReproError); finished runs are kept.
@@ -114,7 +116,9 @@ def sweep(
     deadline = started + time_limit_s if time_limit_s is not None else None
     with contextlib.ExitStack() as locked:
         missing = ranks.first_does(_begin, plan, store, locked)
-        job = _Job(store.folder, str(device), deadline, plan.keep, ranks)
+        if fsdp and ranks.size > 1:
+            ranks.together(sharded.refuse, [plan.runs[name] for name in missing])
+        job = _Job(store.folder, str(device), deadline, plan.keep, ranks, fsdp)
         make = _alone if workers == 1 else partial(_together, workers=workers)
         done = make(job, plan, missing, progress=progress)
     return Outcome(done, len(missing) - done, time.time() - started)
@@ -133,10 +137,13 @@ class _Job:
     deadline: float | None
     keep: frozenset[str]
     ranks: Ranks
+    fsdp: bool
 
     def shop(self, on_step: Any) -> Workshop:
         limits = Limits(self.deadline, tick=on_step)
-        return Workshop(Store(self.folder), torch.device(self.device), limits, self.keep, self.ranks)
+        return Workshop(
+            Store(self.folder), torch.device(self.device), limits, self.keep, self.ranks, self.fsdp
+        )
 
     def is_over(self) -> bool:
         """For all ranks alike."""

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from epi_kernels.demo.train import schedule
+from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.files import whole
 from epi_kernels.finetune.chat import IGNORE
+from epi_kernels.finetune.fsdp import laid_out, whole_state, whole_weights
 from epi_kernels.finetune.model import weights_fingerprint
 from epi_kernels.finetune.train import step_seed
+from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches
 from epi_kernels.repro.measure import Observer
@@ -72,7 +75,7 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
         due = ranks.highest(_due(limits, saved))  # all ranks stop before the same step
         if due:
             refuse_drift(stage, f"before step {step + 1}")
-            ranks.first_does(_save, stage, meters, step, progress)
+            _save(stage, meters, step, progress)
             saved = time.monotonic()
         if due == STOP:
             raise Stopped
@@ -84,10 +87,10 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
             stage.optimizer.zero_grad()
             stage.loss = _backward(stage, stage.batch)
             method.gather()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if recipe.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, recipe.clip, norm)
-            stage.grad_norm = float(norm)
+            stage.grad_norm = float(norm.full_tensor() if is_sharded(norm) else norm)
         for observer in observers:
             observer.before_step(stage, step)
         with timer.update():
@@ -107,7 +110,7 @@ def _due(limits: Limits, saved: float) -> int:
 
 def refuse_drift(stage: Stage, when: str) -> None:
     """Raises UserError, on every rank, when their weights are not the same."""
-    if stage.ranks.size > 1:
+    if stage.ranks.size > 1 and not stage.sharded:
         stage.ranks.refuse_differences(
             {"weights": weights_fingerprint(stage.model)},
             f"the stage's are no longer those of one run {when}; finished runs are kept",
@@ -120,11 +123,14 @@ def _backward(stage: Stage, batch: Batch) -> float:
     size = len(batch.input_ids) // stage.recipe.accumulation
     total = max(1, _answer_tokens(batch))
     loss, own = 0.0, batch.rows(slice(stage.ranks.rank, None, stage.ranks.size))
-    for at in range(0, len(own.input_ids), size):
+    most = -(-len(batch.input_ids) // stage.ranks.size)  # rows of a rank
+    for at in range(0, most, size):
         part = own.rows(slice(at, at + size))
         weight = _answer_tokens(part) / total
         if weight:
             loss += weight * stage.method.backward(part, weight)
+        elif stage.sharded:
+            stage.method.idle(batch.rows(slice(0, 1)))
     return stage.ranks.sums([loss])[0]
 
 
@@ -138,10 +144,19 @@ def read_progress(path: Path) -> dict[str, Any] | None:
 
 
 def _save(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
+    """As one process has it, whatever the ranks. A call of all of them."""
+    model = whole_weights(stage.model, stage.ranks) if stage.sharded else stage.model.state_dict()
+    optimizer = whole_state(stage.optimizer, stage.ranks)
+    stage.ranks.first_does(_write, stage, meters, step, progress, model, optimizer)
+
+
+def _write(
+    stage: Stage, meters: Meters, step: int, progress: Path, model: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
     state = {
         "step": step,
-        "model": stage.model.state_dict(),
-        "optimizer": stage.optimizer.state_dict(),
+        "model": model,
+        "optimizer": optimizer,
         "method": stage.method.state_dict(),
         "observers": {name: observer.state_dict() for name, observer in meters.observers.items()},
         "timer": meters.timer.state_dict(),
@@ -156,8 +171,11 @@ def _load(stage: Stage, meters: Meters, progress: Path) -> int:
     state = read_progress(progress)
     if state is None:
         return 0
-    stage.model.load_state_dict(state["model"])
-    stage.optimizer.load_state_dict(state["optimizer"])
+    if not stage.sharded:  # its weights were loaded before they were cut
+        stage.model.load_state_dict(state["model"])
+    in_parts = stage.sharded and not isinstance(stage.optimizer, MaskedEMAAdamW)
+    optimizer = state["optimizer"]
+    stage.optimizer.load_state_dict(laid_out(optimizer, stage.optimizer) if in_parts else optimizer)
     stage.method.load_state_dict(state["method"])
     for name, observer in meters.observers.items():
         observer.load_state_dict(state["observers"][name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,6 +37,16 @@ class Workshop:
     limits: Limits = field(default_factory=Limits)
     keep: frozenset[str] = frozenset()  # keys of the runs whose weights others start from
     ranks: Ranks = field(default_factory=Ranks)
+    fsdp: bool = False  # stages are sharded over the ranks while they train
+
+    @property
+    def sharded(self) -> bool:
+        return self.fsdp and self.ranks.size > 1
+
+    @property
+    def loads_to(self) -> torch.device:
+        """Where a model lies before its stage: one that is to be sharded need not fit the device with its states."""
+        return torch.device("cpu") if self.sharded else self.device
 
 
 @dataclass
@@ -91,14 +102,17 @@ def scores_of(
 
 
 def model_writer(
-    model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer | None = None
+    model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer | None = None, isolation: Path | None = None
 ) -> Callable[[Path], None]:
-    """Writes what others start from: a folder that loads with transformers, and the importance where there is one."""
+    """Writes what others start from: a folder that loads with transformers, and the importance where there is one, of
+    `optimizer` or from a file that is there and goes."""
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if isinstance(optimizer, MaskedEMAAdamW):
+        if isolation is not None:
+            shutil.move(isolation, folder / ISOLATION)
+        elif isinstance(optimizer, MaskedEMAAdamW):
             save_isolation(optimizer, folder / ISOLATION)
 
     return write

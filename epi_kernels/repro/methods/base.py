@@ -45,9 +45,15 @@ class Running:
         (loss * weight).backward()
         return float(loss.detach())
 
+    def idle(self, batch: Batch) -> None:
+        """Passes that add zero, when other ranks' passes ask for this one's weights."""
+        logits = self.stage.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        (0.0 * logits[:, 0].float().sum()).backward()
+
     def gather(self) -> None:
         """After a step's last micro-batch: gradients become the sums over the ranks, and penalties are added."""
-        self.stage.ranks.add_gradients(parameters(self.optimizer))
+        if not self.stage.sharded:  # FSDP2 has done it
+            self.stage.ranks.add_gradients(parameters(self.optimizer))
 
     def step(self, step: int) -> None:
         """The update; `step` counts from 0."""
