@@ -1,6 +1,7 @@
 """The loop of one stage: the same for every method, stopped and continued to the bit.
 
-On several ranks each takes its part of every step's rows; the gradients' sum is one process's gradient.
+On several ranks each takes its part of every step's rows; the gradients' sum is one process's gradient. Dropout is drawn
+from the seed, the step and the rank: it needs no saved generator, and alone differs with the number of ranks.
 """
 
 from __future__ import annotations
