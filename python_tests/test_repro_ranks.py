@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,29 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  once, before the ranks are forked
-import yaml
 from safetensors.torch import load_file
 
 import epi_kernels.repro.methods.lora  # noqa: F401
 from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.optim import exchange
 from epi_kernels.reference import bits
-from epi_kernels.repro import command as reproduce
-from epi_kernels.repro import workshop
 from epi_kernels.repro.characters import make_tokenizer
-from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.evaluate import evaluate
 from epi_kernels.repro.execute import ensure, execute
 from epi_kernels.repro.methods import config as configs
-from epi_kernels.repro.methods.base import Running
 from epi_kernels.repro.runs import Train, ancestry, key
-from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
+from epi_kernels.repro.store import ISOLATION, Store
 from epi_kernels.repro.sweep import Plan, sweep
 from epi_kernels.repro.train import Limits, Stopped
 from epi_kernels.repro.workshop import Workshop
-from python_tests.rank_runs import Ended, Patch, run, started
-from python_tests.ranks import Failed, on_ranks, outcomes
-from python_tests.repro_runs import MODEL, RECIPE, STRINGS, SUMS, cpift, first, halfway, second
+from python_tests.ranks import on_ranks, outcomes
+from python_tests.repro_runs import RECIPE, STRINGS, SUMS, cpift, first, halfway, manifests, second
 from python_tests.test_repro_evaluate import Planted, make_model, raw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,10 +77,6 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     on_ranks(1, make, 1, folder, LEAVES)
     return folder
-
-
-def manifests(folder: Path) -> dict[str, dict]:
-    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob(f"*/{MANIFEST}")}
 
 
 def assert_one_process(folder: Path, alone: Path) -> None:
@@ -242,116 +228,3 @@ def test_answers_are_gathered_in_order_and_scored_once(count):
     assert one == ((score, pytest.approx(loss, rel=1e-5)), [answers]) and len(answers) == count
     assert count == 1 or len(set(answers)) > 1
     assert other[0] == one[0] and other[1] == []
-
-
-# ---------------------------------------------------------------- the command
-
-
-def preset(folder: Path) -> Path:
-    described = {
-        "name": "tiny",
-        "seeds": [1, 2],
-        "models": {"llama": MODEL.model_dump(exclude_none=True)},
-        "tasks": {one.kind: one.model_dump(exclude_none=True) for one in (SUMS, STRINGS)},
-        "drift": {
-            "tasks": ["sums", "strings"],
-            "recipe": {"lr": 1e-2, "steps": 4, "batch": 6},
-            "ratios": [0.1],
-            "every": 2,
-        },
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(described))
-    return path
-
-
-def given(folder: Path, *more) -> list:
-    return ["--preset", preset(folder), "--table", "drift", "--out", folder / "out", *more]
-
-
-def on(n_ranks: int, *arguments, prepare=None) -> list[Ended]:
-    return started(n_ranks, *arguments, prepare=prepare, module=reproduce)
-
-
-def broken(_):
-    def make_task(spec, seed):
-        raise ReproError(f"task {spec.kind}: not on this machine")
-
-    return make_task
-
-
-def test_the_first_rank_alone_speaks_and_an_error_of_another_ends_all(tmp_path):
-    assert [one.status for one in on(2, *given(tmp_path, "--workers", 2))] == [2, 2]
-    one, other = on(2, *given(tmp_path), prepare=Patch(1, workshop, "make_task", broken))
-    assert (one.status, other.status, other.err) == (2, 2, "")
-    assert one.err.endswith("epi-kernels reproduce: rank 1: task strings: not on this machine\n")
-    assert manifests(tmp_path / "out" / "runs") == {}
-    one, other = on(2, *given(tmp_path))
-    assert (one.status, other.status, other.out, other.err) == (0, 0, "", ""), one.err
-    assert "The page: " in one.out and (tmp_path / "out" / "index.html").is_file()
-    assert len(manifests(tmp_path / "out" / "runs")) == 3
-
-
-def bug(step):
-    def stepped(self, index):
-        if index == 2:
-            raise RuntimeError("a bug")
-        return step(self, index)
-
-    return stepped
-
-
-def alone_refused(step):
-    def stepped(self, index):
-        if index == 2:
-            raise ReproError("this rank's")
-        return step(self, index)
-
-    return stepped
-
-
-@pytest.mark.parametrize("makes", [bug, alone_refused])
-def test_a_rank_that_breaks_in_a_step_leaves_no_other_waiting(tmp_path, makes):
-    began = time.monotonic()
-    both = outcomes(2, run, given(tmp_path), Patch(1, Running, "step", makes), reproduce)
-    assert time.monotonic() - began < 30 and all(isinstance(one, Failed) for one in both)
-    assert both[1].kind == ("RuntimeError" if makes is bug else "SystemExit")
-    (base,) = manifests(tmp_path / "out" / "runs").values()
-    assert base["run"]["kind"] == "base"
-
-
-def drifts(step):
-    def stepped(self, index):
-        step(self, index)
-        self.optimizer.param_groups[0]["params"][0].data += 1
-
-    return stepped
-
-
-def test_ranks_whose_weights_part_or_whose_arguments_differ_are_refused(tmp_path):
-    one, other = on(2, *given(tmp_path), prepare=Patch(1, Running, "step", drifts))
-    assert (one.status, other.status, other.err) == (1, 1, "")
-    assert "the ranks differ in weights: the stage's are no longer those of one run at its end" in one.err
-    one, other = on(2, *given(tmp_path), prepare=Patch(1, reproduce, "_chosen", seeds))
-    assert one.status == 1 and "the ranks differ in the runs" in one.err
-
-
-def seeds(chosen):
-    def other(args):
-        found, names = chosen(args)
-        return found.with_seeds([7]), names
-
-    return other
-
-
-def test_torchrun_stopped_by_a_time_limit_and_gone_on_with_by_one_process(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.pop("TRITON_INTERPRET", None)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, "-m", "epi_kernels", "reproduce", *given(tmp_path, "--time-limit", 1e-3)]
-    done = subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("stopped at the time limit: 3 of 3 runs are left") == 1
-    assert on(1, *given(tmp_path, "--workers", 1))[0].status == 0
