@@ -390,7 +390,9 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: its state does not fit it.
         """
-        entry, state = entry_of(param, self.param_groups), self.state.get(param, {})
+        entry = entry_of(param, self.param_groups)
+        self._adopt_state()
+        state = self.state.get(param, {})
         check_state(entry, state)
         return master_weight(param, state)
 
@@ -451,5 +453,6 @@ class MaskedEMAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_in_a_step("a copy")
+        self._adopt_state()
         self._settle()
         return super().__getstate__() | {name: self.__dict__[name] for name in _COPIED}

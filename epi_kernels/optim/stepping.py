@@ -94,7 +94,8 @@ def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
 
 
 def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
-    """Hands the state of parameters that others have taken the place of to their successors, by position.
+    """Hands the state of parameters that others have taken the place of to their successors, by position. State of
+    parameters that have only changed places stays theirs.
 
     Raises:
         RuntimeError: they are of another number or shape.
@@ -104,11 +105,14 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     if found == given.ids:
         return
     given.check(optimizer.param_groups)
-    held = {id(param): param for param in optimizer.state}  # which outlive their place in a group
+    here = set(found)
+    gone = {
+        id(param): param for param in optimizer.state if id(param) not in here
+    }  # these outlive their places
     moved = {}
     for entry, number in zip(optimizer._parameters(), given.ids, strict=True):
-        old = held.get(number)
-        if old is not None and old is not entry.param and optimizer.state.get(old):
+        old = gone.get(number)
+        if old is not None and optimizer.state.get(old) and not optimizer.state.get(entry.param):
             moved[old] = (
                 entry,
                 load_param_state(
@@ -118,7 +122,7 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     for old, (entry, state) in moved.items():
         del optimizer.state[old]
         optimizer.state[entry.param] = state
-    given.ids = found
+    given.replace(params)
 
 
 def plan_of(
