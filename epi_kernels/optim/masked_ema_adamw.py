@@ -305,8 +305,11 @@ class MaskedEMAAdamW(Optimizer):
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
         self._refuse_in_a_step("refresh_isolation_mask()")
         self._settle()
-        now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
-        table = stepping.layers_of(self, now)
+        opened = stepping.open_refresh(
+            self, lambda: schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
+        )
+        assert opened is not None, "asked for by hand"
+        now, table = opened
         stats = StatsByDevice(len(table.names), now)
         return stepping.refresh_masks(self, table, stats, now, covered=set(), due=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -37,12 +37,13 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
         return
     if optimizer._captured.graphs:  # which may have been replayed since
         optimizer._settle()
-    may_refresh, now = optimizer._refresh_may_follow(), None
+    may_refresh, opened = optimizer._refresh_may_follow(), None
     if may_refresh:
         optimizer._settle()
         found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
-        now = None if found_inf else schedules.due_settings(config, first_group)
-    table = None if now is None else layers_of(optimizer, now)
+        if not found_inf:
+            opened = open_refresh(optimizer, lambda: schedules.due_settings(config, first_group))
+    now, table = opened or (None, None)
     plan = plan_of(optimizer, params, grads, written=grad_scale is not None, alike=alike)
     if found_inf is not None and (may_refresh or not plan.counts_on_device):
         optimizer._settle()
@@ -148,13 +149,24 @@ def plan_of(
     return plan
 
 
-def layers_of(optimizer: MaskedEMAAdamW, now: IsolationConfig) -> LayerTable:
-    """The layers of a refresh with the numbers in ``now``; what it may refuse is refused here."""
+def open_refresh(
+    optimizer: MaskedEMAAdamW, ask: Callable[[], IsolationConfig | None]
+) -> tuple[IsolationConfig, LayerTable] | None:
+    """The numbers of a refresh, which ``ask`` gives, and its layers; None where it gives none, on all ranks. What a
+    refresh may refuse is refused here, and heard by all ranks."""
     entries = list(optimizer._parameters())
     join_ranks(optimizer, [entry.param for entry in entries])
-    check_before_refresh(entries, optimizer.state)
+    now, refused = None, None
+    try:
+        now = ask()
+        if now is None:
+            return None
+        check_before_refresh(entries, optimizer.state)
+    except Exception as error:  # a user's function raises what it likes
+        refused = error
+    now = optimizer._config if now is None else now
     step, device = optimizer._isolation_step, optimizer._device()
-    return find_layers(entries, now, optimizer._world, step, device)
+    return now, find_layers(entries, now, optimizer._world, step, device, refused)
 
 
 def refresh_masks(
