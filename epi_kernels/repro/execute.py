@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,40 @@ PACKAGES = ("torch", "transformers", "numpy", "peft")
 
 
 def execute(run: Run, shop: Workshop) -> Manifest:
-    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there.
+    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there. A call of all ranks.
 
     Raises:
-        ReproError: what a user can mend; finished runs are kept.
+        UserError: what a user can mend (of one rank: ReproError); finished runs are kept.
         Stopped: the time limit; the run goes on from where it was.
     """
+    with contextlib.ExitStack() as claimed:
+        found = shop.ranks.first_does(_claim, run, shop, claimed)
+        return _execute(run, shop) if found is None else found
+
+
+def _claim(run: Run, shop: Workshop, claimed: contextlib.ExitStack) -> Manifest | None:
+    """The manifest of a run that is there; else others wait for it until `claimed` ends."""
     shop.store.folder.mkdir(parents=True, exist_ok=True)
-    with shop.store.claim(run):
-        if shop.store.finished(run, with_weights=key(run) in shop.keep):
-            manifest = shop.store.manifest(run)
-            assert manifest is not None
-            return manifest
-        return _execute(run, shop)
+    claimed.enter_context(shop.store.claim(run))
+    return shop.store.manifest(run) if shop.store.finished(run, with_weights=key(run) in shop.keep) else None
 
 
 def _execute(run: Run, shop: Workshop) -> Manifest:
     started = time.perf_counter()
     result = _make(run, shop)
+    return shop.ranks.first_does(_write, run, shop, result, time.perf_counter() - started)
+
+
+def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest:
     manifest = Manifest(
         key=key(run),
         run=run,
         seed=run.seed,
-        commit=provenance.git(Path(__file__).parent, "rev-parse", "--short=10", "HEAD"),
+        **_source(),
         versions=provenance.versions(*PACKAGES),
-        machine=provenance.machine() | _gpu(shop.device),
+        machine=provenance.machine() | _gpu(shop.device) | _ranks(shop),
         finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=round(seconds, 2),
         scores=result.scores,
         losses=result.losses,
         **result.facts,
@@ -91,6 +100,21 @@ def _cpift(run: CpiFt, shop: Workshop) -> Result:
 
 def _nothing(folder: Path) -> None:
     """The weights are those of the last of its runs."""
+
+
+@lru_cache(maxsize=1)
+def _source() -> dict[str, Any]:
+    """Of the package, as this process began with it."""
+    package = Path(__file__).parents[1]
+    changed = provenance.git(package, "status", "--porcelain", "--", ".")
+    return {
+        "commit": provenance.git(package, "rev-parse", "--short=10", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+    }
+
+
+def _ranks(shop: Workshop) -> dict[str, Any]:
+    return {"ranks": shop.ranks.size, "fsdp": shop.fsdp} if shop.ranks.size > 1 else {}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A method under way. The loop in `train` calls it; a method overrides what it does differently.
 
-for each step:  zero_grad -> backward(micro-batch) ... -> clip -> step
+for each step:  zero_grad -> backward(micro-batch) ... -> gather -> clip -> step
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from epi_kernels.repro.stage import Batch, Stage
+
+from .selection import parameters
 
 
 def logits_of(model: Any, batch: Batch, **options: Any) -> torch.Tensor:
@@ -46,10 +48,21 @@ class Running:
         raise NotImplementedError
 
     def backward(self, batch: Batch, weight: float) -> torch.Tensor:
-        """Adds `weight` times the gradient of the loss; returns the loss, 0-d, without penalties or graph."""
+        """Adds `weight` times the gradient of the loss; returns the loss, 0-d, without penalties or graph. A step's
+        weights add up to 1 over all ranks."""
         loss = token_loss(self.stage.model, batch)
         (loss * weight).backward()
         return loss.detach()
+
+    def idle(self, batch: Batch) -> None:
+        """Passes that add zero, when other ranks' passes ask for this one's weights."""
+        logits = logits_of(self.stage.model, batch)
+        (0.0 * logits[:, 0].float().sum()).backward()
+
+    def gather(self) -> None:
+        """After a step's last micro-batch: gradients become the sums over the ranks, and penalties are added."""
+        if not self.stage.sharded:  # FSDP2 has done it
+            self.stage.ranks.add_gradients(parameters(self.optimizer))
 
     def step(self, step: int) -> None:
         """The update; `step` counts from 0."""
