@@ -8,7 +8,7 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
                                    from real optimizers, here and now), gpu-status and
                                    reproduce-medium-status (bench.status)
 
-<!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from REPRODUCED (epi_kernels.repro.readme)
+<!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from the bundles in REPRODUCED (epi_kernels.repro.readme)
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from epi_kernels.repro import readme as repro_readme
 from epi_kernels.repro.output import render
 
 README = results.ROOT / "README.md"
-REPRODUCED = "reproduce-small.json"  # of `make reproduce`: its results.json, committed
+# words of the README's markers -> bundle of manifests (a sweep's results.json, committed)
+REPRODUCED = {
+    "reproduce": "reproduce-small.json",
+    "reproduce-tuning": "reproduce-small-tuning.json",
+    "reproduce-search": "reproduce-beyond-search.json",
+    "reproduce-beyond": "reproduce-beyond.json",
+}
 
 # ---------------------------------------------------------------- cpu
 
@@ -233,11 +239,11 @@ def main(argv: list[str] | None = None) -> int:
         "side-by-side": lambda: side_by_side_table.text(args.results),
         "reproduce-medium-status": lambda: medium_status(args.results),
     }
-    reproduced = args.results / REPRODUCED
     old = args.readme.read_text()
     new = rewrite(old, SECTIONS | measured)
     stale = plots.stale(args.readme.parent, args.results)
-    stale += repro_readme.stale(args.readme, reproduced, render)
+    for tool, file in REPRODUCED.items():
+        stale += repro_readme.stale(args.readme, args.results / file, render, tool)
     if new == old and not stale:
         print(f"{args.readme.name} and its plots are up to date")
         return 0
@@ -250,8 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     if new != old:
         args.readme.write_text(new)
         print(f"{args.readme.name}: tables rewritten")
-    for name in repro_readme.write_readme(args.readme, reproduced, render):
-        print(f"{name}: made anew")
+    for tool, file in REPRODUCED.items():
+        for name in repro_readme.write_readme(args.readme, args.results / file, render, tool):
+            print(f"{name}: made anew")
     return 0
 
 

@@ -25,12 +25,12 @@ NOTHING = "Not measured yet: `make reproduce`."
 Render = Callable[[Preset, Manifests, Sequence[str]], Sequence[Rendered]]  # the tables of these names
 
 
-def write_readme(readme: Path, results: Path, render: Render) -> list[str]:
+def write_readme(readme: Path, results: Path, render: Render, tool: str = TOOL) -> list[str]:
     """Rewrites the blocks and draws the figures they show; returns what changed, by path below the README's folder.
 
-    ``results``: a bundle; where there is none the blocks say so. Raises ReproError, ValueError (markers), OSError.
+    ``results``: a bundle; where there is none the blocks say so. ``tool``: the word that its markers begin with. Raises ReproError, ValueError (markers), OSError.
     """
-    old, new, pictures, data = _made(readme, results, render)
+    old, new, pictures, data = _made(readme, results, render, tool)
     changed = []
     for path, figure in pictures.items():
         if not shows(readme.parent / path, data):
@@ -42,22 +42,24 @@ def write_readme(readme: Path, results: Path, render: Render) -> list[str]:
     return changed
 
 
-def stale(readme: Path, results: Path, render: Render) -> list[str]:
+def stale(readme: Path, results: Path, render: Render, tool: str = TOOL) -> list[str]:
     """What `write_readme` would change; writes nothing."""
-    old, new, pictures, data = _made(readme, results, render)
+    old, new, pictures, data = _made(readme, results, render, tool)
     outdated = [path.as_posix() for path in pictures if not shows(readme.parent / path, data)]
     return outdated + ([readme.name] if new != old else [])
 
 
-def _made(readme: Path, results: Path, render: Render) -> tuple[str, str, dict[Path, Figure], str]:
+def _made(readme: Path, results: Path, render: Render, tool: str) -> tuple[str, str, dict[Path, Figure], str]:
     """The README as it is and as it should be, the figures that it should show, and the digest of the data."""
     old = readme.read_text(encoding="utf-8")
     if not results.exists():
-        names = ["", *re.findall(rf"<!-- {TOOL}:begin ([\w-]+) -->", old)]
-        return old, rewrite_blocks(old, TOOL, dict.fromkeys(names, lambda: NOTHING)), {}, ""
+        names = ["", *re.findall(rf"<!-- {tool}:begin ([\w-]+) -->", old)]
+        return old, rewrite_blocks(old, tool, dict.fromkeys(names, lambda: NOTHING)), {}, ""
     found = read_bundle(results)
     tables = render(found.preset, found.manifests, found.tables)
-    paths = {figure.name: PLOTS / f"{figure.name}.png" for one in tables for figure in one.figures}
+    paths = {
+        figure.name: PLOTS.parent / tool / f"{figure.name}.png" for one in tables for figure in one.figures
+    }
     images = {name: path.as_posix() for name, path in paths.items()}
     makers: dict[str, Callable[[], str]] = {
         "provenance": lambda: provenance(found),
@@ -67,7 +69,7 @@ def _made(readme: Path, results: Path, render: Render) -> tuple[str, str, dict[P
     makers[""] = lambda: "\n\n".join(
         [provenance(found), findings(*tables), *(markdown(one, "###", images).strip() for one in tables)]
     )
-    new = rewrite_blocks(old, TOOL, makers)
+    new = rewrite_blocks(old, tool, makers)
     figures = {paths[figure.name]: figure for one in tables for figure in one.figures}
     return (
         old,
