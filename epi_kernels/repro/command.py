@@ -77,6 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     tables = [TABLES[name] for name in chosen]
     plan = Plan.of(run for table in tables for run in table.runs(preset))
     store = Store(args.out / "runs")
+    plan.manifests(store)  # one of another version is named now, not when everything else is done
     missing = plan.missing(store)
     print(
         f"{preset.name}: {len(chosen)} tables from {len(plan.runs)} runs, {len(missing)} of them to be made",
@@ -105,7 +106,12 @@ def _run(args: argparse.Namespace) -> int:
     command = f"epi-kernels reproduce --preset {args.preset}" + (
         f" --table {' '.join(args.table)}" if args.table else ""
     )
-    output.write(args.out, preset, chosen, plan.manifests(store), command)
+    try:
+        output.write(args.out, preset, chosen, plan.manifests(store), command)
+    except OSError as error:
+        raise ReproError(
+            f"{args.out}: cannot be written ({error}); the runs are kept: run the same command again"
+        ) from None
     print(f"The page: {args.out / output.PAGE}   Tables: {args.out / output.TABLES_FOLDER}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 
 from epi_kernels import provenance
+from epi_kernels.finetune.checkpoint import DiskFull, is_disk_full
+from epi_kernels.finetune.errors import UserError
 from epi_kernels.repro import cpift
+from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
 from epi_kernels.repro.stages import run_base, run_train
 from epi_kernels.repro.weights import run_fuse, run_interpolate
 from epi_kernels.repro.workshop import Result, Workshop
 
+KEPT = "finished runs are kept"
 PACKAGES = ("torch", "transformers", "numpy", "peft")
 
 
@@ -34,10 +39,40 @@ def execute(run: Run, shop: Workshop) -> Manifest:
             manifest = shop.store.manifest(run)
             assert manifest is not None
             return manifest
-        return _execute(run, shop)
+        try:
+            return _execute(run, shop)
+        except torch.OutOfMemoryError as error:
+            raise ReproError(f"{_told(run)}: the device's memory is too small ({error}); {KEPT}") from None
+        except (
+            UserError
+        ) as error:  # a chat template that refuses an example, checkpoints that do not fit together
+            raise ReproError(f"{_told(run)}: {error}; {KEPT}") from None
+        except DiskFull as error:
+            raise ReproError(f"{_told(run)}: {error}; {KEPT}") from None
+        except (OSError, RuntimeError) as error:  # torch.save's own are RuntimeErrors
+            if not is_disk_full(error, shop.store.folder):
+                raise
+            raise ReproError(
+                f"{_told(run)}: no space left on the disk of {shop.store.folder}; {KEPT}: make room and run the same"
+                " command again"
+            ) from None
+
+
+def _told(run: Run) -> str:
+    method = f" by {run.method.name}" if isinstance(run, Train) else ""
+    on = f" on {', '.join(task.kind for task in run.tasks)}" if isinstance(run, Train | CpiFt) else ""
+    return f"run {key(run)} ({run.kind}{method}{on}, seed {run.seed})"
+
+
+def _free(device: torch.device) -> None:
+    """A stage and its method refer to each other: the model of the run before is there until it is looked for."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _execute(run: Run, shop: Workshop) -> Manifest:
+    _free(shop.device)
     started = time.perf_counter()
     result = _make(run, shop)
     manifest = Manifest(

@@ -15,6 +15,7 @@ from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.repro.characters import pretraining_text
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches, StageProbes
+from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.measure import make_observers
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer, stage_bytes
 from epi_kernels.repro.methods import make_method
@@ -22,7 +23,8 @@ from epi_kernels.repro.methods.config import Full, Method
 from epi_kernels.repro.models import load_model, new_model, tokenizer_of
 from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of
 from epi_kernels.repro.stage import Stage
-from epi_kernels.repro.train import Meters, read_progress, train
+from epi_kernels.repro.store import local_checkpoint
+from epi_kernels.repro.train import Meters, read_progress, save_progress, train
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import Result, Workshop, encoded, model_writer, scores_of
 
@@ -32,7 +34,7 @@ TEXTS, CHARACTERS = 20_000, 48  # rows of task-free text that a base model learn
 def run_base(run: Base, shop: Workshop) -> Result:
     tokenizer = tokenizer_of(run.model)
     if run.model.checkpoint is not None:
-        model = load_model(shop.store.weights(run), run.model, shop.device)
+        model = load_model(local_checkpoint(run.model.checkpoint), run.model, shop.device)
     else:
         model = new_model(run.model, run.seed).to(shop.device)
     if run.recipe is not None:
@@ -96,9 +98,9 @@ def _stage(
         stage.origin = _origin(run.before, shop)
         stage.replayed = _replayed(run, tokenizer)
     progress = shop.store.progress(run)
-    saved = read_progress(progress)
+    at_least = (read_progress(progress) or {"peak": 0})["peak"]
     pad = pad_id(tokenizer)
-    with PeakMemory(shop.device, at_least=saved["peak"] if saved else 0) as peak:
+    with PeakMemory(shop.device, at_least) as peak:
         stage.method = make_method(method, stage)
         batches = Batches(
             examples, recipe.batch, run.seed, pad, replayed=stage.replayed, replay=stage.method.replay
@@ -109,8 +111,14 @@ def _stage(
         probes = StageProbes(batches, held_out or examples, pad, shop.device)
         observers = make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
         meters = Meters(StepTimer(shop.device), peak, observers)
+        trained = stage.model
         kept = train(stage, batches, meters, shop.limits, progress)
-    scores = scores_of(kept, tokenizer, run.evaluate, run.seed, shop)
+    try:
+        scores = scores_of(kept, tokenizer, run.evaluate, run.seed, shop)
+    except ReproError:  # a judge that is down
+        if kept is trained:  # adapters are merged by now: such a run goes on from what was saved last
+            save_progress(stage, meters, stage.steps, progress)
+        raise
     return Result(
         *scores,
         model_writer(kept, tokenizer, stage.optimizer),

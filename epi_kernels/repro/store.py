@@ -17,10 +17,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from epi_kernels.finetune.checkpoint import DiskFull, write_directory
+from epi_kernels.finetune.checkpoint import write_directory
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
-from epi_kernels.repro.runs import Base, Run, key
+from epi_kernels.repro.runs import Run, key
 
 MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
 
@@ -50,9 +50,8 @@ class Store:
             ) from None
 
     def weights(self, run: Run) -> Path:
-        """The folder that holds the model after a run: a checkpoint that was only evaluated stays where it was."""
-        if isinstance(run, Base) and run.model.checkpoint is not None and run.recipe is None:
-            return _local(run.model.checkpoint)
+        """The folder that holds the model after a run. A checkpoint is copied there as it was loaded: cores are taken from
+        what training began with, in its dtype and by its names."""
         return self.at(run)
 
     def finished(self, run: Run, *, with_weights: bool) -> bool:
@@ -62,19 +61,14 @@ class Store:
         return not with_weights or any(self.weights(run).glob("*.safetensors"))
 
     def write(self, run: Run, manifest: Manifest, write_model: Callable[[Path], None] | None) -> None:
-        """The folder of a finished run, whole or not at all; then its progress is gone. Raises ReproError."""
+        """The folder of a finished run, whole or not at all; then its progress is gone. Raises DiskFull."""
 
         def write(folder: Path) -> None:
             if write_model is not None:
                 write_model(folder)
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-        try:
-            write_directory(self.at(run), write)
-        except DiskFull as error:
-            raise ReproError(
-                f"{error}; finished runs are kept: make room and run the same command again"
-            ) from None
+        write_directory(self.at(run), write)
         self.progress(run).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -89,8 +83,12 @@ class Store:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One sweep at a time. Raises ReproError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            opened = open(self.folder / "lock", "w")
+        except OSError as error:
+            raise ReproError(f"{self.folder}: cannot be written ({error})") from None
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -100,7 +98,8 @@ class Store:
             yield
 
 
-def _local(checkpoint: str) -> Path:
+def local_checkpoint(checkpoint: str) -> Path:
+    """A folder, or what the hub has under the name, downloaded once. Raises ReproError."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return path
@@ -108,7 +107,11 @@ def _local(checkpoint: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(checkpoint, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"])
+            snapshot_download(
+                checkpoint,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights in other formats
+            )
         )
     except Exception as error:  # the hub's own errors, of many kinds
         raise ReproError(f"model {checkpoint}: no such folder, and the hub gave none ({error})") from None

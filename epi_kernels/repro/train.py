@@ -20,6 +20,9 @@ from epi_kernels.repro.measure.cost import PeakMemory, StepTimer
 from epi_kernels.repro.stage import Batch, Stage
 
 
+SAVING = 10  # a 7B model's weights and states are tens of gigabytes: writing them takes a tenth of the time at most
+
+
 class Stopped(Exception):
     """The time limit was reached; the run goes on from what was saved."""
 
@@ -29,7 +32,7 @@ class Limits:
     """When a run must stop, and how it says that it goes on."""
 
     deadline: float | None = None  # time.time()
-    save_every_s: float = 120.0
+    save_every_s: float = 120.0  # or SAVING times as long as a save took, if that is more
     tick: Callable[[], None] = lambda: None  # after every step
 
 
@@ -59,12 +62,14 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
     keep. Raises Stopped, after it has saved."""
     recipe, method, timer, observers = stage.recipe, stage.method, meters.timer, meters.observers.values()
     parameters = [param for group in stage.optimizer.param_groups for param in group["params"]]
-    first, saved = _load(stage, meters, progress), time.monotonic()
+    first, saved, pause = _load(stage, meters, progress), time.monotonic(), limits.save_every_s
     for step in range(first, stage.steps):
         is_over = limits.deadline is not None and time.time() >= limits.deadline
-        if is_over or time.monotonic() - saved >= limits.save_every_s:
-            _save(stage, meters, step, progress)
+        if is_over or time.monotonic() - saved >= pause:
+            began = time.monotonic()
+            save_progress(stage, meters, step, progress)
             saved = time.monotonic()
+            pause = max(limits.save_every_s, SAVING * (saved - began))
         if is_over:
             raise Stopped
         with timer.gradient():
@@ -105,11 +110,12 @@ def _answer_tokens(batch: Batch) -> int:
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:
-    """What a stopped run saved; None where there is nothing."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    """What a stopped run saved; None where there is nothing. Its tensors are read from the file when they are used."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.is_file() else None
 
 
-def _save(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
+def save_progress(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
+    """Everything from which `train` goes on at `step`."""
     state = {
         "step": step,
         "model": stage.model.state_dict(),

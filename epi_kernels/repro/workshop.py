@@ -22,7 +22,7 @@ from epi_kernels.repro.tasks import Task, make_task
 from epi_kernels.repro.tasks.chat import Judged
 from epi_kernels.repro.train import Limits
 
-EVALUATION_ROWS = 200  # of a forward pass
+EVALUATION_ROWS = 200  # of a forward pass, at most: `evaluate.portions`
 RATINGS = "ratings.jsonl"  # in the store: what a judge said is never asked again
 
 

@@ -11,6 +11,9 @@ from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.repro.stage import Stage
 
 
+STATE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+
+
 def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
     """(name, parameter) pairs of what trains; biases and norms have no weight decay."""
     return named_parameter_groups(stage.model, weight_decay=stage.recipe.weight_decay)
@@ -23,7 +26,9 @@ def torch_adamw(stage: Stage) -> torch.optim.AdamW:
 
 
 def masked_adamw(stage: Stage, *, isolation_ratio: Any = 0.0, **options: Any) -> MaskedEMAAdamW:
-    """Ratio 0, the default: no mask but those that are installed."""
+    """Ratio 0, the default: no mask but those that are installed. States are of the recipe's dtype, unless `options`
+    say otherwise."""
+    options.setdefault("state_dtype", STATE_DTYPES[stage.recipe.state_dtype])
     return MaskedEMAAdamW(
         parameter_groups(stage),
         lr=stage.recipe.lr,

@@ -35,10 +35,18 @@ def reason(preset: Preset, tasks: Tasks) -> str | None:
     other_tasks = [spec.kind for spec in tasks if not same_task(spec)]
     parts = []
     if other_models:
-        parts.append(f"{', '.join(other_models)}: not a model of the paper")
+        parts.append(f"{', '.join(other_models)}: no row in the paper")
     if other_tasks:
         parts.append(f"{', '.join(other_tasks)}: not the paper's data, or not by its metric")
     return "; ".join(parts) or None
+
+
+def models_note(preset: Preset) -> tuple[str, ...]:
+    """Which checkpoints stand under the names; nothing where there are none."""
+    named = [
+        f"{name}: {spec.checkpoint}" for name, spec in preset.models.items() if spec.checkpoint is not None
+    ]
+    return (f"Checkpoints. {'; '.join(named)}. {printed.INCONSISTENCIES['names']}",) if named else ()
 
 
 def not_comparable(preset: Preset, tasks: Tasks, prints: str) -> tuple[str, ...]:
