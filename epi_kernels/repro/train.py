@@ -19,7 +19,6 @@ from epi_kernels.repro.measure import Observer
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer
 from epi_kernels.repro.stage import Batch, Stage
 
-
 SAVING = 10  # a 7B model's weights and states are tens of gigabytes: writing them takes a tenth of the time at most
 
 

@@ -10,7 +10,6 @@ from epi_kernels.integrations.groups import named_parameter_groups
 from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.repro.stage import Stage
 
-
 STATE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 
 
