@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the preset's")
+    parser.add_argument(
+        "--without", nargs="+", metavar="ARM", help="leave arms out: those that the device has no room for"
+    )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes of one thread each (the cores; 1 on a GPU)"
     )
@@ -61,6 +65,8 @@ def _run(args: argparse.Namespace) -> int:
     preset = load_preset(args.preset)
     if args.seeds:
         preset = preset.with_seeds(args.seeds)
+    if args.without:
+        preset = preset.without(args.without)
     known = tables_of(preset)
     if args.list:
         for name, table in TABLES.items():
@@ -106,6 +112,8 @@ def _run(args: argparse.Namespace) -> int:
     command = f"epi-kernels reproduce --preset {args.preset}" + (
         f" --table {' '.join(args.table)}" if args.table else ""
     )
+    if args.without:
+        command += f" --without {shlex.join(args.without)}"
     try:
         output.write(args.out, preset, chosen, plan.manifests(store), command)
     except OSError as error:

@@ -42,7 +42,9 @@ def execute(run: Run, shop: Workshop) -> Manifest:
         try:
             return _execute(run, shop)
         except torch.OutOfMemoryError as error:
-            raise ReproError(f"{_told(run)}: the device's memory is too small ({error}); {KEPT}") from None
+            raise ReproError(
+                f"{_told(run)}: the device's memory is too small ({error}); {KEPT}: leave the arm out by --without, or make accumulation larger in the preset"
+            ) from None
         except (
             UserError
         ) as error:  # a chat template that refuses an example, checkpoints that do not fit together

@@ -119,14 +119,19 @@ def _stage(
         if kept is trained:  # adapters are merged by now: such a run goes on from what was saved last
             save_progress(stage, meters, stage.steps, progress)
         raise
+    plain = isinstance(method, Full) and method.optimizer == "torch"  # nobody takes importance from it
     return Result(
         *scores,
-        model_writer(kept, tokenizer, stage.optimizer),
+        model_writer(kept, tokenizer, None if plain else stage.optimizer),
         {
             "bytes": stage_bytes(stage, peak),
             "time": meters.timer.result(),
             "series": {name: observer.record() for name, observer in observers.items()},
-            "notes": {"steps": stage.steps, "isolated": _isolated(stage.optimizer)},
+            "notes": {
+                "optimizer": type(stage.optimizer).__name__,
+                "steps": stage.steps,
+                "isolated": _isolated(stage.optimizer),
+            },
         },
     )
 

@@ -18,7 +18,7 @@ from epi_kernels.repro.stage import Batch, Stage
 from . import config as configs
 from .base import Running
 from .carried import carried_importance
-from .optimizers import torch_adamw
+from .optimizers import adamw
 from .selection import named
 
 
@@ -36,7 +36,7 @@ class _Pull(Running):
         return None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch_adamw(self.stage)
+        return adamw(self.stage)
 
     def backward(self, batch: Batch, weight: float) -> float:
         loss = super().backward(batch, weight)

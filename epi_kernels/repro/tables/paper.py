@@ -11,6 +11,12 @@ from epi_kernels.repro.runs import Tasks
 
 NAMES = {printed.FULL: "full SFT", printed.CPIFT: "CPI-FT", "epi": "EPI"}  # of printed rows
 
+ROUNDING = (
+    "Weights are bfloat16: full SFT and the methods that are AdamW otherwise are stepped by MaskedEMAAdamW at ratio 0, which"
+    " rounds stochastically as it does under a mask; rounding to nearest would lose most of their steps. EPI as published"
+    " and MoFO round to nearest."
+)
+
 
 def listed(values: Mapping[str, float]) -> str:
     """Printed numbers by method, in a line."""
@@ -18,9 +24,14 @@ def listed(values: Mapping[str, float]) -> str:
 
 
 def same_task(spec: TaskSpec) -> bool:
-    """The paper's data in full, by the paper's metric: a judged task with a judge."""
+    """The paper's data in full, by the paper's metric: a judged task with a judge.
+
+    How many answers were judged is not stated, and the judged data sets have no test split in the paper: there `test` may
+    say how many.
+    """
     judged = printed.FULL_MARKS.get(spec.kind) == printed.JUDGED[1]
-    whole = spec.share == 1 and spec.train is None and spec.test is None and spec.harness == "own"
+    whole = spec.share == 1 and spec.train is None and spec.harness == "own"
+    whole = whole and (spec.test is None or judged)
     return spec.kind in printed.TASKS and whole and (spec.judge is not None or not judged)
 
 
@@ -46,7 +57,13 @@ def models_note(preset: Preset) -> tuple[str, ...]:
     named = [
         f"{name}: {spec.checkpoint}" for name, spec in preset.models.items() if spec.checkpoint is not None
     ]
-    return (f"Checkpoints. {'; '.join(named)}. {printed.INCONSISTENCIES['names']}",) if named else ()
+    if not named:
+        return ()
+    low = any(spec.dtype == "bfloat16" for spec in preset.models.values())
+    return (
+        f"Checkpoints. {'; '.join(named)}. {printed.INCONSISTENCIES['names']}",
+        *([ROUNDING] if low else []),
+    )
 
 
 def not_comparable(preset: Preset, tasks: Tasks, prints: str) -> tuple[str, ...]:
