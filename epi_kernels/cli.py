@@ -38,9 +38,7 @@ COMMANDS = {
     ),
     "report": Command("epi_kernels.report.command", "a run's log as one self-contained HTML page"),
     "demo": Command("epi_kernels.demo.command", "learn a task, then another: with isolation and without"),
-    "reproduce": Command(
-        "epi_kernels.repro.command", "both papers' tables, at the size this machine allows"
-    ),
+    "reproduce": Command("epi_kernels.repro.command", "both papers' tables, at the size this machine allows"),
     "kernels": Command(
         "epi_kernels.kernels_report",
         "compile every kernel ahead of time: registers, spills, instructions (no GPU needed)",

@@ -80,10 +80,10 @@ def task_score(preset: Preset, model: str, method: str, spec: TaskSpec) -> float
 
 
 def average(preset: Preset, model: str, method: str, tasks: Tasks) -> float | None:
-    """Table 1's average, recomputed by its own formula; None unless all its tasks are here and no others."""
+    """Table 1's average, recomputed by its own formula to the digits it prints; None unless all its tasks are here and no others."""
     if not same_model(preset, model) or {spec.kind for spec in tasks} != set(printed.TASKS):
         return None
-    return printed.TABLE1[model][method].recomputed if all(map(same_task, tasks)) else None
+    return round(printed.TABLE1[model][method].recomputed, 2) if all(map(same_task, tasks)) else None
 
 
 TABLE1_PRINTS = "average, full SFT and CPI-FT: " + "; ".join(
