@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes of one thread each (the cores; 1 on a GPU)"
     )
+    parser.add_argument(
+        "--discard-weights", action="store_true",
+        help="remove a run's weights as soon as no run that is left starts from them; what needs them later makes them again",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
 
@@ -102,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
         with _bar(plan, missing) as bar:
             outcome = sweep(
                 plan, store, device=_torch_device(device), workers=_workers(args.workers, device, len(missing)),
-                time_limit_s=args.time_limit, progress=bar,
+                time_limit_s=args.time_limit, progress=bar, discard=args.discard_weights,
             )  # fmt: skip
     if outcome is not None and outcome.left:
         print(

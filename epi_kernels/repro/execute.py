@@ -49,10 +49,8 @@ def execute(run: Run, shop: Workshop) -> Manifest:
             UserError
         ) as error:  # a chat template that refuses an example, checkpoints that do not fit together
             raise ReproError(f"{_told(run)}: {error}; {KEPT}") from None
-        except DiskFull as error:
-            raise ReproError(f"{_told(run)}: {error}; {KEPT}") from None
-        except (OSError, RuntimeError) as error:  # torch.save's own are RuntimeErrors
-            if not is_disk_full(error, shop.store.folder):
+        except (DiskFull, OSError, RuntimeError) as error:  # torch.save's own are RuntimeErrors
+            if not isinstance(error, DiskFull) and not is_disk_full(error, shop.store.folder):
                 raise
             raise ReproError(
                 f"{_told(run)}: no space left on the disk of {shop.store.folder}; {KEPT}: make room and run the same"

@@ -39,7 +39,11 @@ class Store:
 
     def manifest(self, run: Run) -> Manifest | None:
         """None where the run is not finished. Raises ReproError when its manifest cannot be read."""
-        path = self.at(run) / MANIFEST
+        return self.manifest_of(key(run))
+
+    def manifest_of(self, name: str) -> Manifest | None:
+        """The same by the run's key."""
+        path = self.folder / name / MANIFEST
         try:
             return Manifest.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -70,6 +74,11 @@ class Store:
 
         write_directory(self.at(run), write)
         self.progress(run).unlink(missing_ok=True)
+
+    def drop_weights(self, run: Run) -> None:
+        """What others would start from; the manifest stays, and a run that needs the weights again makes them again."""
+        for path in self.at(run).glob("*.safetensors"):
+            path.unlink()
 
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[None]:
