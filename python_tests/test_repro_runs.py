@@ -20,7 +20,7 @@ from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import REPLAYED, Batches
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import ensure, execute
-from epi_kernels.repro.methods.config import Epi, Full, Replay
+from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
@@ -205,7 +205,8 @@ def test_a_leaf_keeps_no_weights_and_is_made_again_when_they_are_needed(tmp_path
 
 
 def test_weights_are_discarded_once_nothing_left_starts_from_them(tmp_path):
-    plan, store = Plan.of([halfway(second()), cpift(tau=0.0), cpift(tau=1.0)]), Store(tmp_path)
+    moved = second(Static(by="delta", ratio=0.2))  # needs what the stage before started from, too
+    plan, store = Plan.of([halfway(second()), moved, cpift(tau=0.0), cpift(tau=1.0)]), Store(tmp_path)
     late = key(halfway(second()))
     sweep(plan, store, device=CPU, workers=1, discard=True)
     assert not list(tmp_path.glob("*/*.safetensors")), "inner runs of CPI-FT included"
