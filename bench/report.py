@@ -6,6 +6,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
                                    from real optimizers, here and now), gpu-status (bench.status)
+
+<!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from REPRODUCED (epi_kernels.repro.readme)
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from pathlib import Path
 from bench import memory_table, plots, quality_record, results, side_by_side_table
 from bench.markdown import Row, count, ratio
 from epi_kernels.markdown import rewrite_blocks, table
+from epi_kernels.repro import readme as repro_readme
+from epi_kernels.repro.output import render
 
 README = results.ROOT / "README.md"
+REPRODUCED = "reproduce-small.json"  # of `make reproduce`: its results.json, committed
 
 # ---------------------------------------------------------------- cpu
 
@@ -221,14 +226,16 @@ def main(argv: list[str] | None = None) -> int:
         "quality": lambda: quality_record.section(args.results),
         "side-by-side": lambda: side_by_side_table.text(args.results),
     }
+    reproduced = args.results / REPRODUCED
     old = args.readme.read_text()
     new = rewrite(old, SECTIONS | measured)
     stale = plots.stale(args.readme.parent, args.results)
+    stale += repro_readme.stale(args.readme, reproduced, render)
     if new == old and not stale:
         print(f"{args.readme.name} and its plots are up to date")
         return 0
     if args.check:
-        names = ([args.readme.name] if new != old else []) + stale
+        names = dict.fromkeys(([args.readme.name] if new != old else []) + stale)
         print(f"out of date: {', '.join(names)}: make tables", file=sys.stderr)
         return 1
     for name in plots.write(args.readme.parent, args.results):
@@ -236,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     if new != old:
         args.readme.write_text(new)
         print(f"{args.readme.name}: tables rewritten")
+    for name in repro_readme.write_readme(args.readme, reproduced, render):
+        print(f"{name}: made anew")
     return 0
 
 

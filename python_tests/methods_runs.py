@@ -81,6 +81,7 @@ def train(method: Any, steps: range, *, seed: int = 2, tasks: tuple[int, ...] = 
         batch = make_batch(step, seed, tasks=tasks)
         for part in (slice(0, 3), slice(3, 6)):
             method.backward(batch.rows(part), 0.5)
+        method.gather()
         held = [param for group in method.optimizer.param_groups for param in group["params"]]
         torch.nn.utils.clip_grad_norm_(held, 1.0)
         method.step(step)

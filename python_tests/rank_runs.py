@@ -1,4 +1,4 @@
-"""`epi-kernels finetune` on forked ranks: how they end, what they say, and what is put in their way."""
+"""`epi-kernels finetune` and other commands on forked ranks: how they end, what they say, and what is put in their way."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Ended:
         self.status, self.out, self.err = status, out, err
 
 
-def run(rank: int, given: list, prepare=None) -> Ended:
+def run(rank: int, given: list, prepare=None, module=finetune) -> Ended:
     """`prepare`: rank -> a context in which the command runs there."""
     out, err = io.StringIO(), io.StringIO()
     around = contextlib.nullcontext() if prepare is None else prepare(rank)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), around:
-        status = command(finetune, *given)
+        status = command(module, *given)
     return Ended(status, out.getvalue(), err.getvalue())
 
 
-def started(n_ranks: int, *given, prepare=None) -> list[Ended]:
-    return on_ranks(n_ranks, run, list(given), prepare)
+def started(n_ranks: int, *given, prepare=None, module=finetune) -> list[Ended]:
+    return on_ranks(n_ranks, run, list(given), prepare, module)
 
 
 class Signal:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from epi_kernels.repro.config import ModelSpec, Recipe, TaskSpec
 from epi_kernels.repro.methods.config import Epi, Full
 from epi_kernels.repro.runs import Base, CpiFt, Interpolate, Run, Tasks, Train
+from epi_kernels.repro.store import MANIFEST
 
 MODEL = ModelSpec(
     config={
@@ -66,3 +70,8 @@ def cpift(**options) -> CpiFt:
         "seed": 1,
     }
     return CpiFt(before=BASE, probes=probes, tasks=tasks, evaluate=tasks, **{**fields, **options})
+
+
+def manifests(folder: Path) -> dict[str, dict]:
+    """Of the finished runs in a store, by key, as they lie there."""
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob(f"*/{MANIFEST}")}

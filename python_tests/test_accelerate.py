@@ -8,7 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from accelerate.utils import (
+    DistributedType,
+    load_fsdp_model,
+    load_fsdp_optimizer,
+    save_fsdp_model,
+    save_fsdp_optimizer,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -161,6 +167,40 @@ def test_what_was_carried_before_prepare_goes_on_with_the_shards():
     for found in on_ranks(2, carried_before_prepare):
         for name, (weight, mask) in expected.items():
             assert torch.equal(found[name][0], weight) and torch.equal(found[name][1], mask), name
+
+
+def saved_and_loaded(rank: int, folder: str, kind: str) -> tuple[list[str], int]:
+    """What differs after two more steps of the run that was saved and of a fresh one that loaded it; and its T."""
+    accelerator, runs = fsdp2(), []
+    plugin = AcceleratorState._shared_state["fsdp_plugin"]
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the kind that is asked for
+    plugin.set_state_dict_type(kind)
+    for seed in (0, 9):
+        model = tiny_llama(seed)
+        AcceleratorState._shared_state["distributed_type"] = (
+            DistributedType.FSDP
+        )  # `prepare` takes it back on a CPU
+        model, optimizer = accelerator.prepare(model, make(model, state_dtype="int8", importance_beta=0.9))
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        if not runs:
+            param = optimizer.optimizer.param_groups[0]["params"][0]
+            mask = torch.arange(param.numel()).view(param.shape) % 3 == 0
+            optimizer.optimizer.set_isolation_mask(param, mask, persistent=True)
+            two_steps(accelerator.backward, model, optimizer, optimizer.optimizer)
+            save_fsdp_model(plugin, accelerator, model, folder)
+            save_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, folder)
+        else:
+            load_fsdp_model(plugin, accelerator, model, folder)
+            load_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, folder)
+        runs.append(two_steps(accelerator.backward, model, optimizer, optimizer.optimizer))
+    differing = [name for name, pair in runs[0].items() if not all(map(torch.equal, pair, runs[1][name]))]
+    return differing, optimizer.optimizer.param_groups[0]["isolation_step"]
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_what_accelerate_saves_of_fsdp2_goes_on_with_the_same_bits(kind, tmp_path):
+    """8-bit states, own importance and a persistent mask included."""
+    assert on_ranks(2, saved_and_loaded, str(tmp_path), kind) == [([], 4), ([], 4)]
 
 
 def two_steps(backward, model, optimizer, ours) -> dict:

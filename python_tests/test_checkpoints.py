@@ -87,6 +87,21 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_on_every_rank_and_changes_no
         assert says in heard and changed == []
 
 
+def test_metadata_of_flipped_bits_are_refused_as_damaged_or_by_torch(saved):
+    """A damaged pickle raises anything, an import of a module that nobody has among others."""
+    mark = saved[0] / ".metadata"
+    whole_one, heard = mark.read_bytes(), []
+    net = linears()
+    optimizer = make(list(net.parameters()))
+    for byte in range(12, 60):  # the first names of modules and classes
+        mark.write_bytes(whole_one[:byte] + bytes([whole_one[byte] ^ 4]) + whole_one[byte + 1 :])
+        try:
+            load_checkpoint(saved[0], net, optimizer)
+        except (ValueError, CheckpointException) as error:
+            heard.append(str(error))
+    assert len(heard) > 24 and any("ModuleNotFoundError" in one for one in heard)
+
+
 def test_a_crash_between_the_renames_of_a_save_leaves_the_old_checkpoint(tmp_path):
     folder = tmp_path / "last"
     saved = on_ranks(1, keep, str(folder), "float32", False)[0]["later"]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from epi_kernels import MaskedEMAAdamW, load_isolation, save_isolation
 from python_tests.exchange_runs import model, trained
 from python_tests.harness import make, snapshot, train
+from python_tests.ranks import on_ranks
+from python_tests.sharded_net import contents, differing, made, steps
 
 
 def _record(name, **changes):
@@ -72,16 +74,16 @@ def saved(tmp_path_factory):
 
 def refused(path, match, params=None):
     """By an optimizer that has not stepped and by one that has; both are as before, and work."""
-    for steps in (0, 3):
+    for n in (0, 3):
         mine = model(seed=1) if params is None else params
         optimizer = make(mine)
-        train(optimizer, mine, steps)
+        train(optimizer, mine, n)
         before, report = snapshot(optimizer), optimizer.isolation_report()
         with pytest.raises(ValueError, match=match) as raised:
             load_isolation(optimizer, path)
         assert str(path) in str(raised.value)
         assert snapshot(optimizer) == before and optimizer.isolation_report() is report
-        train(optimizer, mine, range(steps, steps + 1))
+        train(optimizer, mine, range(n, n + 1))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -156,3 +158,26 @@ def test_a_full_disk_leaves_the_file_before(saved, tmp_path, monkeypatch, fails)
     assert [one.name for one in tmp_path.iterdir()] == ["file"] and path.read_bytes() == saved.read_bytes()
     save_isolation(source, path)
     assert path.read_bytes() != saved.read_bytes()
+
+
+def one_rank_refuses(rank: int, folder: str, damage: str, masks_alone: bool):
+    net, optimizer = made("float32", sharded=True)
+    steps(net, optimizer, 0, 3)
+    path = f"{folder}/{rank}"  # each rank reads its own copy, as on machines without a common disk
+    save_isolation(optimizer, f"{folder}/both")
+    data = open(f"{folder}/both", "rb").read()
+    if rank == 0 or damage == "cut off":
+        open(path, "wb").write(data[: len(data) // (rank + 1)])
+    before = contents(net, optimizer)
+    try:
+        load_isolation(optimizer, path, importance=not masks_alone)
+    except (ValueError, OSError) as error:
+        return str(error), differing(contents(net, optimizer), before)
+    return None
+
+
+@pytest.mark.parametrize("damage, masks_alone", [("cut off", False), ("lost", True)])
+def test_a_file_that_one_rank_refuses_is_loaded_on_none(damage, masks_alone, tmp_path):
+    first, second = on_ranks(2, one_rank_refuses, str(tmp_path), damage, masks_alone, timeout=60)
+    assert "another rank refused" in first[0] and str(tmp_path / "1") in second[0]
+    assert first[1] == second[1] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 
 import pytest
 
@@ -71,6 +72,19 @@ def test_what_is_asked_for_and_not_installed_is_refused_before_anything_starts(
     assert not (tmp_path / "out").exists()
     assert command(finetune, *arguments(files, tmp_path / "out", "--log-to", "none", name)) == 2
     assert "none goes with no other" in capsys.readouterr().err
+
+
+def test_a_tensorboard_that_cannot_be_imported_costs_no_run_that_did_not_ask_for_it(
+    files, tmp_path, monkeypatch, capsys
+):
+    """Installed, and beside another version of something that it needs."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    asked, out = tmp_path / "asked", tmp_path / "out"
+    assert command(finetune, *arguments(files, asked, "--log-to", "tensorboard")) == 1
+    assert "--log-to tensorboard: import of torch.utils.tensorboard halted" in capsys.readouterr().err
+    assert command(finetune, *arguments(files, out, "--max-steps", 1)) == 0
+    assert "tensorboard gets nothing of this run: import of" in capsys.readouterr().err
+    assert len(events(out, "step")) == 1
 
 
 def test_wandb_gets_the_same_scalars_and_a_resume_is_the_same_run(files, tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ def test_penalties_add_the_gradient_of_their_equation(folders, config):
     loss = token_loss(model, batch)
     plain = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
     reported = method.backward(batch, 0.25), method.backward(batch, 0.75)  # weights that add up to 1
+    method.gather()
     assert reported == pytest.approx([float(loss.detach())] * 2)
     for name, param in model.named_parameters():
         torch.testing.assert_close(param.grad, plain[name] + wanted[name].float(), rtol=1e-4, atol=1e-6)
@@ -151,6 +152,7 @@ def test_pcgrad_takes_one_gradient_a_task_over_all_micro_batches(folders):
     )
 
     assert [method.backward(batch.rows(part), 0.5) for part in parts] == pytest.approx(losses)
+    method.gather()
     order = {id(param): i for i, param in enumerate(params)}
     found = [None] * len(params)
     for param in method._params:
@@ -168,8 +170,8 @@ def test_pcgrad_goes_on_in_the_order_of_the_step_it_stopped_at(folders, monkeypa
     train(whole, range(3))
     resumed.load_state_dict({"step": 2})
     train(resumed, range(2, 3))
-    assert len(orders) == 8 and orders[4:6] == orders[6:]  # two micro-batches a step, projected alike
-    assert orders[::2] == orders[1::2] and len(set(orders)) == 3
+    assert len(orders) == 4 and orders[2] == orders[3]  # once a step
+    assert len(set(orders)) == 3
 
 
 def test_pcgrad_of_one_task_is_plain_and_the_replayed_are_another(folders):

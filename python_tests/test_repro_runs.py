@@ -154,9 +154,18 @@ def test_accumulation_changes_the_gradient_by_rounding_alone(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [Epi(ratio=0.2, interval=2), Full()], ids=["epi", "torch"])
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method):
-    run = second(method, observe=("stability",))
+DROPOUT = BASE.model_copy(
+    update={"model": MODEL.model_copy(update={"config": {**MODEL.config, "attention_dropout": 0.3}})}
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [(Epi(ratio=0.2, interval=2), BASE), (Full(), BASE), (Full(), DROPOUT)],
+    ids=["epi", "torch", "dropout"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
+    run = second(method, observe=("stability",)).model_copy(update={"before": first(before=base)})
     ensure(run, shop(tmp_path / "whole", [*ancestry(run)]))
     halves = tmp_path / "halves"
     ensure(run.before, shop(halves, [*ancestry(run)]))
@@ -177,6 +186,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method):
         execute(run, shop(halves, [*ancestry(run)], limits))
     store = Store(halves)
     assert store.progress(run).is_file() and store.manifest(run) is None
+    torch.manual_seed(9)  # as another process would be
     execute(run, shop(halves, [*ancestry(run)]))
     assert same(weights(halves, run), weights(tmp_path / "whole", run))
     assert not store.progress(run).exists()

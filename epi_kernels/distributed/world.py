@@ -20,6 +20,7 @@ from epi_kernels.policies.layers import LayerKey, LayerTable, Share, build_layer
 from epi_kernels.reference.stats import LayerStats
 
 Value = TypeVar("Value")
+_REFUSED = 2  # above a rank whose layout has changed
 
 
 def first_rank() -> bool:
@@ -33,20 +34,25 @@ def by_all(prepare: Callable[[], Value]) -> Value:
     Raises:
         Exception: what it raised here; ValueError with another rank's words where it did there alone.
     """
-    found, refused = None, None
+    found, refused, heard = None, None, []
     try:
         found = prepare()
     except Exception as error:
         refused = error
     if dist.is_initialized():
-        heard: list[str | None] = [None] * dist.get_world_size()
+        heard = [None] * dist.get_world_size()
         dist.all_gather_object(heard, None if refused is None else str(refused))
-        for rank, text in enumerate(heard):
-            if text is not None and refused is None:
-                refused = ValueError(f"rank {rank}: {text}")
-    if refused is not None:
-        raise refused
+    _raise_first(heard, refused)
     return found  # type: ignore[return-value]  # prepare() has ended
+
+
+def _raise_first(heard: Sequence[str | None], own: Exception | None) -> None:
+    """``heard``: each rank's words where it refuses. A rank's own error keeps its kind."""
+    if own is not None:
+        raise own
+    for rank, text in enumerate(heard):
+        if text is not None:
+            raise ValueError(f"rank {rank}: {text}")
 
 
 def on_first_rank(write: Callable[[], None]) -> None:
@@ -128,41 +134,58 @@ class World:
         self._agreement = None
 
     def agree(
-        self, holdings: Sequence[Holding], settings: dict[str, Any], step: int, *, votes: bool = False
+        self,
+        holdings: Sequence[Holding],
+        settings: dict[str, Any],
+        step: int,
+        *,
+        votes: bool = False,
+        refused: Exception | None = None,
     ) -> bool:
         """All ranks compare what they hold, how they are set and where they are. Returns whether all vote yes.
 
         Raises:
             ValueError: on every rank: they do not agree, or a parameter's parts do not make up the whole.
+            Exception: ``refused``, for which this rank cannot go on; a ValueError with its words on the others.
         """
         ranks: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(ranks, (list(holdings), settings, step, votes), group=self.group)
-        _check_settings([settings for _, settings, _, _ in ranks])
-        steps = [step for _, _, step, _ in ranks]
+        words = None if refused is None else str(refused)
+        dist.all_gather_object(ranks, (list(holdings), settings, step, votes, words), group=self.group)
+        _raise_first([words for *_, words in ranks], refused)
+        _check_settings([settings for _, settings, *_ in ranks])
+        steps = [step for _, _, step, *_ in ranks]
         if min(steps) != max(steps):
             raise ValueError(_other_steps(min(steps), max(steps), step))
         rank = dist.get_rank(self.group)
-        self._agreement = _compare([held for held, _, _, _ in ranks], rank, _layout(holdings))
-        return all(vote for _, _, _, vote in ranks)
+        self._agreement = _compare([held for held, *_ in ranks], rank, _layout(holdings))
+        return all(vote for *_, vote, _ in ranks)
 
     def open_refresh(
-        self, holdings: Sequence[Holding], settings: dict[str, Any], step: int, device: torch.device
+        self,
+        holdings: Sequence[Holding],
+        settings: dict[str, Any],
+        step: int,
+        device: torch.device,
+        refused: Exception | None = None,
     ) -> None:
-        """All ranks refresh now, after the same step; whoever's parameters or options have changed makes all compare
-        again.
+        """All ranks refresh now, after the same step; one whose parameters or options have changed makes all compare
+        again, one that cannot (``refused``) all refuse.
 
         Raises:
             ValueError: on every rank: they are at different steps, or do not agree.
+            Exception: ``refused``; a ValueError with its words on the others.
         """
         if self._agreement is None:  # on all ranks, or on none
-            self.agree(holdings, settings, step)
+            self.agree(holdings, settings, step, refused=refused)
             return
-        stale = _layout(holdings) != self._agreement.layout
+        stale = int(_layout(holdings) != self._agreement.layout) if refused is None else _REFUSED
         said = (sorted(settings.items()), [one.options for one in holdings])
         digest = zlib.crc32(repr(said).encode())
         seen = torch.tensor([stale, step, -step, digest, -digest], dtype=torch.int64, device=device)
         dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
         any_stale, last, first, high, low = seen.tolist()
+        if any_stale == _REFUSED:
+            self.agree(holdings, settings, step, refused=refused)
         if last != -first:
             raise ValueError(_other_steps(-first, last, step))
         if any_stale or high != -low:

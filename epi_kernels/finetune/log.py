@@ -134,8 +134,7 @@ def open_log(job: Job, directory: Path, label: str, keep_bytes: int, first: int)
     if not job.ranks.first:
         return NoLog()
     options = job.options
-    named = trackers.chosen(options.log_to)
-    made = trackers.opened(named, directory, first, label, options.saved())
+    made = trackers.opened(options.log_to, directory, first, label, options.saved())
     return Log(directory / "log.jsonl", keep_bytes, made)
 
 

@@ -65,7 +65,7 @@ class Ranks:
             result = function(*arguments)
         except Exception as raised:
             error = raised
-        failed = self._gathered(None if error is None else _told(error))
+        failed = self.gathered(None if error is None else _told(error))
         _raise_first(failed, error)
         return result  # type: ignore[return-value]
 
@@ -89,14 +89,17 @@ class Ranks:
         """Raises UserError, on every rank, when they do not all have the same values."""
         if self.size == 1:
             return
-        every = self._gathered(dict(values))
+        every = self.gathered(dict(values))
         differing = sorted(
             {name for one in every for name in one if any(one[name] != other.get(name) for other in every)}
         )
         if differing:
             raise UserError(f"the ranks differ in {', '.join(differing)}: {advice}", 1, shared=True)
 
-    def _gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's `value` (pickled), in the ranks' order."""
+        if self.size == 1:
+            return [value]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
@@ -134,15 +137,21 @@ class Ranks:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
-        for bucket in _buckets(gradients):
+        self.add(gradients)
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor becomes the sum of all ranks', which all have as many of the same shapes and dtypes."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 dist.all_reduce(bucket[0])
                 continue
             flat = torch.cat([one.reshape(-1) for one in bucket])
             dist.all_reduce(flat)
             pieces = flat.split([one.numel() for one in bucket])
-            for gradient, piece in zip(bucket, pieces, strict=True):
-                gradient.copy_(piece.view_as(gradient))
+            for tensor, piece in zip(bucket, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

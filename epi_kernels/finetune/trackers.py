@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,17 +50,27 @@ def chosen(asked: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def opened(names: Sequence[str], directory: Path, first: int, label: str, options: Mapping) -> list[Tracker]:
-    """Trackers of the run in `directory`, whose next step is `first`: what they hold of later ones is a killed run's.
+def opened(
+    asked: Sequence[str] | None, directory: Path, first: int, label: str, options: Mapping
+) -> list[Tracker]:
+    """The trackers of `--log-to`, of the run in `directory`, whose next step is `first`: what they hold of later ones is a
+    killed run's. One that nobody asked for costs no run where it cannot be opened.
 
-    Raises UserError when W&B refuses; OSError when no event file can be made.
+    Raises UserError when one that is asked for cannot be.
     """
     made: list[Tracker] = []
-    for name in names:
-        if name == TENSORBOARD:
-            made.append(EventFiles(directory / TENSORBOARD, first))
-        else:
-            made.append(WeightsAndBiases(directory, label, options))
+    for name in chosen(asked):
+        try:
+            if name == TENSORBOARD:
+                made.append(EventFiles(directory / TENSORBOARD, first))
+            else:
+                made.append(WeightsAndBiases(directory, label, options))
+        except Exception as error:
+            if asked is not None:
+                raise (
+                    error if isinstance(error, UserError) else UserError(f"--log-to {name}: {error}", 1)
+                ) from None
+            print(f"{name} gets nothing of this run: {error}", file=sys.stderr)
     return made
 
 

@@ -12,7 +12,6 @@ new one is whole.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -107,8 +106,10 @@ def _template(
         raise FileNotFoundError(f"{folder}: no checkpoint of torch.distributed.checkpoint is there")
     try:
         stored = _stored(FileSystemReader(folder).read_metadata())
-    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ValueError(f"{folder / MARK}: damaged ({error})") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{folder / MARK}: damaged ({type(error).__name__}: {error})") from None
     names, weights = _names(model, optimizer), get_model_state_dict(model)
     _check_model(weights, stored, folder)
     template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}

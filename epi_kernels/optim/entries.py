@@ -103,6 +103,11 @@ class Given:
         self.ids += map(id, params)
         self._shapes += map(_shape, params)
 
+    def replace(self, params: Sequence[Tensor]) -> None:
+        """These are in the places now, in the groups' order."""
+        self.ids, self._shapes = [], []
+        self.add(params)
+
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses groups whose parameters somebody has exchanged for other ones, of another number or shape: names, layers
         and masks would no longer be theirs."""
@@ -114,6 +119,8 @@ class Given:
             raise RuntimeError(
                 f"the optimizer was made with {len(self.ids)} parameters and its groups now hold {len(params)}: {_FLATTENED}"
             )
+        if set(map(id, params)) == set(self.ids):  # in another order at most
+            return
         for param, number, shape in zip(params, self.ids, self._shapes, strict=True):
             if id(param) != number and shape is not None and param.shape != shape:
                 raise RuntimeError(

@@ -24,6 +24,7 @@ from torch import Tensor
 from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import first_rank, on_first_rank
 from epi_kernels.files import whole
+from epi_kernels.optim import ranks, stepping
 from epi_kernels.optim.carry import match_source
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
@@ -125,27 +126,33 @@ def load_isolation(
     The importance goes in as ``carry_importance`` takes another optimizer's: a new stage begins, T at 0 and
     ``exp_avg`` zero. The masks go in as they are, in place of those that are there: isolated from the next step on, the
     persistent ones for good and the others until the next refresh. Without ``importance`` the run goes on as it was.
-    Corrections of weights (``master_weight_bits``) belong to the weights: they are not in the file, and stay.
+    Corrections of weights (``master_weight_bits``) belong to the weights: they are not in the file, and stay. Of ranks
+    that select together it is a call of all.
 
     Raises:
         TypeError: it is no MaskedEMAAdamW.
         ValueError: the file is damaged, no file of ours or of another version, or is another model's; parameters have no
-            names; or nothing is asked for. Nothing has changed then.
+            names; nothing is asked for; or another rank refuses. Nothing has changed then.
         OSError: there is no such file.
     """
     if not masks and not importance:
         raise ValueError("load_isolation with masks=False and importance=False loads nothing")
     entries = _named_entries(optimizer)
-    saved = read(path).parameters
-    _check_same_model(path, entries, saved)
-    packed = {
-        name: {
-            key: load_mask(mask, entry.param, f"{path}, {key} of {name}")
-            for key, mask in saved[name].masks.items()
+    stepping.join_ranks(optimizer, [entry.param for entry in entries.values()])
+
+    def read_all() -> tuple[dict[str, SavedParameter], dict[str, dict[str, Tensor]]]:
+        found = read(path).parameters
+        _check_same_model(path, entries, found)
+        return found, {
+            name: {
+                key: load_mask(mask, entry.param, f"{path}, {key} of {name}")
+                for key, mask in found[name].masks.items()
+            }
+            for name, entry in entries.items()
+            if masks
         }
-        for name, entry in entries.items()
-        if masks
-    }
+
+    saved, packed = ranks.all_or_none(read_all, optimizer._world, optimizer._device())
     if importance:
         optimizer.carry_importance(_as_state_dict(saved))
     for name, found in packed.items():

@@ -28,12 +28,23 @@ def check_before_refresh(entries: Sequence[Entry], state_of: Mapping[Tensor, Map
 
 
 def find_layers(
-    entries: Sequence[Entry], now: IsolationConfig, world: World | None, step: int, device: torch.device
+    entries: Sequence[Entry],
+    now: IsolationConfig,
+    world: World | None,
+    step: int,
+    device: torch.device,
+    refused: Exception | None = None,
 ) -> LayerTable:
-    """With a world: a call of all its ranks, which refresh after the same ``step``."""
+    """With a world: a call of all its ranks, which refresh after the same ``step``, or hear why one cannot.
+
+    Raises:
+        Exception: ``refused``; a ValueError where another rank has one, or they do not agree.
+    """
     if world is not None:
-        world.open_refresh(ranks.holdings(entries, now), ranks.settings(now), step, device)
+        world.open_refresh(ranks.holdings(entries, now), ranks.settings(now), step, device, refused)
         return world.layers({name: param for _, param, name, _ in entries})
+    if refused is not None:
+        raise refused
     layer_of = now.layer_key or (lambda name: name)
     return build_layers(
         Share(param, name, param.numel(), layer_of(name), group["isolate"])

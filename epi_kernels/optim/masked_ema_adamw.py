@@ -305,8 +305,11 @@ class MaskedEMAAdamW(Optimizer):
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
         self._refuse_in_a_step("refresh_isolation_mask()")
         self._settle()
-        now = schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
-        table = stepping.layers_of(self, now)
+        opened = stepping.open_refresh(
+            self, lambda: schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
+        )
+        assert opened is not None, "asked for by hand"
+        now, table = opened
         stats = StatsByDevice(len(table.names), now)
         return stepping.refresh_masks(self, table, stats, now, covered=set(), due=False)
 
@@ -390,7 +393,9 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: its state does not fit it.
         """
-        entry, state = entry_of(param, self.param_groups), self.state.get(param, {})
+        entry = entry_of(param, self.param_groups)
+        self._adopt_state()
+        state = self.state.get(param, {})
         check_state(entry, state)
         return master_weight(param, state)
 
@@ -451,5 +456,6 @@ class MaskedEMAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_in_a_step("a copy")
+        self._adopt_state()
         self._settle()
         return super().__getstate__() | {name: self.__dict__[name] for name in _COPIED}

@@ -162,7 +162,8 @@ class GradientRelease:
         again = left & self._stepped
         if again:
             raise RuntimeError(second_gradient(self._entries[again.pop()].name))
-        table = None if self._now is None else stepping.layers_of(optimizer, self._now)
+        opened = None if self._now is None else stepping.open_refresh(optimizer, lambda: self._now)
+        now, table = opened or (None, None)
         if left:
             plan = stepping.plan_of(optimizer, params, grads, written=False, alike=alike)
             plan.run(grads, grad_scale=None, found_inf=None, layers=None, stats=None)
@@ -172,16 +173,16 @@ class GradientRelease:
                 if param in new:
                     optimizer.state[param] = optimizer.state.pop(param)
         optimizer._set_isolation_step(optimizer._isolation_step + 1)
-        if self._now is not None and table is not None:
+        if now is not None and table is not None:
             covered = self._stepped | left
-            stats = StatsByDevice(len(table.names), self._now)
+            stats = StatsByDevice(len(table.names), now)
             # those that were stepped first and in their order, as in the kernels of one step over all of them:
             # sums of float64 (zscore) depend on it
             entries = [entry for entry in optimizer._parameters() if entry.param in covered]
             entries = [entry for entry in entries if entry.param.numel() > 0]
-            for part in partition(entries, optimizer.state, table, set(), self._now)[0]:
+            for part in partition(entries, optimizer.state, table, set(), now)[0]:
                 part.backend.accumulate(part.stats_pending, stats.on(part.device))
-            stepping.refresh_masks(optimizer, table, stats, self._now, covered=covered, due=True)
+            stepping.refresh_masks(optimizer, table, stats, now, covered=covered, due=True)
 
     # ---------------------------------------------------------------- hooks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -37,12 +37,13 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
         return
     if optimizer._captured.graphs:  # which may have been replayed since
         optimizer._settle()
-    may_refresh, now = optimizer._refresh_may_follow(), None
+    may_refresh, opened = optimizer._refresh_may_follow(), None
     if may_refresh:
         optimizer._settle()
         found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
-        now = None if found_inf else schedules.due_settings(config, first_group)
-    table = None if now is None else layers_of(optimizer, now)
+        if not found_inf:
+            opened = open_refresh(optimizer, lambda: schedules.due_settings(config, first_group))
+    now, table = opened or (None, None)
     plan = plan_of(optimizer, params, grads, written=grad_scale is not None, alike=alike)
     if found_inf is not None and (may_refresh or not plan.counts_on_device):
         optimizer._settle()
@@ -94,7 +95,8 @@ def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
 
 
 def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
-    """Hands the state of parameters that others have taken the place of to their successors, by position.
+    """Hands the state of parameters that others have taken the place of to their successors, by position. State of
+    parameters that have only changed places stays theirs.
 
     Raises:
         RuntimeError: they are of another number or shape.
@@ -104,11 +106,14 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     if found == given.ids:
         return
     given.check(optimizer.param_groups)
-    held = {id(param): param for param in optimizer.state}  # which outlive their place in a group
+    here = set(found)
+    gone = {
+        id(param): param for param in optimizer.state if id(param) not in here
+    }  # these outlive their places
     moved = {}
     for entry, number in zip(optimizer._parameters(), given.ids, strict=True):
-        old = held.get(number)
-        if old is not None and old is not entry.param and optimizer.state.get(old):
+        old = gone.get(number)
+        if old is not None and optimizer.state.get(old) and not optimizer.state.get(entry.param):
             moved[old] = (
                 entry,
                 load_param_state(
@@ -118,7 +123,7 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     for old, (entry, state) in moved.items():
         del optimizer.state[old]
         optimizer.state[entry.param] = state
-    given.ids = found
+    given.replace(params)
 
 
 def plan_of(
@@ -144,13 +149,24 @@ def plan_of(
     return plan
 
 
-def layers_of(optimizer: MaskedEMAAdamW, now: IsolationConfig) -> LayerTable:
-    """The layers of a refresh with the numbers in ``now``; what it may refuse is refused here."""
+def open_refresh(
+    optimizer: MaskedEMAAdamW, ask: Callable[[], IsolationConfig | None]
+) -> tuple[IsolationConfig, LayerTable] | None:
+    """The numbers of a refresh, which ``ask`` gives, and its layers; None where it gives none, on all ranks. What a
+    refresh may refuse is refused here, and heard by all ranks."""
     entries = list(optimizer._parameters())
     join_ranks(optimizer, [entry.param for entry in entries])
-    check_before_refresh(entries, optimizer.state)
+    now, refused = None, None
+    try:
+        now = ask()
+        if now is None:
+            return None
+        check_before_refresh(entries, optimizer.state)
+    except Exception as error:  # a user's function raises what it likes
+        refused = error
+    now = optimizer._config if now is None else now
     step, device = optimizer._isolation_step, optimizer._device()
-    return find_layers(entries, now, optimizer._world, step, device)
+    return now, find_layers(entries, now, optimizer._world, step, device, refused)
 
 
 def refresh_masks(

@@ -1,4 +1,8 @@
-"""`epi-kernels reproduce`: both papers' tables at the size this machine allows."""
+"""`epi-kernels reproduce`: both papers' tables at the size this machine allows.
+
+Started by torchrun or accelerate launch, its ranks make the same runs one after the other: they share out each step's
+rows and each evaluation's examples, and the first of them writes and speaks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,13 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epi_kernels.finetune.ranks import Ranks
+    from epi_kernels.repro.preset import Preset
+    from epi_kernels.repro.store import Store
+    from epi_kernels.repro.sweep import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--without", nargs="+", metavar="ARM", help="leave arms out: those that the device has no room for"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes of one thread each (the cores; 1 on a GPU)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes of one thread each (the cores; 1 on a GPU, and under torchrun)",
+    )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun or accelerate launch: weights, gradients and optimizer states lie over the ranks (FSDP2)",
     )
     parser.add_argument(
         "--discard-weights", action="store_true",
@@ -47,23 +65,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0 done or stopped by --time-limit, 1 a run failed or is still to be made, 2 a bad argument."""
-    from epi_kernels.repro.errors import ReproError
+    from epi_kernels.finetune.errors import UserError
+    from epi_kernels.finetune.ranks import joined
 
     try:
-        return _run(args)
-    except ReproError as error:
+        with joined() as ranks:
+            try:
+                with ranks.speaking():
+                    return _run(args, ranks)
+            except UserError as error:
+                if ranks.first or not error.shared:
+                    print(f"epi-kernels reproduce: {error}", file=sys.stderr)
+                if ranks.size > 1 and not error.shared:
+                    raise SystemExit(error.status) from None  # this rank's alone: nobody waits for it
+                return error.status
+    except UserError as error:  # the launcher's environment
         print(f"epi-kernels reproduce: {error}", file=sys.stderr)
-        return 2
+        return error.status
 
 
-def _run(args: argparse.Namespace) -> int:
-    from epi_kernels.finetune.errors import UserError
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     from epi_kernels.finetune.model import pick_device, quiet_libraries
-    from epi_kernels.repro import output
+    from epi_kernels.repro.store import Store
+    from epi_kernels.repro.sweep import sweep
+
+    preset, names = ranks.together(_chosen, args)
+    if args.list:
+        return _list_tables(preset)
+    plan = ranks.together(_plan, preset, names)
+    store = Store(args.out / "runs")
+    ranks.refuse_differences(
+        {
+            "--out": str(args.out),
+            "--time-limit": args.time_limit,
+            "--fsdp": args.fsdp,
+            "the runs": list(plan.runs),
+        },
+        "give all the same arguments, presets and version of epi-kernels",
+    )
+    missing = ranks.first_does(_missing, plan, store)
+    print(
+        f"{preset.name}: {len(names)} tables from {len(plan.runs)} runs, {len(missing)} of them to be made",
+        flush=True,
+    )
+    if args.dry_run:
+        _list(plan, missing)
+        return 0
+    device = ranks.together(pick_device, args.device, ranks)
+    workers = ranks.together(_workers, args.workers, device, len(missing), ranks)
+    quiet_libraries()
+    outcome = None
+    if missing:
+        with _bar(plan, missing) as bar:
+            outcome = sweep(
+                plan, store, device=_torch_device(device), workers=workers, time_limit_s=args.time_limit,
+                progress=bar, ranks=ranks, fsdp=args.fsdp, discard=args.discard_weights,
+            )  # fmt: skip
+    if outcome is not None and outcome.left:
+        print(
+            f"stopped at the time limit: {outcome.left} of {len(plan.runs)} runs are left; the same command goes on"
+        )
+        return 0
+    ranks.first_does(_write, args, preset, names, plan, store)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
+    """The preset and the names of its tables that are wanted."""
     from epi_kernels.repro.errors import ReproError
     from epi_kernels.repro.preset import load_preset
-    from epi_kernels.repro.store import Store
-    from epi_kernels.repro.sweep import Plan, sweep
     from epi_kernels.repro.tables import TABLES, tables_of
 
     preset = load_preset(args.preset)
@@ -71,60 +141,51 @@ def _run(args: argparse.Namespace) -> int:
         preset = preset.with_seeds(args.seeds)
     if args.without:
         preset = preset.without(args.without)
-    known = tables_of(preset)
-    if args.list:
-        for name, table in TABLES.items():
-            print(
-                f"{name:22} {table.title} ({table.source}){'' if name in known else '  - not in this preset'}"
-            )
-        return 0
-    chosen = list(args.table or preset.tables or known)
-    unknown = [name for name in chosen if name not in TABLES]
+    names = list(args.table or preset.tables or tables_of(preset))
+    unknown = [name for name in names if name not in TABLES]
     if unknown:
         raise ReproError(f"--table {' '.join(unknown)}: no such table; there are {', '.join(TABLES)}")
     if args.time_limit is not None and args.time_limit <= 0:
         raise ReproError(f"--time-limit {args.time_limit}: must be above 0")
-    tables = [TABLES[name] for name in chosen]
-    plan = Plan.of(run for table in tables for run in table.runs(preset))
-    store = Store(args.out / "runs")
+    return preset, names
+
+
+def _plan(preset: Preset, names: list[str]) -> Plan:
+    from epi_kernels.repro.sweep import Plan
+    from epi_kernels.repro.tables import TABLES
+
+    return Plan.of(run for name in names for run in TABLES[name].runs(preset))
+
+
+def _missing(plan: Plan, store: Store) -> list[str]:
     plan.manifests(store)  # one of another version is named now, not when everything else is done
-    missing = plan.missing(store)
-    print(
-        f"{preset.name}: {len(chosen)} tables from {len(plan.runs)} runs, {len(missing)} of them to be made",
-        flush=True,
-    )
-    if args.dry_run:
-        _list(plan, missing)
-        return 0
-    try:
-        device = pick_device(args.device)
-    except UserError as error:
-        raise ReproError(str(error)) from None
-    quiet_libraries()
-    outcome = None
-    if missing:
-        with _bar(plan, missing) as bar:
-            outcome = sweep(
-                plan, store, device=_torch_device(device), workers=_workers(args.workers, device, len(missing)),
-                time_limit_s=args.time_limit, progress=bar, discard=args.discard_weights,
-            )  # fmt: skip
-    if outcome is not None and outcome.left:
-        print(
-            f"stopped at the time limit: {outcome.left} of {len(plan.runs)} runs are left; the same command goes on"
-        )
-        return 0
+    return plan.missing(store)
+
+
+def _write(args: argparse.Namespace, preset: Preset, names: list[str], plan: Plan, store: Store) -> None:
+    from epi_kernels.repro import output
+    from epi_kernels.repro.errors import ReproError
+
     command = f"epi-kernels reproduce --preset {args.preset}" + (
         f" --table {' '.join(args.table)}" if args.table else ""
     )
     if args.without:
         command += f" --without {shlex.join(args.without)}"
     try:
-        output.write(args.out, preset, chosen, plan.manifests(store), command)
+        output.write(args.out, preset, names, plan.manifests(store), command)
     except OSError as error:
         raise ReproError(
             f"{args.out}: cannot be written ({error}); the runs are kept: run the same command again"
         ) from None
     print(f"The page: {args.out / output.PAGE}   Tables: {args.out / output.TABLES_FOLDER}")
+
+
+def _list_tables(preset: Preset) -> int:
+    from epi_kernels.repro.tables import TABLES, tables_of
+
+    known = tables_of(preset)
+    for name, table in TABLES.items():
+        print(f"{name:22} {table.title} ({table.source}){'' if name in known else '  - not in this preset'}")
     return 0
 
 
@@ -145,12 +206,16 @@ def _bar(plan: Any, missing: list[str]) -> Any:
     return tqdm(total=total, unit="step", desc="training", file=sys.stderr, mininterval=0.5)
 
 
-def _workers(asked: int | None, device: str, runs: int) -> int:
+def _workers(asked: int | None, device: str, runs: int, ranks: Ranks) -> int:
     from epi_kernels.demo.pool import usable_cores
     from epi_kernels.repro.errors import ReproError
 
     if asked is not None and asked < 1:
         raise ReproError(f"--workers {asked}: must be at least 1")
+    if ranks.size > 1:
+        if asked not in (None, 1):
+            raise ReproError(f"--workers {asked}: {ranks.size} ranks make each run together; leave it out")
+        return 1
     if asked is None:
         asked = 1 if device.startswith("cuda") else usable_cores()
     return min(asked, runs)

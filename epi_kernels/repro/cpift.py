@@ -18,7 +18,7 @@ from epi_kernels.repro.workshop import Workshop
 
 def groups_of(run: CpiFt, shop: Workshop) -> tuple[list[list[int]], list[list[float]]]:
     """(groups of task positions in the order of their stages, similarities). tau = 0 is one group: every pair has an
-    edge."""
+    edge. A call of all ranks."""
     cores = [CoreFile(core_of(probe, run.core_ratio, shop)) for probe in run.probes]
     similarity = jaccard_matrix(cores)
     groups = group_tasks(similarity, run.tau)

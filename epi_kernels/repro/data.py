@@ -14,9 +14,7 @@ import torch
 from epi_kernels.finetune.chat import Encoded
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.evaluate import make_batch
-from epi_kernels.repro.stage import Batch
-
-REPLAYED = -1  # Batch.task of an example of an earlier stage
+from epi_kernels.repro.stage import REPLAYED, Batch
 
 
 class Batches:

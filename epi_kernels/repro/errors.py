@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from epi_kernels.finetune.errors import UserError
 
-class ReproError(Exception):
+
+class ReproError(UserError):
     """Names what was wrong and what to do; nothing is lost by it."""

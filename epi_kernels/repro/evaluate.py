@@ -14,6 +14,7 @@ from epi_kernels.finetune.chat import IGNORE, Encoded, Encoding, encode, ensure_
 from epi_kernels.finetune.data import Example
 from epi_kernels.finetune.model import pad_id
 from epi_kernels.finetune.packing import collate
+from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.stage import Batch
 from epi_kernels.repro.tasks import Task
@@ -47,6 +48,7 @@ def evaluate(
     device: torch.device,
     batch: int,
     max_length: int | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[float, float]:
     """(score in the task's unit, loss in nats a token of the answers, the end token included).
 
@@ -54,19 +56,29 @@ def evaluate(
     `max_length`: tokens an example may have, None for any number. Longer ones are left out of the loss and count as
     wrong where the score is exact; where answers are generated, a prompt loses its beginning to leave room for one.
     Raises ReproError when no example is short enough.
+
+    `ranks`: share the examples out, and each has the result; the first alone asks the task for a score.
     """
+    ranks = ranks or Ranks()
     limit = max_length or sys.maxsize
     rows = [
         one for one in encode_task(tokenizer, examples, sys.maxsize).examples if len(one.input_ids) <= limit
     ]
     if not rows:
         raise ReproError(f"{task.kind}: no example has at most {limit} tokens; raise max_length")
+    own = slice(ranks.rank, None, ranks.size)
     with _evaluating(model):
-        right, loss = _teacher_forced(model, rows, pad_id(tokenizer), device, batch)
+        found = ranks.together(_teacher_forced, model, rows[own], pad_id(tokenizer), device, batch)
+        right, nats, tokens = ranks.sums(found)
         if task.exact:
-            return 100.0 * right / len(examples), loss
-        answers = generate(model, tokenizer, examples, device, batch, task.max_new_tokens, limit)
-    return task.score(answers, examples), loss
+            return 100.0 * right / len(examples), nats / tokens
+        parts = ranks.gathered(
+            ranks.together(
+                generate, model, tokenizer, examples[own], device, batch, task.max_new_tokens, limit
+            )
+        )
+    answers = [parts[at % ranks.size][at // ranks.size] for at in range(len(examples))]
+    return ranks.first_does(task.score, answers, examples), nats / tokens
 
 
 PASS_BYTES = 8 << 30  # what a forward pass of an evaluation may hold of logits and keys and values
@@ -108,8 +120,8 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 def _teacher_forced(
     model: Any, rows: Sequence[Encoded], pad: int, device: torch.device, batch: int
-) -> tuple[int, float]:
-    """(rows whose every answer token is the likeliest one given the right tokens before it, mean loss of a token).
+) -> tuple[int, float, int]:
+    """(rows whose every answer token is the likeliest one given the right tokens before it, nats of all, tokens).
 
     Greedy decoding goes wrong exactly where this does: the two part only after a first mistake.
     """
@@ -125,7 +137,7 @@ def _teacher_forced(
         right += int((~missed.any(1)).sum())
         nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
         tokens += len(wanted)
-    return right, nats / tokens
+    return right, nats, tokens
 
 
 def prompt_of(tokenizer: Any, example: Example) -> str:

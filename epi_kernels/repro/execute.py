@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +30,45 @@ PACKAGES = ("torch", "transformers", "numpy", "peft")
 
 
 def execute(run: Run, shop: Workshop) -> Manifest:
-    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there.
+    """Makes a run whose parents are there, and writes its folder; the manifest of one that is there. A call of all ranks.
 
     Raises:
-        ReproError: what a user can mend; finished runs are kept.
+        UserError: what a user can mend (of one rank: ReproError); finished runs are kept.
         Stopped: the time limit; the run goes on from where it was.
     """
-    shop.store.folder.mkdir(parents=True, exist_ok=True)
-    with shop.store.claim(run):
-        if shop.store.finished(run, with_weights=key(run) in shop.keep):
-            manifest = shop.store.manifest(run)
-            assert manifest is not None
-            return manifest
-        try:
+    with contextlib.ExitStack() as claimed:
+        found = shop.ranks.first_does(_claim, run, shop, claimed)
+        if found is not None:
+            return found
+        with _told(run, shop.store.folder):
             return _execute(run, shop)
-        except torch.OutOfMemoryError as error:
-            raise ReproError(
-                f"{_told(run)}: the device's memory is too small ({error}); {KEPT}: leave the arm out by --without, or make accumulation larger in the preset"
-            ) from None
-        except (
-            UserError
-        ) as error:  # a chat template that refuses an example, checkpoints that do not fit together
-            raise ReproError(f"{_told(run)}: {error}; {KEPT}") from None
-        except (DiskFull, OSError, RuntimeError) as error:  # torch.save's own are RuntimeErrors
-            if not isinstance(error, DiskFull) and not is_disk_full(error, shop.store.folder):
-                raise
-            raise ReproError(
-                f"{_told(run)}: no space left on the disk of {shop.store.folder}; {KEPT}: make room and run the same"
-                " command again"
-            ) from None
 
 
-def _told(run: Run) -> str:
+@contextlib.contextmanager
+def _told(run: Run, folder: Path) -> Iterator[None]:
+    """What a user can mend as a ReproError that names the run."""
     method = f" by {run.method.name}" if isinstance(run, Train) else ""
     on = f" on {', '.join(task.kind for task in run.tasks)}" if isinstance(run, Train | CpiFt) else ""
-    return f"run {key(run)} ({run.kind}{method}{on}, seed {run.seed})"
+    what = f"run {key(run)} ({run.kind}{method}{on}, seed {run.seed})"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ReproError(
+            f"{what}: the device's memory is too small ({error}); {KEPT}: leave the arm out by --without, or make"
+            " accumulation larger in the preset"
+        ) from None
+    except (
+        UserError
+    ) as error:  # a chat template that refuses an example, checkpoints that do not fit together
+        if isinstance(error, ReproError) or error.shared:
+            raise
+        raise ReproError(f"{what}: {error}; {KEPT}", error.status) from None
+    except (DiskFull, OSError, RuntimeError) as error:  # torch.save's own are RuntimeErrors
+        if not isinstance(error, DiskFull) and not is_disk_full(error, folder):
+            raise
+        raise ReproError(
+            f"{what}: no space left on the disk of {folder}; {KEPT}: make room and run the same command again"
+        ) from None
 
 
 def _free(device: torch.device) -> None:
@@ -71,19 +78,30 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def _claim(run: Run, shop: Workshop, claimed: contextlib.ExitStack) -> Manifest | None:
+    """The manifest of a run that is there; else others wait for it until `claimed` ends."""
+    shop.store.folder.mkdir(parents=True, exist_ok=True)
+    claimed.enter_context(shop.store.claim(run))
+    return shop.store.manifest(run) if shop.store.finished(run, with_weights=key(run) in shop.keep) else None
+
+
 def _execute(run: Run, shop: Workshop) -> Manifest:
     _free(shop.device)
     started = time.perf_counter()
     result = _make(run, shop)
+    return shop.ranks.first_does(_write, run, shop, result, time.perf_counter() - started)
+
+
+def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest:
     manifest = Manifest(
         key=key(run),
         run=run,
         seed=run.seed,
-        commit=provenance.git(Path(__file__).parent, "rev-parse", "--short=10", "HEAD"),
+        **_source(),
         versions=provenance.versions(*PACKAGES),
-        machine=provenance.machine() | _gpu(shop.device),
+        machine=provenance.machine() | _gpu(shop.device) | _ranks(shop),
         finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=round(seconds, 2),
         scores=result.scores,
         losses=result.losses,
         **result.facts,
@@ -126,6 +144,21 @@ def _cpift(run: CpiFt, shop: Workshop) -> Result:
 
 def _nothing(folder: Path) -> None:
     """The weights are those of the last of its runs."""
+
+
+@lru_cache(maxsize=1)
+def _source() -> dict[str, Any]:
+    """Of the package, as this process began with it."""
+    package = Path(__file__).parents[1]
+    changed = provenance.git(package, "status", "--porcelain", "--", ".")
+    return {
+        "commit": provenance.git(package, "rev-parse", "--short=10", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+    }
+
+
+def _ranks(shop: Workshop) -> dict[str, Any]:
+    return {"ranks": shop.ranks.size, "fsdp": shop.fsdp} if shop.ranks.size > 1 else {}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

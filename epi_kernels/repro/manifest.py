@@ -35,6 +35,7 @@ class Manifest(Strict):
     run: Run
     seed: int
     commit: str | None
+    dirty: bool | None = None  # whether the package was not as committed; None: not in a repository
     versions: dict[str, str]
     machine: dict[str, Any]
     finished: str  # ISO 8601, UTC

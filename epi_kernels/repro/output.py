@@ -14,6 +14,7 @@ from epi_kernels.repro.tables.base import Rendered
 from epi_kernels.repro.writers import write_tables
 
 PAGE, TABLES_FOLDER, RESULTS = "index.html", "tables", "results.json"
+SERIES = ("conflict", "drift", "stability")  # what tables read; the course of every run stays in its manifest
 
 
 def render(preset: Preset, manifests: Mapping[str, Manifest], names: Iterable[str]) -> list[Rendered]:
@@ -24,11 +25,11 @@ def render(preset: Preset, manifests: Mapping[str, Manifest], names: Iterable[st
 def write(
     out: Path, preset: Preset, names: Iterable[str], manifests: Mapping[str, Manifest], command: str
 ) -> None:
-    """`out`/index.html, `out`/tables/ and `out`/results.json: all manifests in one file, from which
+    """`out`/index.html, `out`/tables/ and `out`/results.json: the manifests in one file, from which
     `bench/results/reproduce-PRESET.json` and with it the README's tables are made."""
     names = list(names)
     rendered = render(preset, manifests, names)
     write_tables(out / TABLES_FOLDER, rendered)
-    write_bundle(bundle(preset, names, manifests), out / RESULTS)
+    write_bundle(bundle(preset, names, manifests, SERIES), out / RESULTS)
     sources = {name: TABLES[name].source for name in names}
     write_page(out / PAGE, rendered, manifests, preset, sources, command)

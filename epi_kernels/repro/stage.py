@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro.config import Recipe
+
+REPLAYED = -1  # Batch.task of an example of an earlier stage
 
 
 class Batch(NamedTuple):
@@ -19,7 +22,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # [rows, length] int64
     labels: Tensor  # [rows, length] int64, -100 where nothing is learned, else the token that stands there
     attention_mask: Tensor  # [rows, length] int64
-    task: Tensor  # [rows] int64, index into the stage's tasks; -1: replayed from an earlier stage
+    task: Tensor  # [rows] int64, index into the stage's tasks, or REPLAYED
 
     def rows(self, chosen: Tensor | slice) -> Batch:
         return Batch(*(part[chosen] for part in self))
@@ -42,6 +45,8 @@ class Stage:
     grad_norm: float = 0.0  # before clipping
     batch: Batch | None = None  # of the step under way (all micro-batches)
     method: Any = field(default=None)  # methods.base.Running
+    ranks: Ranks = field(default_factory=Ranks)  # each takes its part of every step's rows
+    sharded: bool = False  # each has a part of the weights, gradients and states too
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

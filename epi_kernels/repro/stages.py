@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from epi_kernels.distributed.shards import local
 from epi_kernels.finetune.chat import Encoded
-from epi_kernels.finetune.model import pad_id
+from epi_kernels.finetune.errors import UserError
+from epi_kernels.finetune.fsdp import shard
+from epi_kernels.finetune.model import pad_id, weights_fingerprint
 from epi_kernels.isolation import freeze, sample_stage
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.exchange import save_isolation
+from epi_kernels.repro import sharded
 from epi_kernels.repro.characters import pretraining_text
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches, StageProbes
-from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.measure import make_observers
+from epi_kernels.repro.measure import Observer, make_observers
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer, stage_bytes
 from epi_kernels.repro.methods import make_method
 from epi_kernels.repro.methods.config import Full, Method
 from epi_kernels.repro.models import load_model, new_model, tokenizer_of
-from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of
+from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of, key
 from epi_kernels.repro.stage import Stage
 from epi_kernels.repro.store import local_checkpoint
 from epi_kernels.repro.train import Meters, read_progress, save_progress, train
@@ -32,17 +38,27 @@ TEXTS, CHARACTERS = 20_000, 48  # rows of task-free text that a base model learn
 
 
 def run_base(run: Base, shop: Workshop) -> Result:
-    tokenizer = tokenizer_of(run.model)
-    if run.model.checkpoint is not None:
-        model = load_model(local_checkpoint(run.model.checkpoint), run.model, shop.device)
-    else:
-        model = new_model(run.model, run.seed).to(shop.device)
+    tokenizer, model = shop.ranks.together(_begin_base, run, shop)
     if run.recipe is not None:
-        return _stage(
-            run, shop, model, run.recipe, Full(optimizer="epi"), [_text(tokenizer, run.seed)], ("text",)
-        )
+        text = _text(tokenizer, run.seed)
+        return _stage(run, shop, model, run.recipe, Full(optimizer="epi"), Examples([text], ("text",)))
     scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
     return Result(*scores, model_writer(model, tokenizer))
+
+
+def _begin_base(run: Base, shop: Workshop) -> tuple[Any, Any]:
+    tokenizer = tokenizer_of(run.model)
+    model = _before(run, shop)
+    return tokenizer, model if run.recipe is not None else model.to(shop.device)
+
+
+def _before(run: Base | Train, shop: Workshop) -> Any:
+    """The model before a stage."""
+    if isinstance(run, Train):
+        return load_model(shop.store.weights(run.before), base_of(run).model, shop.loads_to)
+    if run.model.checkpoint is not None:
+        return load_model(local_checkpoint(run.model.checkpoint), run.model, shop.loads_to)
+    return new_model(run.model, run.seed).to(shop.loads_to)
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +71,30 @@ def _text(tokenizer: Any, seed: int) -> list[Encoded]:
     return [Encoded(ids, list(ids)) for ids in rows]
 
 
+@dataclass
+class Examples:
+    """Of a stage's tasks, one list each: those that it learns from, and those of the split that is never trained on."""
+
+    learned: Sequence[Sequence[Encoded]]
+    kinds: Sequence[str]
+    held_out: Sequence[Sequence[Encoded]] = ()
+    replayed: Sequence[Encoded] = ()
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        lists = (*self.learned, *self.held_out, self.replayed)
+        text = json.dumps([[(one.input_ids, one.labels) for one in part] for part in lists])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
 def run_train(run: Train, shop: Workshop) -> Result:
+    model, examples = shop.ranks.together(_begin_train, run, shop)
+    result = _stage(run, shop, model, run.recipe, run.method, examples)
+    result.facts["notes"]["data"] = examples.counts
+    return result
+
+
+def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
     spec = base_of(run).model
     tokenizer = tokenizer_of(spec)
     parts = [encoded(tokenizer, task, run.seed, run.recipe.max_length) for task in run.tasks]
@@ -65,12 +104,11 @@ def run_train(run: Train, shop: Workshop) -> Result:
         tagged = [[(at, one) for one in part] for at, part in enumerate(examples)]
         chosen = sample_stage(tagged, range(len(tagged)), run.sampled, run.seed)
         examples = [[one for at, one in chosen if at == task] for task in range(len(parts))]
-    model = load_model(shop.store.weights(run.before), spec, shop.device)
+    model = _before(run, shop)
     held_out = [
         encoded(tokenizer, task, run.seed, run.recipe.max_length, "test").examples for task in run.tasks
     ]
-    result = _stage(run, shop, model, run.recipe, run.method, examples, kinds, held_out)
-    result.facts["notes"]["data"] = {
+    counts = {
         kind: {
             "examples": part.counts.examples,
             "truncated": part.counts.truncated,
@@ -78,7 +116,7 @@ def run_train(run: Train, shop: Workshop) -> Result:
         }
         for kind, part in zip(kinds, parts)
     }
-    return result
+    return model, Examples(examples, kinds, held_out, _replayed(run, tokenizer), counts)
 
 
 def _stage(
@@ -87,42 +125,55 @@ def _stage(
     model: Any,
     recipe: Recipe,
     method: Method,
-    examples: Sequence[Sequence[Encoded]],
-    kinds: Sequence[str],
-    held_out: Sequence[Sequence[Encoded]] = (),
+    examples: Examples,
 ) -> Result:
-    tokenizer = tokenizer_of(base_of(run).model)
-    stage = Stage(model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=kinds)
+    tokenizer, ranks = tokenizer_of(base_of(run).model), shop.ranks
+    stage = Stage(
+        model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=examples.kinds,
+        replayed=examples.replayed, ranks=ranks, sharded=shop.sharded,
+    )  # fmt: skip
+    cores: list[Path] = []
     if isinstance(run, Train):
         stage.before = shop.store.weights(run.before)
         stage.origin = _origin(run.before, shop)
-        stage.replayed = _replayed(run, tokenizer)
-    progress = shop.store.progress(run)
-    at_least = (read_progress(progress) or {"peak": 0})["peak"]
-    pad = pad_id(tokenizer)
-    with PeakMemory(shop.device, at_least) as peak:
-        stage.method = make_method(method, stage)
-        batches = Batches(
-            examples, recipe.batch, run.seed, pad, replayed=stage.replayed, replay=stage.method.replay
+        cores = [core_of(probe, run.core_ratio, shop) for probe in run.frozen]
+    if ranks.size > 1:
+        ranks.refuse_differences(
+            {
+                "the examples": examples.fingerprint(),
+                "the weights before the stage": weights_fingerprint(model),
+            },
+            "give all the same data and the same folder --out",
         )
-        stage.steps = recipe.steps or batches.steps(recipe.epochs or 0)
-        if isinstance(run, Train) and run.frozen:
-            freeze(stage.optimizer, [core_of(probe, run.core_ratio, shop) for probe in run.frozen])
-        probes = StageProbes(batches, held_out or examples, pad, shop.device)
-        observers = make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
+    progress = shop.store.progress(run)
+    saved = ranks.together(read_progress, progress)
+    if stage.sharded:
+        if saved:
+            model.load_state_dict(saved["model"])
+        shard(model, ranks, str(shop.device))
+    with PeakMemory(shop.device, at_least=saved["peak"] if saved else 0) as peak:
+        batches, observers = ranks.together(_set_up, stage, run, method, examples, cores, pad_id(tokenizer))
         meters = Meters(StepTimer(shop.device), peak, observers)
         trained = stage.model
         kept = train(stage, batches, meters, shop.limits, progress)
+    isolation = None
+    if stage.sharded:
+        kept = sharded.gather(kept, ranks.together(_before, run, shop)).to(shop.device)
+        if key(run) in shop.keep and isinstance(stage.optimizer, MaskedEMAAdamW):
+            isolation = shop.store.folder / f"{key(run)}.isolation"
+            save_isolation(stage.optimizer, isolation)
     try:
         scores = scores_of(kept, tokenizer, run.evaluate, run.seed, shop)
-    except ReproError:  # a judge that is down
-        if kept is trained:  # adapters are merged by now: such a run goes on from what was saved last
-            save_progress(stage, meters, stage.steps, progress)
+    except UserError as error:  # a judge that is down
+        if kept is trained and (
+            ranks.size == 1 or error.shared
+        ):  # where adapters are merged, or shards gathered, such
+            save_progress(stage, meters, stage.steps, progress)  # a run goes on from what was saved last
         raise
     plain = isinstance(method, Full) and method.optimizer == "torch"  # nobody takes importance from it
     return Result(
         *scores,
-        model_writer(kept, tokenizer, None if plain else stage.optimizer),
+        model_writer(kept, tokenizer, None if plain else stage.optimizer, isolation),
         {
             "bytes": stage_bytes(stage, peak),
             "time": meters.timer.result(),
@@ -130,18 +181,36 @@ def _stage(
             "notes": {
                 "optimizer": type(stage.optimizer).__name__,
                 "steps": stage.steps,
-                "isolated": _isolated(stage.optimizer),
+                "isolated": _isolated(stage),
             },
         },
     )
 
 
-def _isolated(optimizer: torch.optim.Optimizer) -> int:
-    """Elements, when the stage ended."""
+def _set_up(
+    stage: Stage, run: Base | Train, method: Method, examples: Examples, cores: Sequence[Path], pad: int
+) -> tuple[Batches, dict[str, Observer]]:
+    """The stage's method and steps, its batches, and what is measured."""
+    recipe = stage.recipe
+    stage.method = make_method(method, stage)
+    batches = Batches(
+        examples.learned, recipe.batch, run.seed, pad, replayed=stage.replayed, replay=stage.method.replay
+    )
+    stage.steps = recipe.steps or batches.steps(recipe.epochs or 0)
+    if cores:
+        freeze(stage.optimizer, cores)
+    probes = StageProbes(batches, examples.held_out or examples.learned, pad, stage.device)
+    return batches, make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
+
+
+def _isolated(stage: Stage) -> int:
+    """Elements, when the stage ended. A call of all ranks."""
+    optimizer = stage.optimizer
     if not isinstance(optimizer, MaskedEMAAdamW):
         return 0
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return sum(int(optimizer.isolation_mask(param).sum()) for param in params)
+    found = sum(int(local(optimizer.isolation_mask(param)).sum()) for param in params)
+    return int(stage.ranks.sums([found])[0]) if stage.sharded else found
 
 
 def _replayed(run: Train, tokenizer: Any) -> list[Encoded]:

@@ -4,6 +4,8 @@ RUNS/KEY/            manifest.json
                      model.safetensors, config.json, tokenizer: only of runs that others start from
                      isolation.safetensors: importance and masks, where the optimizer was a MaskedEMAAdamW
 RUNS/KEY.progress    a run that was stopped and goes on from there
+RUNS/KEY.fused       a fusion whose scores are not there yet
+RUNS/KEY.isolation   the same of a sharded run's isolation.safetensors
 RUNS/KEY.lock        a run under way
 RUNS/lock            held while a sweep is at work
 """

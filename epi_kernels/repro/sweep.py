@@ -1,4 +1,5 @@
-"""All runs that some tables need, made once, parents first, on processes of one thread each or on one GPU.
+"""All runs that some tables need, made once, parents first: on processes of one thread each, on one GPU, or one after
+the other by all ranks that a launcher started.
 
 Killed or stopped by a time limit, the same call goes on: finished runs are whole on the disk, unfinished ones go on
 from what they saved.
@@ -6,6 +7,8 @@ from what they saved.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,6 +21,9 @@ from typing import Any
 import torch
 
 from epi_kernels.demo.pool import start_worker, tick
+from epi_kernels.finetune.ranks import Ranks
+from epi_kernels.repro import sharded
+from epi_kernels.repro.config import Recipe, TaskSpec
 from epi_kernels.repro.execute import execute
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, parents
@@ -84,10 +90,21 @@ class Plan:
 
 def steps_of(run: Run) -> int:
     """Training steps, for the progress bar, as far as they are known before; 1 where there are none."""
-    recipes = [run.recipe] if isinstance(run, (Base, Train)) else []
+    if isinstance(run, Base):
+        return (run.recipe.steps if run.recipe else None) or 1
+    if isinstance(run, Train):
+        return _steps(run.recipe, run.tasks, run.sampled)
     if isinstance(run, CpiFt):
-        recipes = [run.stage, run.consolidation]
-    return sum(recipe.steps or 0 for recipe in recipes if recipe is not None) or 1
+        return _steps(run.stage, run.tasks, 1.0) + _steps(run.consolidation, run.tasks, run.share)
+    return 1
+
+
+def _steps(recipe: Recipe, tasks: Sequence[TaskSpec], share: float) -> int:
+    """Epochs are counted in steps where the tasks say how many examples they have."""
+    if recipe.steps is not None:
+        return recipe.steps
+    examples = sum(share * task.share * (task.train or 0) for task in tasks)
+    return max(1, math.ceil((recipe.epochs or 0) * examples / recipe.batch))
 
 
 @dataclass
@@ -107,41 +124,55 @@ def sweep(
     workers: int,
     time_limit_s: float | None = None,
     progress: Any = None,
+    ranks: Ranks | None = None,
+    fsdp: bool = False,
     discard: bool = False,
 ) -> Outcome:
     """Makes what is missing, as far as the time goes.
 
+    `progress`: a tqdm bar in training steps; None shows nothing. `ranks`: make every run together; then it is a call of
+    all of them, with one worker, and `store` is one folder that all see. `fsdp`: with the stages sharded over them.
     `discard`: weights are removed as soon as no run that is left starts from them.
 
-    `progress`: a tqdm bar in training steps; None shows nothing.
-
     Raises:
-        ReproError: a run failed for a reason that a user can mend; finished runs are kept.
+        UserError: a run failed for a reason that a user can mend (of one rank: ReproError); finished runs are kept.
     """
-    started = time.time()
+    started, ranks = time.time(), ranks or Ranks()
+    assert workers == 1 or ranks.size == 1, "ranks share each run's rows"
     deadline = started + time_limit_s if time_limit_s is not None else None
-    with store.lock():
-        missing = plan.missing(store)
-        ended = _ended(plan, store, set(missing)) if discard else _ignored
+    with contextlib.ExitStack() as locked:
+        missing = ranks.first_does(_begin, plan, store, locked)
+        if fsdp and ranks.size > 1:
+            ranks.together(sharded.refuse, [plan.runs[name] for name in missing])
+        job = _Job(store.folder, str(device), deadline, plan.keep, ranks, fsdp)
+        ended = partial(ranks.first_does, _Ended(plan, store, set(missing))) if discard else _ignored
         for name in plan.runs:  # of a sweep that was stopped
             if name not in missing:
                 ended(name)
-        job = _Job(store.folder, str(device), deadline, plan.keep)
         make = _alone if workers == 1 else partial(_together, workers=workers)
         done = make(job, plan, missing, progress=progress, ended=ended)
     return Outcome(done, len(missing) - done, time.time() - started)
 
 
-def _ended(plan: Plan, store: Store, left: set[str]) -> Ended:
-    def ended(name: str) -> None:
-        left.discard(name)
-        plan.discard(store, name, left)
+@dataclass
+class _Ended:
+    plan: Plan
+    store: Store
+    left: set[str]
 
-    return ended
+    def __call__(self, name: str) -> None:
+        self.left.discard(name)
+        self.plan.discard(self.store, name, self.left)
 
 
 def _ignored(name: str) -> None:
     pass
+
+
+def _begin(plan: Plan, store: Store, locked: contextlib.ExitStack) -> list[str]:
+    """What is missing; no other sweep begins before `locked` ends."""
+    locked.enter_context(store.lock())
+    return plan.missing(store)
 
 
 @dataclass(frozen=True)
@@ -150,13 +181,18 @@ class _Job:
     device: str
     deadline: float | None
     keep: frozenset[str]
+    ranks: Ranks
+    fsdp: bool
 
     def shop(self, on_step: Any) -> Workshop:
         limits = Limits(self.deadline, tick=on_step)
-        return Workshop(Store(self.folder), torch.device(self.device), limits, self.keep)
+        return Workshop(
+            Store(self.folder), torch.device(self.device), limits, self.keep, self.ranks, self.fsdp
+        )
 
     def is_over(self) -> bool:
-        return self.deadline is not None and time.time() >= self.deadline
+        """For all ranks alike."""
+        return self.ranks.highest(self.deadline is not None and time.time() >= self.deadline) > 0
 
 
 def _make(job: _Job, run: Run) -> bool:

@@ -1,4 +1,8 @@
-"""The loop of one stage: the same for every method, stopped and continued to the bit."""
+"""The loop of one stage: the same for every method, stopped and continued to the bit.
+
+On several ranks each takes its part of every step's rows; the gradients' sum is one process's gradient. Dropout is drawn
+from the seed, the step and the rank: it needs no saved generator, and alone differs with the number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,20 @@ from typing import Any
 import torch
 
 from epi_kernels.demo.train import schedule
+from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.files import whole
 from epi_kernels.finetune.chat import IGNORE
+from epi_kernels.finetune.fsdp import laid_out, whole_state, whole_weights
+from epi_kernels.finetune.model import weights_fingerprint
+from epi_kernels.finetune.train import step_seed
+from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches
 from epi_kernels.repro.measure import Observer
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer
 from epi_kernels.repro.stage import Batch, Stage
 
+SAVE, STOP = 1, 2  # what the clock asks for
 SAVING = 10  # a 7B model's weights and states are tens of gigabytes: writing them takes a tenth of the time at most
 
 
@@ -59,28 +69,33 @@ class Meters:
 def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progress: Path) -> Any:
     """Trains `stage.model` by `stage.method`, from its first step or from what `progress` holds; returns the model to
     keep. Raises Stopped, after it has saved."""
-    recipe, method, timer, observers = stage.recipe, stage.method, meters.timer, meters.observers.values()
+    recipe, method, ranks = stage.recipe, stage.method, stage.ranks
+    timer, observers = meters.timer, meters.observers.values()
     parameters = [param for group in stage.optimizer.param_groups for param in group["params"]]
-    first, saved, pause = _load(stage, meters, progress), time.monotonic(), limits.save_every_s
+    first = ranks.together(_load, stage, meters, progress)
+    saved, pause = time.monotonic(), limits.save_every_s
     for step in range(first, stage.steps):
-        is_over = limits.deadline is not None and time.time() >= limits.deadline
-        if is_over or time.monotonic() - saved >= pause:
+        due = ranks.highest(_due(limits, saved + pause))  # all ranks stop before the same step
+        if due:
+            refuse_drift(stage, f"before step {step + 1}")
             began = time.monotonic()
             save_progress(stage, meters, step, progress)
             saved = time.monotonic()
             pause = max(limits.save_every_s, SAVING * (saved - began))
-        if is_over:
+        if due == STOP:
             raise Stopped
+        torch.manual_seed(step_seed(stage.seed, step, ranks.rank))
         with timer.gradient():
             for group in stage.optimizer.param_groups:
                 group["lr"] = recipe.lr * lr_factor(recipe, step, stage.steps)
             stage.batch = batches.batch(step, stage.device)
             stage.optimizer.zero_grad()
             stage.loss = _backward(stage, stage.batch)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            method.gather()
+            norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if recipe.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, recipe.clip, norm)
-            stage.grad_norm = float(norm)
+            stage.grad_norm = float(norm.full_tensor() if is_sharded(norm) else norm)
         for observer in observers:
             observer.before_step(stage, step)
         with timer.update():
@@ -88,20 +103,40 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
         for observer in observers:
             observer.after_step(stage, step)
         limits.tick()
+    refuse_drift(stage, "at its end")
     return method.finish()
 
 
+def _due(limits: Limits, save_at: float) -> int:
+    if limits.deadline is not None and time.time() >= limits.deadline:
+        return STOP
+    return SAVE if time.monotonic() >= save_at else 0
+
+
+def refuse_drift(stage: Stage, when: str) -> None:
+    """Raises UserError, on every rank, when their weights are not the same."""
+    if stage.ranks.size > 1 and not stage.sharded:
+        stage.ranks.refuse_differences(
+            {"weights": weights_fingerprint(stage.model)},
+            f"the stage's are no longer those of one run {when}; finished runs are kept",
+        )
+
+
 def _backward(stage: Stage, batch: Batch) -> float:
-    """Gradients of the mean loss over the batch's answer tokens, whatever the micro-batches; returns that loss."""
+    """This rank's part of the gradients of the mean loss over the batch's answer tokens, whatever the ranks and
+    micro-batches; returns that loss."""
     size = len(batch.input_ids) // stage.recipe.accumulation
     total = max(1, _answer_tokens(batch))
-    loss = 0.0
-    for at in range(0, len(batch.input_ids), size):
-        part = batch.rows(slice(at, at + size))
+    loss, own = 0.0, batch.rows(slice(stage.ranks.rank, None, stage.ranks.size))
+    most = -(-len(batch.input_ids) // stage.ranks.size)  # rows of a rank
+    for at in range(0, most, size):
+        part = own.rows(slice(at, at + size))
         weight = _answer_tokens(part) / total
         if weight:
             loss += weight * stage.method.backward(part, weight)
-    return loss
+        elif stage.sharded:
+            stage.method.idle(batch.rows(slice(0, 1)))
+    return stage.ranks.sums([loss])[0]
 
 
 def _answer_tokens(batch: Batch) -> int:
@@ -114,16 +149,24 @@ def read_progress(path: Path) -> dict[str, Any] | None:
 
 
 def save_progress(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
-    """Everything from which `train` goes on at `step`."""
+    """Everything from which `train` goes on at `step`, as one process has it, whatever the ranks. A call of all of
+    them."""
+    model = whole_weights(stage.model, stage.ranks) if stage.sharded else stage.model.state_dict()
+    optimizer = whole_state(stage.optimizer, stage.ranks)
+    stage.ranks.first_does(_write, stage, meters, step, progress, model, optimizer)
+
+
+def _write(
+    stage: Stage, meters: Meters, step: int, progress: Path, model: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
     state = {
         "step": step,
-        "model": stage.model.state_dict(),
-        "optimizer": stage.optimizer.state_dict(),
+        "model": model,
+        "optimizer": optimizer,
         "method": stage.method.state_dict(),
         "observers": {name: observer.state_dict() for name, observer in meters.observers.items()},
         "timer": meters.timer.state_dict(),
         "peak": meters.peak.bytes,
-        "random": torch.get_rng_state(),
     }
     with whole(progress) as partial:
         torch.save(state, partial)
@@ -134,11 +177,13 @@ def _load(stage: Stage, meters: Meters, progress: Path) -> int:
     state = read_progress(progress)
     if state is None:
         return 0
-    stage.model.load_state_dict(state["model"])
-    stage.optimizer.load_state_dict(state["optimizer"])
+    if not stage.sharded:  # its weights were loaded before they were cut
+        stage.model.load_state_dict(state["model"])
+    in_parts = stage.sharded and not isinstance(stage.optimizer, MaskedEMAAdamW)
+    optimizer = state["optimizer"]
+    stage.optimizer.load_state_dict(laid_out(optimizer, stage.optimizer) if in_parts else optimizer)
     stage.method.load_state_dict(state["method"])
     for name, observer in meters.observers.items():
         observer.load_state_dict(state["observers"][name])
     meters.timer.load_state_dict(state["timer"])
-    torch.set_rng_state(state["random"])
     return state["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +13,7 @@ import torch
 
 from epi_kernels.finetune.chat import Encoding
 from epi_kernels.finetune.data import Example
+from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.optim.exchange import save_isolation
 from epi_kernels.repro import lm_eval
@@ -28,12 +30,23 @@ RATINGS = "ratings.jsonl"  # in the store: what a judge said is never asked agai
 
 @dataclass(frozen=True)
 class Workshop:
-    """A store, a device, and when to stop."""
+    """A store, a device, and when to stop; the ranks that make each run together, of which the first writes."""
 
     store: Store
     device: torch.device
     limits: Limits = field(default_factory=Limits)
     keep: frozenset[str] = frozenset()  # keys of the runs whose weights others start from
+    ranks: Ranks = field(default_factory=Ranks)
+    fsdp: bool = False  # stages are sharded over the ranks while they train
+
+    @property
+    def sharded(self) -> bool:
+        return self.fsdp and self.ranks.size > 1
+
+    @property
+    def loads_to(self) -> torch.device:
+        """Where a model lies before its stage: one that is to be sharded need not fit the device with its states."""
+        return torch.device("cpu") if self.sharded else self.device
 
 
 @dataclass
@@ -78,30 +91,33 @@ def _encoded(tokenizer: Any, spec: Any, seed: int, max_length: int, split: Split
 def scores_of(
     model: Any, tokenizer: Any, specs: Sequence[TaskSpec], seed: int, shop: Workshop
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(scores, held-out losses) by kind of task. Raises ReproError."""
+    """(scores, held-out losses) by kind of task, the same on every rank. Raises UserError."""
     scores, losses = {}, {}
     for spec in specs:
         if spec.harness == "lm-eval":
-            scores[spec.kind] = lm_eval.score(spec, model, tokenizer)
+            scores[spec.kind] = shop.ranks.first_does(lm_eval.score, spec, model, tokenizer)
             continue
-        task, examples = examples_of(spec, seed, "test")
+        task, examples = shop.ranks.together(examples_of, spec, seed, "test")
         if isinstance(task, Judged):
             task.kept = shop.store.folder / RATINGS
         scores[spec.kind], losses[spec.kind] = evaluate(
-            model, tokenizer, task, examples, shop.device, EVALUATION_ROWS
+            model, tokenizer, task, examples, shop.device, EVALUATION_ROWS, ranks=shop.ranks
         )
     return scores, losses
 
 
 def model_writer(
-    model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer | None = None
+    model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer | None = None, isolation: Path | None = None
 ) -> Callable[[Path], None]:
-    """Writes what others start from: a folder that loads with transformers, and the importance where there is one."""
+    """Writes what others start from: a folder that loads with transformers, and the importance where there is one, of
+    `optimizer` or from a file that is there and goes."""
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if isinstance(optimizer, MaskedEMAAdamW):
+        if isolation is not None:
+            shutil.move(isolation, folder / ISOLATION)
+        elif isinstance(optimizer, MaskedEMAAdamW):
             save_isolation(optimizer, folder / ISOLATION)
 
     return write

@@ -134,9 +134,12 @@ def _high_water_mark() -> int:
 
 
 def stage_bytes(stage: Stage, peak: PeakMemory | None = None) -> Bytes:
-    """What the stage holds: the model's weights, the optimizer's state and what its method keeps beside it."""
+    """What the stage holds: the model's weights, the optimizer's state and what its method keeps beside it; of all ranks
+    where each has a part, but for the peak. A call of all ranks."""
     weights = list(stage.model.parameters())
     kinds = state_bytes(stage.optimizer)
+    if stage.sharded:
+        kinds = dict(zip(kinds, map(int, stage.ranks.sums(list(kinds.values()))), strict=True))
     total = kinds.pop("total")
     for kind, size in stage.method.extra_bytes().items():
         kinds[kind] = kinds.get(kind, 0) + size

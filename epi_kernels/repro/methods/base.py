@@ -1,6 +1,6 @@
 """A method under way. The loop in `train` calls it; a method overrides what it does differently.
 
-for each step:  zero_grad -> backward(micro-batch) ... -> clip -> step
+for each step:  zero_grad -> backward(micro-batch) ... -> gather -> clip -> step
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from epi_kernels.repro.stage import Batch, Stage
+
+from .selection import parameters
 
 
 def token_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -38,10 +40,20 @@ class Running:
         raise NotImplementedError
 
     def backward(self, batch: Batch, weight: float) -> float:
-        """Adds `weight` times the gradient of the loss; returns the loss, without penalties."""
+        """Adds `weight` times the gradient of the loss; returns the loss. A step's weights add up to 1 over all ranks."""
         loss = token_loss(self.stage.model, batch)
         (loss * weight).backward()
         return float(loss.detach())
+
+    def idle(self, batch: Batch) -> None:
+        """Passes that add zero, when other ranks' passes ask for this one's weights."""
+        logits = self.stage.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        (0.0 * logits[:, 0].float().sum()).backward()
+
+    def gather(self) -> None:
+        """After a step's last micro-batch: gradients become the sums over the ranks, and penalties are added."""
+        if not self.stage.sharded:  # FSDP2 has done it
+            self.stage.ranks.add_gradients(parameters(self.optimizer))
 
     def step(self, step: int) -> None:
         """The update; `step` counts from 0."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.finetune.train import step_seed
-from epi_kernels.repro.stage import Batch, Stage
+from epi_kernels.repro.stage import REPLAYED, Batch, Stage
 
 from . import config as configs
 from .base import Running, token_loss
@@ -24,7 +24,7 @@ class PcGrad(Running):
     """A task is an index of Batch.task; replayed rows are one task. Its gradient is that of its part of the batch's mean
     loss a token, so that the sum is the plain gradient where nothing conflicts.
 
-    Micro-batches are added up a task first: after every one `.grad` is the projection of what there is so far.
+    Micro-batches, and ranks, are added up a task first; the sums are projected once a step, in the tasks' order.
     """
 
     config: configs.PcGrad
@@ -50,9 +50,6 @@ class PcGrad(Running):
             part = token_loss(self.stage.model, batch.rows(rows)) * (tokens / total)
             self._add(task, torch.autograd.grad(part * weight, self._params, materialize_grads=True))
             loss += float(part.detach())
-        order = random.Random(step_seed(self.stage.seed, self._step))
-        for param, gradient in zip(self._params, surgery(list(self._gradients.values()), order), strict=True):
-            param.grad = gradient
         return loss
 
     def _add(self, task: int, gradient: Sequence[Tensor]) -> None:
@@ -61,6 +58,20 @@ class PcGrad(Running):
         else:
             for held, more in zip(self._gradients[task], gradient, strict=True):
                 held += more
+
+    def gather(self) -> None:
+        ranks, tasks = self.stage.ranks, range(REPLAYED, len(self.stage.tasks))
+        anywhere = ranks.sums([task in self._gradients for task in tasks])
+        gradients = []
+        for task in (task for task, count in zip(tasks, anywhere, strict=True) if count):
+            own = self._gradients.get(task)
+            gradients.append([torch.zeros_like(one) for one in self._params] if own is None else own)
+            ranks.add(gradients[-1])
+        if not gradients:
+            return  # no token of the step is learned
+        order = random.Random(step_seed(self.stage.seed, self._step))
+        for param, gradient in zip(self._params, surgery(gradients, order), strict=True):
+            param.grad = gradient
 
     def step(self, step: int) -> None:
         self.optimizer.step()
@@ -81,7 +92,7 @@ class PcGrad(Running):
 def surgery(gradients: Sequence[Gradient], order: random.Random) -> Gradient:
     """The sum over tasks of g_i, from which, for every other task j in random order, its part along g_j is taken where
     the two point apart. Of all parameters together, not of each; the g_j are as they were."""
-    summed = [torch.zeros_like(one) for one in gradients[0]] if gradients else []
+    summed = [torch.zeros_like(one) for one in gradients[0]]
     for i, own in enumerate(gradients):
         others = [j for j in range(len(gradients)) if j != i]
         order.shuffle(others)

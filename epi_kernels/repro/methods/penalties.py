@@ -1,7 +1,7 @@
 """Quadratic pulls to the weights of the stage before.
 
 The penalty is 0.5 * strength * sum F (theta - theta*)^2 (EWC: arXiv 1612.00796, equation 3; L2-SP: arXiv 1802.01483,
-F = 1, and no layer without a counterpart). Its gradient, strength * F * (theta - theta*), is added
+F = 1, and no layer without a counterpart). Its gradient, strength * F * (theta - theta*), is added once a step
 to the loss's before clipping, as it would come out of backward without its graph; AdamW then scales the sum.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.stage import Batch, Stage
+from epi_kernels.repro.stage import Stage
 
 from . import config as configs
 from .base import Running
@@ -23,8 +23,6 @@ from .selection import named
 
 
 class _Pull(Running):
-    """`weight`s of a step's micro-batches add up to 1, and so do their shares of the pull."""
-
     def __init__(self, config: Any, stage: Stage) -> None:
         self._fisher = self._weights(stage)
         super().__init__(config, stage)
@@ -38,20 +36,16 @@ class _Pull(Running):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return adamw(self.stage)
 
-    def backward(self, batch: Batch, weight: float) -> float:
-        loss = super().backward(batch, weight)
-        self._pull(weight * self.config.strength)
-        return loss
-
     @torch.no_grad()
-    def _pull(self, strength: float) -> None:
+    def gather(self) -> None:
+        super().gather()
         for name, param in self._params.items():
             if param.grad is None:
                 continue  # no gradient, no step: it has not moved
             pull = param.float() - self._anchor[name].float()
             if self._fisher is not None:
                 pull *= self._fisher[name]
-            param.grad.add_(pull, alpha=strength)
+            param.grad.add_(pull, alpha=self.config.strength)
 
     def extra_bytes(self) -> dict[str, int]:
         held = {"anchor": sum(one.nbytes for one in self._anchor.values())}
