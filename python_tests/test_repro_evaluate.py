@@ -10,6 +10,7 @@ import torch
 
 from epi_kernels.finetune.chat import IGNORE
 from epi_kernels.finetune.data import Example
+from epi_kernels.repro import evaluate as evaluate_
 from epi_kernels.repro.characters import ALPHABET, END, make_tokenizer
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.evaluate import encode_task, evaluate, generate, make_batch, prompt_of
@@ -184,3 +185,34 @@ def test_batches_name_their_tasks(tokenizer):
     assert batch.task.tolist() == [1, 0] and batch.attention_mask.sum(1).tolist() == [4, 6]
     assert batch.labels[0].tolist() == [IGNORE, IGNORE, *rows[0].input_ids[2:], IGNORE, IGNORE]
     assert make_batch(rows, 0, CPU, 2).task.tolist() == [2, 2]
+
+
+def test_portions_hold_as_many_rows_as_fit(monkeypatch):
+    monkeypatch.setattr(evaluate_, "PASS_BYTES", 1000)
+    lengths = [1, 2, 30, 4, 5, 200, 6, 7, 8]
+    found = list(evaluate_.portions(lengths, 3, 10))
+    assert [lengths[one] for one in found] == [[1, 2, 30], [4, 5], [200], [6, 7, 8]]
+    assert list(evaluate_.portions([], 3, 10)) == []
+    assert [one.stop - one.start for one in evaluate_.portions([1] * 450, 200, 1)] == [200, 200, 50]
+
+
+def test_a_token_costs_its_logits_and_its_keys_and_values():
+    model = make_model()
+    assert evaluate_.token_bytes(model) == 4 * 64 + 2 * 2 * (2 * 16) * 4  # 2 layers of 2 heads of 16, float32
+    assert evaluate_.token_bytes(model.bfloat16()) == 4 * 64 + 2 * 2 * (2 * 16) * 2
+
+
+def test_a_pass_of_few_rows_finds_the_same(planted, tokenizer, monkeypatch):
+    model, examples, _ = planted
+    tasks = [Planted(examples, exact) for exact in (True, False)]
+    whole = [evaluate(model, tokenizer, task, examples, CPU, 50) for task in tasks]
+    rows: list[int] = []
+    monkeypatch.setattr(evaluate_, "PASS_BYTES", 30 * evaluate_.token_bytes(model))
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    few = [evaluate(model, tokenizer, task, examples, CPU, 50) for task in tasks]
+    hook.remove()
+    assert max(rows) < len(examples)
+    assert [one[0] for one in few] == [one[0] for one in whole]
+    assert [one[1] for one in few] == pytest.approx([one[1] for one in whole], rel=1e-5)

@@ -390,3 +390,50 @@ def test_masking_methods_own_what_they_say(folders):
         method = begin(config, make_stage(folders))
         assert isinstance(method.optimizer, PublishedEPI if name == "published" else MaskedEMAAdamW)
         assert set(method.extra_bytes()) == ({"window"} if name == "window" else set())
+
+
+# ---------------------------------------------------------------- bfloat16 weights and 8-bit states
+
+
+def low(folders, **changes):
+    stage = make_stage(folders)
+    stage.model.bfloat16()
+    stage.recipe = RECIPE.model_copy(update=changes)
+    return stage
+
+
+def test_over_bfloat16_weights_small_steps_move_every_method_that_is_adamw(folders):
+    """A step of 1e-5 is under half a unit in the last place of most weights: rounded to nearest it would be lost."""
+    for config in (
+        configs.Full(),
+        configs.Ewc(strength=0.5),
+        configs.L2Sp(strength=0.5),
+        configs.Replay(share=0.2),
+    ):
+        stage = low(folders, lr=1e-5)
+        start = weights_of(stage.model)
+        method = begin(config, stage)
+        assert isinstance(method.optimizer, MaskedEMAAdamW)
+        train(method, range(2))
+        name = "model.layers.0.mlp.up_proj.weight"
+        moved = (weights_of(method.finish())[name] != start[name]).float().mean()
+        assert moved > 0.01, config.name
+    assert isinstance(begin(configs.Full(), make_stage(folders)).optimizer, torch.optim.AdamW)
+
+
+def test_states_are_of_the_recipes_dtype_and_resume(folders):
+    for name in ("full-moments", "epi", "static-g2", "random", "window"):
+        config = (MASKING | OTHERS)[name]
+        whole = begin(config, low(folders, state_dtype="int8"))
+        assert whole.optimizer._config.state_dtype == torch.uint8, name
+        train(whole, range(4))
+        part = begin(config, low(folders, state_dtype="int8"))
+        train(part, range(2))
+        resumed = stop_and_resume(part, config, low(folders, state_dtype="int8"))
+        train(resumed, range(2, 4))
+        wanted, found = weights_of(whole.finish()), weights_of(resumed.finish())
+        assert all(same_bits(wanted[key], found[key]) for key in wanted), name
+    own = begin(configs.Epi(ratio=P, state_dtype="bfloat16"), low(folders, state_dtype="int8"))
+    assert own.optimizer._config.state_dtype == torch.bfloat16
+    # its scores are read from the state as it is
+    assert begin(MASKING["inverted"], low(folders, state_dtype="int8")).optimizer._config.state_dtype is None

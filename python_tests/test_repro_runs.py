@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import REPLAYED, Batches
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import ensure, execute
-from epi_kernels.repro.methods.config import Epi, Full, Replay
+from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
@@ -55,6 +56,14 @@ def test_a_key_stands_for_the_whole_description():
         run.model_copy(update={"before": first(seed=2)}),
     ]
     assert len({key(run), *map(key, changed)}) == 5
+
+
+def test_a_field_that_came_later_leaves_earlier_keys_alone():
+    assert "state_dtype" not in second().recipe.model_dump()
+    low = RECIPE.model_copy(update={"state_dtype": "int8"})
+    run = second(recipe=low)
+    assert run.recipe.model_dump()["state_dtype"] == "int8" and key(run) != key(second())
+    assert key(Train.model_validate_json(run.model_dump_json())) == key(run)
 
 
 def test_an_unknown_key_is_an_error_anywhere():
@@ -205,6 +214,20 @@ def test_a_leaf_keeps_no_weights_and_is_made_again_when_they_are_needed(tmp_path
     assert Plan.of([halfway(run)]).missing(Store(tmp_path)) == [key(run), key(halfway(run))]
 
 
+def test_weights_are_discarded_once_nothing_left_starts_from_them(tmp_path):
+    moved = second(Static(by="delta", ratio=0.2))  # needs what the stage before started from, too
+    plan, store = Plan.of([halfway(second()), moved, cpift(tau=0.0), cpift(tau=1.0)]), Store(tmp_path)
+    late = key(halfway(second()))
+    sweep(plan, store, device=CPU, workers=1, discard=True)
+    assert not list(tmp_path.glob("*/*.safetensors")), "inner runs of CPI-FT included"
+    assert plan.missing(store) == [] and set(plan.manifests(store)) == set(plan.runs)
+    assert sweep(plan, store, device=CPU, workers=1, discard=True).finished == 0
+    shutil.rmtree(tmp_path / late)  # asked for again, it makes what it starts from again
+    assert plan.missing(store) == [
+        name for name in plan.runs if name in map(key, ancestry(halfway(second())))
+    ]
+
+
 # ---------------------------------------------------------------- CPI-FT
 
 
@@ -246,8 +269,9 @@ def test_a_sweep_on_two_processes_makes_each_run_once_and_never_again(tmp_path):
     leaves = [second(seed=seed) for seed in (1, 2)] + [second(Full(), seed=1)]
     plan, store = Plan.of(leaves), Store(tmp_path)
     assert len(plan.runs) == 6  # one base, a stage A a seed
-    outcome = sweep(plan, store, device=CPU, workers=2)
+    outcome = sweep(plan, store, device=CPU, workers=2, discard=True)
     assert (outcome.finished, outcome.left) == (6, 0)
+    assert not list(tmp_path.glob("*/*.safetensors"))
     written = {name: (tmp_path / name / MANIFEST).stat().st_mtime_ns for name in plan.runs}
     assert sweep(plan, store, device=CPU, workers=2).finished == 0
     assert written == {name: (tmp_path / name / MANIFEST).stat().st_mtime_ns for name in plan.runs}

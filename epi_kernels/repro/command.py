@@ -7,6 +7,7 @@ rows and each evaluation's examples, and the first of them writes and speaks.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the preset's")
     parser.add_argument(
+        "--without", nargs="+", metavar="ARM", help="leave arms out: those that the device has no room for"
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
@@ -51,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="under torchrun or accelerate launch: weights, gradients and optimizer states lie over the ranks (FSDP2)",
     )
+    parser.add_argument(
+        "--discard-weights", action="store_true",
+        help="remove a run's weights as soon as no run that is left starts from them; what needs them later makes them again",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
 
@@ -95,7 +103,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         },
         "give all the same arguments, presets and version of epi-kernels",
     )
-    missing = ranks.first_does(plan.missing, store)
+    missing = ranks.first_does(_missing, plan, store)
     print(
         f"{preset.name}: {len(names)} tables from {len(plan.runs)} runs, {len(missing)} of them to be made",
         flush=True,
@@ -111,7 +119,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         with _bar(plan, missing) as bar:
             outcome = sweep(
                 plan, store, device=_torch_device(device), workers=workers, time_limit_s=args.time_limit,
-                progress=bar, ranks=ranks, fsdp=args.fsdp,
+                progress=bar, ranks=ranks, fsdp=args.fsdp, discard=args.discard_weights,
             )  # fmt: skip
     if outcome is not None and outcome.left:
         print(
@@ -131,6 +139,8 @@ def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
     preset = load_preset(args.preset)
     if args.seeds:
         preset = preset.with_seeds(args.seeds)
+    if args.without:
+        preset = preset.without(args.without)
     names = list(args.table or preset.tables or tables_of(preset))
     unknown = [name for name in names if name not in TABLES]
     if unknown:
@@ -147,13 +157,26 @@ def _plan(preset: Preset, names: list[str]) -> Plan:
     return Plan.of(run for name in names for run in TABLES[name].runs(preset))
 
 
+def _missing(plan: Plan, store: Store) -> list[str]:
+    plan.manifests(store)  # one of another version is named now, not when everything else is done
+    return plan.missing(store)
+
+
 def _write(args: argparse.Namespace, preset: Preset, names: list[str], plan: Plan, store: Store) -> None:
     from epi_kernels.repro import output
+    from epi_kernels.repro.errors import ReproError
 
     command = f"epi-kernels reproduce --preset {args.preset}" + (
         f" --table {' '.join(args.table)}" if args.table else ""
     )
-    output.write(args.out, preset, names, plan.manifests(store), command)
+    if args.without:
+        command += f" --without {shlex.join(args.without)}"
+    try:
+        output.write(args.out, preset, names, plan.manifests(store), command)
+    except OSError as error:
+        raise ReproError(
+            f"{args.out}: cannot be written ({error}); the runs are kept: run the same command again"
+        ) from None
     print(f"The page: {args.out / output.PAGE}   Tables: {args.out / output.TABLES_FOLDER}")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -78,6 +78,15 @@ class Recipe(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_length: Count = 1024  # tokens; longer examples are cut
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None  # of MaskedEMAAdamW; None: the weights'
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: Any) -> dict[str, Any]:
+        # A field that came later is left out at its default: runs that were made before it keep their keys.
+        record = handler(self)
+        if self.state_dtype is None:
+            record.pop("state_dtype", None)
+        return record
 
     @model_validator(mode="after")
     def _one_length(self) -> Recipe:

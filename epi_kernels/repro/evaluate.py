@@ -61,6 +61,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """(score in the task's unit, loss in nats a token of the answers, the end token included).
 
+    `batch`: rows of a forward pass, at most: fewer where they are long or the model is large (`portions`).
     `max_length`: tokens an example may have, None for any number. Longer ones are left out of the loss and count as
     wrong where the score is exact; where answers are generated, a prompt loses its beginning to leave room for one.
     Raises ReproError when no example is short enough.
@@ -89,6 +90,30 @@ def evaluate(
     return ranks.first_does(task.score, answers, examples), nats / tokens
 
 
+PASS_BYTES = 8 << 30  # what a forward pass of an evaluation may hold of logits and keys and values
+
+
+def token_bytes(model: Any) -> int:
+    """Of one token in a forward pass: its logits in float32 and, while answers are generated, its keys and values."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    return 4 * config.vocab_size + kept * model.dtype.itemsize
+
+
+def portions(lengths: Sequence[int], most: int, of_a_token: int) -> Iterator[slice]:
+    """Slices of rows, in order, of at most `most` rows each and at most PASS_BYTES as they are padded; one at least."""
+    start, longest = 0, 0
+    for at, length in enumerate(lengths):
+        longest = max(longest, length)
+        if at > start and (at - start == most or (at - start + 1) * longest * of_a_token > PASS_BYTES):
+            yield slice(start, at)
+            start, longest = at, length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode without a graph; afterwards each module is in the mode it was in."""
@@ -110,8 +135,8 @@ def _teacher_forced(
     Greedy decoding goes wrong exactly where this does: the two part only after a first mistake.
     """
     right, nats, tokens = 0, 0.0, 0
-    for start in range(0, len(rows), batch):
-        part = make_batch(rows[start : start + batch], pad, device)
+    for portion in portions([len(row.input_ids) for row in rows], batch, token_bytes(model)):
+        part = make_batch(rows[portion], pad, device)
         logits = logits_of(model, part, use_cache=False)
         labels = part.labels[:, 1:]
         learned = labels != IGNORE
@@ -150,8 +175,9 @@ def generate(
     pad, answers = pad_id(tokenizer), [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
     with _greedy(model, tokenizer, max_new_tokens):
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        lengths = [len(prompts[index]) + max_new_tokens for index in order]
+        for portion in portions(lengths, batch, token_bytes(model)):
+            chosen = order[portion]
             width = len(prompts[chosen[-1]])
             ids = [[pad] * (width - len(prompts[index])) + prompts[index] for index in chosen]
             seen = [[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +15,17 @@ from typing import Any
 import torch
 
 from epi_kernels import provenance
+from epi_kernels.finetune.checkpoint import DiskFull, is_disk_full
+from epi_kernels.finetune.errors import UserError
 from epi_kernels.repro import cpift
+from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
 from epi_kernels.repro.stages import run_base, run_train
 from epi_kernels.repro.weights import run_fuse, run_interpolate
 from epi_kernels.repro.workshop import Result, Workshop
 
+KEPT = "finished runs are kept"
 PACKAGES = ("torch", "transformers", "numpy", "peft")
 
 
@@ -32,7 +38,44 @@ def execute(run: Run, shop: Workshop) -> Manifest:
     """
     with contextlib.ExitStack() as claimed:
         found = shop.ranks.first_does(_claim, run, shop, claimed)
-        return _execute(run, shop) if found is None else found
+        if found is not None:
+            return found
+        with _told(run, shop.store.folder):
+            return _execute(run, shop)
+
+
+@contextlib.contextmanager
+def _told(run: Run, folder: Path) -> Iterator[None]:
+    """What a user can mend as a ReproError that names the run."""
+    method = f" by {run.method.name}" if isinstance(run, Train) else ""
+    on = f" on {', '.join(task.kind for task in run.tasks)}" if isinstance(run, Train | CpiFt) else ""
+    what = f"run {key(run)} ({run.kind}{method}{on}, seed {run.seed})"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ReproError(
+            f"{what}: the device's memory is too small ({error}); {KEPT}: leave the arm out by --without, or make"
+            " accumulation larger in the preset"
+        ) from None
+    except (
+        UserError
+    ) as error:  # a chat template that refuses an example, checkpoints that do not fit together
+        if isinstance(error, ReproError) or error.shared:
+            raise
+        raise ReproError(f"{what}: {error}; {KEPT}", error.status) from None
+    except (DiskFull, OSError, RuntimeError) as error:  # torch.save's own are RuntimeErrors
+        if not isinstance(error, DiskFull) and not is_disk_full(error, folder):
+            raise
+        raise ReproError(
+            f"{what}: no space left on the disk of {folder}; {KEPT}: make room and run the same command again"
+        ) from None
+
+
+def _free(device: torch.device) -> None:
+    """A stage and its method refer to each other: the model of the run before is there until it is looked for."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _claim(run: Run, shop: Workshop, claimed: contextlib.ExitStack) -> Manifest | None:
@@ -43,6 +86,7 @@ def _claim(run: Run, shop: Workshop, claimed: contextlib.ExitStack) -> Manifest 
 
 
 def _execute(run: Run, shop: Workshop) -> Manifest:
+    _free(shop.device)
     started = time.perf_counter()
     result = _make(run, shop)
     return shop.ranks.first_does(_write, run, shop, result, time.perf_counter() - started)

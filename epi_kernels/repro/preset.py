@@ -186,6 +186,29 @@ class Preset(Strict):
             )
         return self.model_copy(update={"seeds": tuple(seeds)})
 
+    def without(self, arms: Sequence[str]) -> Preset:
+        """The same without some arms, in whichever plans they are: those that a device has no room for, say.
+
+        Raises ReproError for an arm that is nowhere, or that the sweep is of.
+        """
+        plans = {
+            name: plan for name in ("sequential", "mixture", "imbalance") if (plan := getattr(self, name))
+        }
+        known = list(dict.fromkeys(arm for plan in plans.values() for arm in plan.arms))
+        if unknown := [arm for arm in arms if arm not in known]:
+            raise ReproError(
+                f"--without {', '.join(unknown)}: no such arm; there are {', '.join(known) or 'none'}"
+            )
+        if self.sweep and self.sweep.of in arms:
+            raise ReproError(f"--without {self.sweep.of}: the sweep is of that arm")
+        left = {
+            name: plan.model_copy(
+                update={"arms": {arm: one for arm, one in plan.arms.items() if arm not in arms}}
+            )
+            for name, plan in plans.items()
+        }
+        return self.model_copy(update=left)
+
 
 def load_preset(name: str) -> Preset:
     """One of the presets that come with the package, or a YAML file. Raises ReproError."""

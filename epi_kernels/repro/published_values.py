@@ -172,7 +172,8 @@ def _inconsistencies() -> dict[str, str]:
         "gsm8k": "CPI-FT's text has gains of 3-5 points over full SFT on GSM8K; Table 1 has "
         f"{min(gains):.1f} to {max(gains):.1f}.",
         "qwen": "CPI-FT's Table 1 names Qwen1.5-7B, its appendix Qwen2-7B.",
-        "names": "CPI-FT's Figure 2 names Mistral-7B and Gemma-7B, its Table 1 Mistral-8B and Gemma-9B.",
+        "names": "CPI-FT's Figure 2 names Mistral-7B and Gemma-7B, its Table 1 Mistral-8B and Gemma-9B. No model was"
+        " released as Mistral-8B or Gemma-9B; the nearest are Ministral-8B-Instruct, which is instruction-tuned, and Gemma-2-9B.",
         "freezing": "CPI-FT's stage 4 freezes all cores in one place of the paper and only those of earlier groups in "
         "another. Both readings can be run.",
         "scale": f"A change of {TABLE2[FULL].b_then_a_b:g} (CPI-FT's Table 2, Alpaca) cannot be on the "

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from epi_kernels.repro.config import Count, ModelSpec, Recipe, Share, Strict, TaskSpec
-from epi_kernels.repro.methods.config import Full, Method
+from epi_kernels.repro.methods.config import Full, Method, Static
 
 Tasks = tuple[TaskSpec, ...]
 
@@ -106,13 +106,19 @@ def parents(run: Run) -> tuple[Run, ...]:
         case Base():
             return ()
         case Train():
-            return (run.before, *run.frozen)
+            return (run.before, *_origin(run), *run.frozen)
         case Interpolate():
             return (run.before, run.after)
         case Fuse():
             return (run.backbone, *run.probes)
         case CpiFt():
             return (run.before, *run.probes)
+
+
+def _origin(run: Train) -> tuple[Run, ...]:
+    """What the stage before started from, where a mask is made of how far that stage moved."""
+    moved = isinstance(run.method, Static) and run.method.by == "delta"
+    return (run.before.before,) if moved and isinstance(run.before, Train) else ()
 
 
 def ancestry(run: Run) -> Iterator[Run]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from epi_kernels.distributed.shards import local
 from epi_kernels.finetune.chat import Encoded
+from epi_kernels.finetune.errors import UserError
 from epi_kernels.finetune.fsdp import shard
 from epi_kernels.finetune.model import pad_id, weights_fingerprint
 from epi_kernels.isolation import freeze, sample_stage
@@ -30,8 +31,9 @@ from epi_kernels.repro.methods.config import Full, Method
 from epi_kernels.repro.models import load_model, new_model, tokenizer_of
 from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of, key
 from epi_kernels.repro.stage import Stage
+from epi_kernels.repro.store import local_checkpoint
 from epi_kernels.repro.tasks.synthetic.pictured import captioned
-from epi_kernels.repro.train import Meters, read_progress, train
+from epi_kernels.repro.train import Meters, read_progress, save_progress, train
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import Result, Workshop, encoded, model_writer, scores_of
 
@@ -59,7 +61,7 @@ def _before(run: Base | Train, shop: Workshop) -> Any:
     if isinstance(run, Train):
         return load_model(shop.store.weights(run.before), base_of(run).model, shop.loads_to)
     if run.model.checkpoint is not None:
-        return load_model(shop.store.weights(run), run.model, shop.loads_to)
+        return load_model(local_checkpoint(run.model.checkpoint), run.model, shop.loads_to)
     return new_model(run.model, run.seed).to(shop.loads_to)
 
 
@@ -162,6 +164,7 @@ def _stage(
     with PeakMemory(shop.device, at_least=saved["peak"] if saved else 0) as peak:
         batches, observers = ranks.together(_set_up, stage, run, method, examples, cores, pad_id(tokenizer))
         meters = Meters(StepTimer(shop.device), peak, observers)
+        trained = stage.model
         kept = train(stage, batches, meters, shop.limits, progress)
     isolation = None
     if stage.sharded:
@@ -169,15 +172,27 @@ def _stage(
         if key(run) in shop.keep and isinstance(stage.optimizer, MaskedEMAAdamW):
             isolation = shop.store.folder / f"{key(run)}.isolation"
             save_isolation(stage.optimizer, isolation)
-    scores = scores_of(kept, tokenizer, run.evaluate, run.seed, shop)
+    try:
+        scores = scores_of(kept, tokenizer, run.evaluate, run.seed, shop)
+    except UserError as error:  # a judge that is down
+        if kept is trained and (
+            ranks.size == 1 or error.shared
+        ):  # where adapters are merged, or shards gathered, such
+            save_progress(stage, meters, stage.steps, progress)  # a run goes on from what was saved last
+        raise
+    plain = isinstance(method, Full) and method.optimizer == "torch"  # nobody takes importance from it
     return Result(
         *scores,
-        model_writer(kept, tokenizer, stage.optimizer, isolation),
+        model_writer(kept, tokenizer, None if plain else stage.optimizer, isolation),
         {
             "bytes": stage_bytes(stage, peak),
             "time": meters.timer.result(),
             "series": {name: observer.record() for name, observer in observers.items()},
-            "notes": {"steps": stage.steps, "isolated": _isolated(stage)},
+            "notes": {
+                "optimizer": type(stage.optimizer).__name__,
+                "steps": stage.steps,
+                "isolated": _isolated(stage),
+            },
         },
     )
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from epi_kernels.finetune.checkpoint import DiskFull, write_directory
+from epi_kernels.finetune.checkpoint import write_directory
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
-from epi_kernels.repro.runs import Base, Run, key
+from epi_kernels.repro.runs import Run, key
 
 MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
 
@@ -41,7 +41,11 @@ class Store:
 
     def manifest(self, run: Run) -> Manifest | None:
         """None where the run is not finished. Raises ReproError when its manifest cannot be read."""
-        path = self.at(run) / MANIFEST
+        return self.manifest_of(key(run))
+
+    def manifest_of(self, name: str) -> Manifest | None:
+        """The same by the run's key."""
+        path = self.folder / name / MANIFEST
         try:
             return Manifest.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -52,9 +56,8 @@ class Store:
             ) from None
 
     def weights(self, run: Run) -> Path:
-        """The folder that holds the model after a run: a checkpoint that was only evaluated stays where it was."""
-        if isinstance(run, Base) and run.model.checkpoint is not None and run.recipe is None:
-            return _local(run.model.checkpoint)
+        """The folder that holds the model after a run. A checkpoint is copied there as it was loaded: cores are taken from
+        what training began with, in its dtype and by its names."""
         return self.at(run)
 
     def finished(self, run: Run, *, with_weights: bool) -> bool:
@@ -64,20 +67,20 @@ class Store:
         return not with_weights or any(self.weights(run).glob("*.safetensors"))
 
     def write(self, run: Run, manifest: Manifest, write_model: Callable[[Path], None] | None) -> None:
-        """The folder of a finished run, whole or not at all; then its progress is gone. Raises ReproError."""
+        """The folder of a finished run, whole or not at all; then its progress is gone. Raises DiskFull."""
 
         def write(folder: Path) -> None:
             if write_model is not None:
                 write_model(folder)
             (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-        try:
-            write_directory(self.at(run), write)
-        except DiskFull as error:
-            raise ReproError(
-                f"{error}; finished runs are kept: make room and run the same command again"
-            ) from None
+        write_directory(self.at(run), write)
         self.progress(run).unlink(missing_ok=True)
+
+    def drop_weights(self, run: Run) -> None:
+        """What others would start from; the manifest stays, and a run that needs the weights again makes them again."""
+        for path in self.at(run).glob("*.safetensors"):
+            path.unlink()
 
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[None]:
@@ -91,8 +94,12 @@ class Store:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One sweep at a time. Raises ReproError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            opened = open(self.folder / "lock", "w")
+        except OSError as error:
+            raise ReproError(f"{self.folder}: cannot be written ({error})") from None
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -102,7 +109,8 @@ class Store:
             yield
 
 
-def _local(checkpoint: str) -> Path:
+def local_checkpoint(checkpoint: str) -> Path:
+    """A folder, or what the hub has under the name, downloaded once. Raises ReproError."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return path
@@ -110,7 +118,11 @@ def _local(checkpoint: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(checkpoint, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"])
+            snapshot_download(
+                checkpoint,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights in other formats
+            )
         )
     except Exception as error:  # the hub's own errors, of many kinds
         raise ReproError(f"model {checkpoint}: no such folder, and the hub gave none ({error})") from None

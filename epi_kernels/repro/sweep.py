@@ -11,7 +11,7 @@ import contextlib
 import math
 import multiprocessing
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,8 @@ from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, paren
 from epi_kernels.repro.store import Store
 from epi_kernels.repro.train import Limits, Stopped
 from epi_kernels.repro.workshop import Workshop
+
+Ended = Callable[[str], None]  # told the key of a run that is finished
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,28 @@ class Plan:
             if not store.finished(self.runs[name], with_weights=needed):
                 left.add(name)
         return [name for name in self.runs if name in left]
+
+    def discard(self, store: Store, name: str, left: Collection[str]) -> None:
+        """Once a run is finished: removes weights that none of those left starts from, of its parents and, where it is
+        the last CPI-FT run of its probes, of the runs that such runs consist of."""
+        for parent in self.needs[name]:
+            if not any(parent in self.needs[child] for child in left):
+                store.drop_weights(self.runs[parent])
+        run = self.runs[name]
+        if not isinstance(run, CpiFt):
+            return
+        alike = [
+            one for one, other in self.runs.items() if isinstance(other, CpiFt) and other.probes == run.probes
+        ]
+        if any(one in left for one in alike):
+            return
+        for one in alike:
+            manifest = store.manifest(self.runs[one])
+            assert manifest is not None, "it is finished"
+            last = store.manifest_of(manifest.notes["last"])
+            for inner in ancestry(last.run) if last is not None else ():
+                if key(inner) not in self.runs:
+                    store.drop_weights(inner)
 
     def manifests(self, store: Store) -> dict[str, Manifest]:
         """Of the finished ones."""
@@ -102,11 +126,13 @@ def sweep(
     progress: Any = None,
     ranks: Ranks | None = None,
     fsdp: bool = False,
+    discard: bool = False,
 ) -> Outcome:
     """Makes what is missing, as far as the time goes.
 
     `progress`: a tqdm bar in training steps; None shows nothing. `ranks`: make every run together; then it is a call of
     all of them, with one worker, and `store` is one folder that all see. `fsdp`: with the stages sharded over them.
+    `discard`: weights are removed as soon as no run that is left starts from them.
 
     Raises:
         UserError: a run failed for a reason that a user can mend (of one rank: ReproError); finished runs are kept.
@@ -119,9 +145,28 @@ def sweep(
         if fsdp and ranks.size > 1:
             ranks.together(sharded.refuse, [plan.runs[name] for name in missing])
         job = _Job(store.folder, str(device), deadline, plan.keep, ranks, fsdp)
+        ended = partial(ranks.first_does, _Ended(plan, store, set(missing))) if discard else _ignored
+        for name in plan.runs:  # of a sweep that was stopped
+            if name not in missing:
+                ended(name)
         make = _alone if workers == 1 else partial(_together, workers=workers)
-        done = make(job, plan, missing, progress=progress)
+        done = make(job, plan, missing, progress=progress, ended=ended)
     return Outcome(done, len(missing) - done, time.time() - started)
+
+
+@dataclass
+class _Ended:
+    plan: Plan
+    store: Store
+    left: set[str]
+
+    def __call__(self, name: str) -> None:
+        self.left.discard(name)
+        self.plan.discard(self.store, name, self.left)
+
+
+def _ignored(name: str) -> None:
+    pass
 
 
 def _begin(plan: Plan, store: Store, locked: contextlib.ExitStack) -> list[str]:
@@ -159,7 +204,7 @@ def _make(job: _Job, run: Run) -> bool:
     return True
 
 
-def _alone(job: _Job, plan: Plan, missing: Sequence[str], progress: Any) -> int:
+def _alone(job: _Job, plan: Plan, missing: Sequence[str], progress: Any, ended: Ended) -> int:
     shop = job.shop(progress.update if progress is not None else _nothing)
     for done, name in enumerate(missing):
         if job.is_over():
@@ -168,6 +213,7 @@ def _alone(job: _Job, plan: Plan, missing: Sequence[str], progress: Any) -> int:
             execute(plan.runs[name], shop)
         except Stopped:
             return done
+        ended(name)
     return len(missing)
 
 
@@ -175,14 +221,16 @@ def _nothing() -> None:
     pass
 
 
-def _together(job: _Job, plan: Plan, missing: Sequence[str], progress: Any, workers: int) -> int:
+def _together(
+    job: _Job, plan: Plan, missing: Sequence[str], progress: Any, ended: Ended, workers: int
+) -> int:
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("l", 0)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, start_worker, (counter,))
     try:
-        return _drive(pool, job, plan, missing, counter, progress)
+        return _drive(pool, job, plan, missing, counter, progress, ended)
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # or shutdown waits for the runs under way
@@ -191,7 +239,15 @@ def _together(job: _Job, plan: Plan, missing: Sequence[str], progress: Any, work
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _drive(pool: Executor, job: _Job, plan: Plan, missing: Sequence[str], counter: Any, progress: Any) -> int:
+def _drive(
+    pool: Executor,
+    job: _Job,
+    plan: Plan,
+    missing: Sequence[str],
+    counter: Any,
+    progress: Any,
+    ended: Ended,
+) -> int:
     """A run is queued once its parents are there."""
     waiting = {name: set(plan.needs[name]) & set(missing) for name in missing}
     under_way: dict[Future, str] = {}
@@ -203,11 +259,12 @@ def _drive(pool: Executor, job: _Job, plan: Plan, missing: Sequence[str], counte
                 under_way[pool.submit(_make, job, plan.runs[name])] = name
         if not under_way:
             break
-        ended, _ = wait(under_way, timeout=0.5, return_when=FIRST_COMPLETED)
-        for future in ended:
+        over, _ = wait(under_way, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in over:
             name = under_way.pop(future)
             if future.result():
                 done += 1
+                ended(name)
                 for needs in waiting.values():
                     needs.discard(name)
         if progress is not None:

@@ -31,6 +31,7 @@ from epi_kernels.repro.stage import Batch, Stage
 
 HOST = torch.device("cpu")
 SAVE, STOP = 1, 2  # what the clock asks for
+SAVING = 10  # a 7B model's weights and states are tens of gigabytes: writing them takes a tenth of the time at most
 
 
 class Stopped(Exception):
@@ -42,7 +43,7 @@ class Limits:
     """When a run must stop, and how it says that it goes on."""
 
     deadline: float | None = None  # time.time()
-    save_every_s: float = 120.0
+    save_every_s: float = 120.0  # or SAVING times as long as a save took, if that is more
     tick: Callable[[], None] = lambda: None  # after every step
 
 
@@ -73,13 +74,16 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
     recipe, method, ranks = stage.recipe, stage.method, stage.ranks
     timer, observers = meters.timer, meters.observers.values()
     parameters = [param for group in stage.optimizer.param_groups for param in group["params"]]
-    first, saved = ranks.together(_load, stage, meters, progress), time.monotonic()
+    first = ranks.together(_load, stage, meters, progress)
+    saved, pause = time.monotonic(), limits.save_every_s
     for step in range(first, stage.steps):
-        due = ranks.highest(_due(limits, saved))  # all ranks stop before the same step
+        due = ranks.highest(_due(limits, saved + pause))  # all ranks stop before the same step
         if due:
             refuse_drift(stage, f"before step {step + 1}")
-            _save(stage, meters, step, progress)
+            began = time.monotonic()
+            save_progress(stage, meters, step, progress)
             saved = time.monotonic()
+            pause = max(limits.save_every_s, SAVING * (saved - began))
         if due == STOP:
             raise Stopped
         torch.manual_seed(step_seed(stage.seed, step, ranks.rank))
@@ -106,10 +110,10 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
     return method.finish()
 
 
-def _due(limits: Limits, saved: float) -> int:
+def _due(limits: Limits, save_at: float) -> int:
     if limits.deadline is not None and time.time() >= limits.deadline:
         return STOP
-    return SAVE if time.monotonic() - saved >= limits.save_every_s else 0
+    return SAVE if time.monotonic() >= save_at else 0
 
 
 def refuse_drift(stage: Stage, when: str) -> None:
@@ -146,12 +150,13 @@ def _answer_tokens(batch: Batch) -> list[int]:
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:
-    """What a stopped run saved; None where there is nothing."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    """What a stopped run saved; None where there is nothing. Its tensors are read from the file when they are used."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.is_file() else None
 
 
-def _save(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
-    """As one process has it, whatever the ranks. A call of all of them."""
+def save_progress(stage: Stage, meters: Meters, step: int, progress: Path) -> None:
+    """Everything from which `train` goes on at `step`, as one process has it, whatever the ranks. A call of all of
+    them."""
     model = whole_weights(stage.model, stage.ranks) if stage.sharded else stage.model.state_dict()
     optimizer = whole_state(stage.optimizer, stage.ranks)
     stage.ranks.first_does(_write, stage, meters, step, progress, model, optimizer)

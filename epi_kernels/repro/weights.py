@@ -1,16 +1,15 @@
-"""Runs that make weights from weights: interpolation, core regions, fusion."""
+"""Runs that make weights from weights: interpolation, core regions, fusion. Checkpoints are read slice by slice, so that
+a 7B model is in memory once, when what was made is evaluated."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from epi_kernels.isolation import FusionReport, fuse_checkpoints, save_core
-from epi_kernels.repro.config import ModelSpec
 from epi_kernels.repro.models import load_model, tokenizer_of
 from epi_kernels.repro.runs import Fuse, Interpolate, Run, Train, base_of, key
 from epi_kernels.repro.store import Store
@@ -18,20 +17,10 @@ from epi_kernels.repro.workshop import Result, Workshop, model_writer, scores_of
 
 
 def run_interpolate(run: Interpolate, shop: Workshop) -> Result:
-    spec = base_of(run).model
-    tokenizer = tokenizer_of(spec)
-    model = shop.ranks.together(_between, run, spec, shop)
-    scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
-    return Result(*scores, model_writer(model, tokenizer))
-
-
-def _between(run: Interpolate, spec: ModelSpec, shop: Workshop) -> Any:
-    model = load_model(shop.store.weights(run.before), spec, shop.device)
-    after = dict(load_model(shop.store.weights(run.after), spec, shop.device).named_parameters())
-    with torch.no_grad():
-        for name, param in model.named_parameters():  # tied ones once
-            param.lerp_(after[name], run.alpha)
-    return model
+    before, after = shop.store.weights(run.before), shop.store.weights(run.after)
+    return _made(run, shop, partial(fuse_checkpoints, before, [after], [], method="linear", omega=run.alpha))[
+        0
+    ]
 
 
 def core_of(probe: Run, ratio: float, shop: Workshop) -> Path:
@@ -42,34 +31,42 @@ def core_of(probe: Run, ratio: float, shop: Workshop) -> Path:
 
 def _core_of(probe: Train, ratio: float, store: Store) -> Path:
     path = store.at(probe) / f"core-{ratio:g}.safetensors"
-    if not path.is_file():
-        save_core(store.weights(probe.before), store.weights(probe), path, ratio)
+    with store.claim(probe):
+        if not path.is_file():
+            save_core(store.weights(probe.before), store.weights(probe), path, ratio)
     return path
 
 
-def _fuse(run: Fuse, store: Store, cores: Sequence[Path], target: Path) -> FusionReport:
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
-    return fuse_checkpoints(
-        store.weights(run.backbone),
-        [store.weights(probe) for probe in run.probes],
-        cores,
-        target,
-        method=run.method,
-        omega=run.omega,
-    )
-
-
 def run_fuse(run: Fuse, shop: Workshop) -> Result:
-    spec = base_of(run).model
-    target = shop.store.folder / f"{key(run)}.fused"
+    probes = [shop.store.weights(probe) for probe in run.probes]
     cores = [core_of(probe, run.core_ratio, shop) for probe in run.probes]
-    report = shop.ranks.first_does(_fuse, run, shop.store, cores, target)
-    model = shop.ranks.together(load_model, target, spec, shop.device)
-    scores = scores_of(model, tokenizer_of(spec), run.evaluate, run.seed, shop)
+    backbone = shop.store.weights(run.backbone)
+    fuse = partial(fuse_checkpoints, backbone, probes, cores, method=run.method, omega=run.omega)
+    result, report = _made(run, shop, fuse)
+    result.facts["notes"] = {
+        "on_the_sphere": report.slerp,
+        "linear": report.linear,
+        "core_elements": report.core_elements,
+    }
+    return result
 
-    def write(folder: Path) -> None:
-        shutil.copytree(target, folder, dirs_exist_ok=True)
-        shutil.rmtree(target)
 
-    notes = {"on_the_sphere": report.slerp, "linear": report.linear, "core_elements": report.core_elements}
-    return Result(*scores, write, {"notes": notes})
+def _made(
+    run: Interpolate | Fuse, shop: Workshop, make: Callable[..., FusionReport]
+) -> tuple[Result, FusionReport]:
+    """Evaluates the checkpoint that `make` writes at `out`; it is gone once it is loaded. A call of all ranks."""
+    spec, tokenizer = base_of(run).model, tokenizer_of(base_of(run).model)
+    target = shop.store.folder / f"{key(run)}.fused"
+    try:
+        report = shop.ranks.first_does(_anew, make, target)
+        model: Any = shop.ranks.together(load_model, target, spec, shop.device)
+    finally:
+        if shop.ranks.first:
+            shutil.rmtree(target, ignore_errors=True)
+    scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
+    return Result(*scores, model_writer(model, tokenizer)), report
+
+
+def _anew(make: Callable[..., FusionReport], target: Path) -> FusionReport:
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+    return make(out=target)

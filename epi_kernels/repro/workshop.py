@@ -20,11 +20,11 @@ from epi_kernels.repro import lm_eval
 from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.evaluate import encode_task, evaluate
 from epi_kernels.repro.store import ISOLATION, Store
-from epi_kernels.repro.tasks import Task, make_task
+from epi_kernels.repro.tasks import SYNTHETIC, Task, make_task
 from epi_kernels.repro.tasks.chat import Judged
 from epi_kernels.repro.train import Limits
 
-EVALUATION_ROWS = 200  # of a forward pass
+EVALUATION_ROWS = 200  # of a forward pass, at most: `evaluate.portions`
 RATINGS = "ratings.jsonl"  # in the store: what a judge said is never asked again
 
 
@@ -64,12 +64,17 @@ Split = Literal["train", "test"]
 
 def examples_of(spec: TaskSpec, seed: int, split: Split) -> tuple[Task, Sequence[Example]]:
     """A task and one of its splits, read once a process. Raises ReproError."""
-    return _examples(spec, seed, split)  # pyright: ignore[reportArgumentType]  # frozen, so hashable
+    return _examples(spec, _drawn(spec, seed), split)  # pyright: ignore[reportArgumentType]  # frozen, so hashable
 
 
 def encoded(tokenizer: Any, spec: TaskSpec, seed: int, max_length: int, split: Split = "train") -> Encoding:
     """A split's tokens, made once a process. Raises ReproError."""
-    return _encoded(tokenizer, spec, seed, max_length, split)  # pyright: ignore[reportArgumentType]
+    return _encoded(tokenizer, spec, _drawn(spec, seed), max_length, split)  # pyright: ignore[reportArgumentType]
+
+
+def _drawn(spec: TaskSpec, seed: int) -> int:
+    """Real tasks have the same examples for all seeds: gigabytes of tokens, once."""
+    return seed if spec.kind in SYNTHETIC else 0
 
 
 @lru_cache(maxsize=64)

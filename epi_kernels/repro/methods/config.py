@@ -10,8 +10,9 @@ from epi_kernels.repro.config import Count, Share, Strict
 
 
 class Full(Strict):
-    """Full fine-tuning: every weight moves. "torch" is torch.optim.AdamW; "epi" the same update by MaskedEMAAdamW at
-    ratio 0, which keeps the importance for a later stage to carry over."""
+    """Full fine-tuning: every weight moves. "torch" is torch.optim.AdamW (not over bfloat16 weights: see
+    `optimizers.adamw`); "epi" the same update by MaskedEMAAdamW at ratio 0, which keeps the importance for a later
+    stage to carry over."""
 
     name: Literal["full"] = "full"
     optimizer: Literal["torch", "epi"] = "torch"

@@ -12,11 +12,9 @@ from epi_kernels.policies.schedule import AdaptiveInterval, AdaptiveRatio
 from . import config as configs
 from .base import Running
 from .carried import carried_importance, carry_over
-from .optimizers import masked_adamw, parameter_groups
+from .optimizers import STATE_DTYPES, masked_adamw, parameter_groups
 from .published import PublishedEPI
 from .selection import install, named, top_share
-
-STATE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 
 
 class Epi(Running):
@@ -38,7 +36,7 @@ class Epi(Running):
             mask_interval=AdaptiveInterval(config.interval) if config.adaptive else config.interval,
             importance_beta=config.importance_beta,
             hysteresis=config.hysteresis,
-            state_dtype=STATE_DTYPES[config.state_dtype],
+            state_dtype=STATE_DTYPES[config.state_dtype or stage.recipe.state_dtype],
             **selection,
         )
         if config.carry:

@@ -7,7 +7,7 @@ import torch
 from . import config as configs
 from .base import Running
 from .carried import carry_over
-from .optimizers import masked_adamw, torch_adamw
+from .optimizers import adamw, masked_adamw
 
 
 class Full(Running):
@@ -18,7 +18,7 @@ class Full(Running):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         if self.config.optimizer == "torch":
-            return torch_adamw(self.stage)
+            return adamw(self.stage)
         optimizer = masked_adamw(self.stage)
         if self.config.keep_moments:
             carry_over(optimizer, self.stage, "full with keep_moments")

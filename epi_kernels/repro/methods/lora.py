@@ -10,7 +10,7 @@ from epi_kernels.repro.errors import ReproError
 
 from . import config as configs
 from .base import Running
-from .optimizers import torch_adamw
+from .optimizers import adamw
 from .selection import parameters
 
 
@@ -39,7 +39,7 @@ class Lora(Running):
         with torch.random.fork_rng(devices):
             torch.manual_seed(stage.seed)
             stage.model = get_peft_model(stage.model, options)
-        return torch_adamw(stage)
+        return adamw(stage)
 
     def finish(self) -> Any:
         merged = self.stage.model.merge_and_unload()

@@ -85,7 +85,10 @@ class Inverted(Running):
 
     def make_optimizer(self) -> MaskedEMAAdamW:
         config = self.config
-        optimizer = masked_adamw(self.stage, isolation_ratio=config.ratio, mask_interval=config.interval)
+        # Not of 8 bits: the scores below are read from the state as it is.
+        optimizer = masked_adamw(
+            self.stage, isolation_ratio=config.ratio, mask_interval=config.interval, state_dtype=None
+        )
         if config.carry:
             carry_over(optimizer, self.stage, "inverted")
             optimizer.refresh_isolation_mask()

@@ -14,7 +14,7 @@ from epi_kernels.repro.stage import REPLAYED, Batch, Stage
 
 from . import config as configs
 from .base import Running, token_loss
-from .optimizers import torch_adamw
+from .optimizers import adamw
 from .selection import parameters
 
 Gradient = list[Tensor]  # one tensor a parameter
@@ -37,7 +37,7 @@ class PcGrad(Running):
         self._step = 0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch_adamw(self.stage)
+        return adamw(self.stage)
 
     def backward(self, batch: Batch, weight: float) -> Tensor:
         learned = (batch.labels[:, 1:] != -100).sum(1)  # tokens a row

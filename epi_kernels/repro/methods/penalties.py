@@ -18,7 +18,7 @@ from epi_kernels.repro.stage import Stage
 from . import config as configs
 from .base import Running
 from .carried import carried_importance
-from .optimizers import torch_adamw
+from .optimizers import adamw
 from .selection import named
 
 
@@ -34,7 +34,7 @@ class _Pull(Running):
         return None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch_adamw(self.stage)
+        return adamw(self.stage)
 
     @torch.no_grad()
     def gather(self) -> None:

@@ -8,7 +8,7 @@ from epi_kernels.repro.stage import Stage
 
 from . import config as configs
 from .base import Running
-from .optimizers import torch_adamw
+from .optimizers import adamw
 
 
 class Replay(Running):
@@ -19,4 +19,4 @@ class Replay(Running):
         self.replay = config.share
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch_adamw(self.stage)
+        return adamw(self.stage)

@@ -11,6 +11,8 @@ from torch import Tensor
 from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.reference.stats import score
 
+KEY_OF_INFINITY = 0x7F800000
+
 
 def top_share(importance: Mapping[str, Tensor], ratio: float, **options: Any) -> dict[str, Tensor]:
     """bool masks of the top `ratio` by EPI's own refresh, so that they are the masks it would make.
@@ -30,26 +32,41 @@ def top_share(importance: Mapping[str, Tensor], ratio: float, **options: Any) ->
 def lowest(importance: Sequence[Tensor], count: int, seed: int) -> list[Tensor]:
     """bool masks of the `count` lowest scores (min-max within a tensor, then global).
 
-    Every tensor's minimum scores 0: which of those that tie at the bound are taken is drawn by `seed`.
+    Every tensor's minimum scores 0: which of those that tie at the bound are taken is drawn by `seed`. Scores are made a
+    tensor at a time, once for each bit of the bound: no tensor holds those of all, which may be more than 2^31.
     """
-    scores = []
-    for one in importance:
-        u = one.flatten().float()
+
+    def scores(u: Tensor) -> Tensor:  # fp32, not negative; what is not a number is the highest
+        u = u.flatten().float()
         if u.numel():  # an empty tensor has no minimum
             low, high = u.aminmax()
             u = score(u, low, high - low, None, 1.0)
-        scores.append(u.nan_to_num_(torch.inf))
-    flat = torch.cat(scores)
-    chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-    if count:
-        bound = flat.topk(count, largest=False, sorted=False).values.max()
-        chosen = flat < bound
-        ties = (flat == bound).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(ties), generator=generator)[: count - int(chosen.sum())]
-        chosen[ties[drawn.to(ties.device)]] = True
-    parts = chosen.split([one.numel() for one in importance])
-    return [part.view(one.shape) for part, one in zip(parts, importance, strict=True)]
+        return u.nan_to_num(torch.inf)
+
+    def at_most(key: int) -> int:
+        return sum(int((scores(one).view(torch.int32) <= key).sum()) for one in importance)
+
+    masks = [torch.zeros(one.shape, dtype=torch.bool, device=one.device) for one in importance]
+    if not count:
+        return masks
+    low, high = 0, KEY_OF_INFINITY  # the order of floats that are not negative is that of their bits
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at_most(middle) >= count else (middle + 1, high)
+    ties = []
+    for mask, one in zip(masks, importance, strict=True):
+        keys = scores(one).view(torch.int32)
+        mask.view(-1).copy_(keys < low)
+        ties.append((keys == low).nonzero().squeeze(1))
+    ends = torch.tensor([len(one) for one in ties]).cumsum(0)
+    generator = torch.Generator().manual_seed(seed)
+    left = count - sum(int(mask.sum()) for mask in masks)
+    drawn = torch.randperm(int(ends[-1]), generator=generator)[:left]
+    of = torch.searchsorted(ends, drawn, right=True)
+    for index, (mask, tied) in enumerate(zip(masks, ties, strict=True)):
+        places = drawn[of == index] - (ends[index] - len(tied))
+        mask.view(-1)[tied[places.to(tied.device)]] = True
+    return masks
 
 
 def random_masks(params: Sequence[Tensor], count: int, seed: int) -> list[Tensor]:

@@ -16,7 +16,7 @@ from epi_kernels.repro.tables.words import INTERVALS, compared, setting
 
 FULL, CPIFT = "full SFT, all tasks at once", "CPI-FT"
 AVERAGE = "average, 0-10"
-AVERAGE_NOTE = "Average: every task's score on 0-10, score / full mark * 10, then the mean over tasks, as CPI-FT's text defines it."
+AVERAGE_NOTE = "Average: every task's score on 0-10, score / full mark * 10, then the mean over tasks, as CPI-FT's text defines it; in brackets, where there are any, its printed scores by the same formula, which are not its printed averages."
 EPI_PRINTS = (
     f"{printed.EPI_GAIN[0]:+.2f} to {printed.EPI_GAIN[1]:+.2f} in the average over static isolation on four backbones; on"
     " the best backbone "
@@ -135,6 +135,7 @@ class Main:
                 metrics(tasks),
                 AVERAGE_NOTE,
                 *(printed.INCONSISTENCIES[name] for name in ("average", "range", "lowest", "gsm8k", "qwen")),
+                *paper.models_note(preset),
                 *paper.not_comparable(preset, tasks, paper.TABLE1_PRINTS),
                 printed.NOT_STATED,
                 budget(plan.recipe, plan.cpift),
@@ -241,6 +242,7 @@ class EpiMain:
                 AVERAGE_NOTE,
                 budget(plan.recipe, plan.cpift),
                 arms_note(plan),
+                *paper.models_note(preset),
                 *paper.not_comparable(preset, tasks, EPI_PRINTS),
                 "Static isolation is CPI-FT in the source; the static arms here are masks at a stated ratio.",
                 INTERVALS,

@@ -11,6 +11,12 @@ from epi_kernels.repro.runs import Tasks
 
 NAMES = {printed.FULL: "full SFT", printed.CPIFT: "CPI-FT", "epi": "EPI"}  # of printed rows
 
+ROUNDING = (
+    "Weights are bfloat16: full SFT and the methods that are AdamW otherwise are stepped by MaskedEMAAdamW at ratio 0, which"
+    " rounds stochastically as it does under a mask; rounding to nearest would lose most of their steps. EPI as published"
+    " and MoFO round to nearest."
+)
+
 
 def listed(values: Mapping[str, float]) -> str:
     """Printed numbers by method, in a line."""
@@ -18,9 +24,14 @@ def listed(values: Mapping[str, float]) -> str:
 
 
 def same_task(spec: TaskSpec) -> bool:
-    """The paper's data in full, by the paper's metric: a judged task with a judge."""
+    """The paper's data in full, by the paper's metric: a judged task with a judge.
+
+    How many answers were judged is not stated, and the judged data sets have no test split in the paper: there `test` may
+    say how many.
+    """
     judged = printed.FULL_MARKS.get(spec.kind) == printed.JUDGED[1]
-    whole = spec.share == 1 and spec.train is None and spec.test is None and spec.harness == "own"
+    whole = spec.share == 1 and spec.train is None and spec.harness == "own"
+    whole = whole and (spec.test is None or judged)
     return spec.kind in printed.TASKS and whole and (spec.judge is not None or not judged)
 
 
@@ -35,10 +46,24 @@ def reason(preset: Preset, tasks: Tasks) -> str | None:
     other_tasks = [spec.kind for spec in tasks if not same_task(spec)]
     parts = []
     if other_models:
-        parts.append(f"{', '.join(other_models)}: not a model of the paper")
+        parts.append(f"{', '.join(other_models)}: no row in the paper")
     if other_tasks:
         parts.append(f"{', '.join(other_tasks)}: not the paper's data, or not by its metric")
     return "; ".join(parts) or None
+
+
+def models_note(preset: Preset) -> tuple[str, ...]:
+    """Which checkpoints stand under the names; nothing where there are none."""
+    named = [
+        f"{name}: {spec.checkpoint}" for name, spec in preset.models.items() if spec.checkpoint is not None
+    ]
+    if not named:
+        return ()
+    low = any(spec.dtype == "bfloat16" for spec in preset.models.values())
+    return (
+        f"Checkpoints. {'; '.join(named)}. {printed.INCONSISTENCIES['names']}",
+        *([ROUNDING] if low else []),
+    )
 
 
 def not_comparable(preset: Preset, tasks: Tasks, prints: str) -> tuple[str, ...]:
@@ -55,10 +80,10 @@ def task_score(preset: Preset, model: str, method: str, spec: TaskSpec) -> float
 
 
 def average(preset: Preset, model: str, method: str, tasks: Tasks) -> float | None:
-    """Table 1's average, recomputed by its own formula; None unless all its tasks are here and no others."""
+    """Table 1's average, recomputed by its own formula to the digits it prints; None unless all its tasks are here and no others."""
     if not same_model(preset, model) or {spec.kind for spec in tasks} != set(printed.TASKS):
         return None
-    return printed.TABLE1[model][method].recomputed if all(map(same_task, tasks)) else None
+    return round(printed.TABLE1[model][method].recomputed, 2) if all(map(same_task, tasks)) else None
 
 
 TABLE1_PRINTS = "average, full SFT and CPI-FT: " + "; ".join(
