@@ -21,12 +21,17 @@ def markdown(rendered: Rendered, heading: str = "###", images: Mapping[str, str]
     blocks.append(escape(laid.caption))
     footnotes = [f"- <sup>{number}</sup> {escape(note)}" for number, note in enumerate(laid.footnotes, 1)]
     blocks.append("\n".join([*footnotes, *(f"- {escape(note)}" for note in rendered.notes)]))
-    blocks += [
+    blocks.append(figures(rendered, images or {}))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def figures(rendered: Rendered, images: Mapping[str, str]) -> str:
+    """Its figures that ``images`` has a file for, with their captions."""
+    return "\n\n".join(
         f"![{escape(figure.caption)}]({images[figure.name]})\n\n{escape(figure.caption)}"
         for figure in rendered.figures
-        if images and figure.name in images
-    ]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+        if figure.name in images
+    )
 
 
 def findings(*tables: Rendered) -> str:
