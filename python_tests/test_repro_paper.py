@@ -427,9 +427,14 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(
             signal.raise_signal(signal.SIGINT)
         return factor(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_, "lr_factor", pressed)
-        assert reproduce(path, out) == 130
+    # A shell's background job begins with the signal ignored, and Python then leaves it so.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_, "lr_factor", pressed)
+            assert reproduce(path, out) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert "interrupted" in capsys.readouterr().err
     before = manifests(out)
     assert len(before) == 2
