@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from epi_kernels.repro.config import Count, ModelSpec, Recipe, Schedule, Share, Strict, TaskSpec
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.config import Epi, Full, Method
+from epi_kernels.repro.tasks import KINDS
 
 PRESETS = Path(__file__).parent / "presets"
 Rate = Annotated[float, Field(gt=0)]
@@ -174,6 +175,11 @@ class Preset(Strict):
             raise ValueError(f"sequential.pairs: {' then '.join(twice[0])} stands there twice")
         for stage in self.mixture.heuristic if self.mixture else ():
             named += stage
+        for name, spec in self.tasks.items():
+            if spec.kind not in KINDS:
+                raise ValueError(
+                    f"tasks.{name}: no kind of task is called {spec.kind!r}; there are {', '.join(KINDS)}"
+                )
         unknown = sorted(set(named) - set(self.tasks))
         if unknown:
             raise ValueError(f"no such task under tasks: {', '.join(unknown)}")
@@ -207,7 +213,9 @@ class Preset(Strict):
         for pair in plan.pairs[:1]:
             uneven = [count for count in sweep.accumulations if pair.adapt.batch % count]
             if uneven:
-                raise ValueError(f"sweep.accumulations: a batch of {pair.adapt.batch} has no {uneven[0]} equal parts")
+                raise ValueError(
+                    f"sweep.accumulations: a batch of {pair.adapt.batch} has no {uneven[0]} equal parts"
+                )
 
     def under(self, setting: Setting) -> Preset:
         """A preset of that setting alone. Raises ValueError where its names are not known."""
@@ -258,7 +266,9 @@ class _OnceEach(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, f"{key.value!r} stands there twice", key.start_mark
+                )
             seen.add(key.value)
         return node
 

@@ -1,7 +1,7 @@
 """The README's part on the reproduction: generated from a committed bundle, between markers, never typed.
 
 <!-- reproduce:begin -->            everything: where the numbers come from, findings, all tables and figures
-<!-- reproduce:begin provenance --> or one of these: provenance, findings, the name of a table
+<!-- reproduce:begin provenance --> or one of these: provenance, findings, findings-TABLE, the name of a table
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def _made(readme: Path, results: Path, render: Render, tool: str) -> tuple[str, 
     makers: dict[str, Callable[[], str]] = {
         "provenance": lambda: provenance(found),
         "findings": lambda: findings(*tables),
+        **{f"findings-{one.name}": lambda one=one: findings(one) for one in tables},
         **{one.name: lambda one=one: markdown(one, "####", images) for one in tables},
     }
     makers[""] = lambda: "\n\n".join(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from epi_kernels.repro import published_values as printed
-from epi_kernels.repro.methods.config import Epi, Static
-from epi_kernels.repro.preset import Pair, Preset
+from epi_kernels.repro.methods.config import Epi, Ewc, Static
+from epi_kernels.repro.preset import Pair, Preset, Try
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
@@ -29,11 +29,17 @@ STAGES = (
     " methods that replay."
 )
 
+FISHER = (
+    " EWC's diagonal Fisher is the first stage's mean squared gradient of a batch, as clipped, scaled to mean 1; its paper"
+    " takes one gradient an example."
+)
+
 
 def arms_note(preset: Preset) -> str:
     arms = access.sequential_plan(preset, "frontier").arms
     told = "; ".join(f"{name}: {setting(arm.settled)}" for name, arm in arms.items())
-    return f"Arms, what is no default: {told}."
+    ewc = any(isinstance(arm.settled.method, Ewc) for arm in arms.values())
+    return f"Arms, what is no default: {told}.{FISHER if ewc else ''}"
 
 
 def methods(preset: Preset, pair: Pair) -> dict[str, RunOf]:
@@ -209,6 +215,8 @@ class ForgettingRate:
         )
 
     def _findings(self, preset: Preset, rates: dict[str, tuple[float, ...]]) -> tuple[str, ...]:
+        """Whether an evolving mask held against a static one is said where ratio and learning rate are the same: less
+        learned is less forgotten."""
         arms = access.sequential_plan(preset, self.name).arms
         evolving = [name for name, arm in arms.items() if isinstance(arm.settled.method, Epi)]
         static = [name for name, arm in arms.items() if isinstance(arm.settled.method, Static)]
@@ -221,10 +229,16 @@ class ForgettingRate:
                 f"forgets more than {rival}",
                 versus=rival,
                 measure="points fewer lost",
+                claim=rival in static and _alike(arms[name].settled, arms[rival].settled),
             )
             for name in evolving
             for rival in [*full, *static]
         )
+
+
+def _alike(one: Try, other: Try) -> bool:
+    """Two masks of one ratio, learned at one rate."""
+    return (one.lr, getattr(one.method, "ratio", None)) == (other.lr, getattr(other.method, "ratio", None))
 
 
 TABLE2_MODEL = "LLaMA-2-7B"
