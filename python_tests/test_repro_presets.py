@@ -136,6 +136,14 @@ def test_a_command_that_makes_no_sense_is_refused(arguments, message):
         chosen("--preset", "small", *arguments)
 
 
+def test_an_arm_is_left_out_wherever_it_is():
+    preset = load_preset("medium").without(["EPI", "static g2"])
+    for setting in (preset, preset.low_resource, preset.vision):
+        assert not {"EPI", "static g2"} & set(setting.sequential.arms)
+    assert preset.sequential.arms and not preset.vision.sequential.arms
+    assert TABLES["vision"].runs(preset)
+
+
 def test_a_table_named_twice_is_made_once():
     assert chosen("--preset", "small", "--table", "memory", "drift", "memory")[1] == ["memory", "drift"]
 

@@ -10,6 +10,7 @@ from epi_kernels.repro.runs import CpiFt, Interpolate, Run, Train
 from epi_kernels.repro.tables import TABLES, results
 from epi_kernels.repro.tables.base import Cell, Rendered
 from epi_kernels.repro.tables.words import compared
+from epi_kernels.repro.writers.findings import OURS
 from python_tests.repro_fakes import FULL_MARK, fake_task, make_preset, manifests, recipe
 
 
@@ -138,6 +139,23 @@ def test_notes_say_what_intervals_and_settings_do_not_cover():
     assert any("EWC's diagonal Fisher is the first stage's" in note for note in table.notes)
     mixed = rendered("epi-main", mixture_score)
     assert any("Nothing was tuned here" in note for note in mixed.notes)
+
+
+def test_terms_of_ours_are_marked():
+    for name, term in (
+        ("frontier", "dA@B"),
+        ("epi-forgetting", "Forgetting rate"),
+        ("epi-conflict", "Conflict score"),
+        ("drift", "Noise ceiling"),
+    ):
+        table = rendered(name, mixture_score if name == "epi-conflict" else sequential(WIN))
+        assert any(note.startswith(f"{OURS}{term}") for note in table.notes), name
+
+
+def test_the_inconsistency_of_table_3_is_a_note_of_it():
+    assert any(
+        "Table 3's multi-stage row is close" in note for note in rendered("cpift-3", mixture_score).notes
+    )
 
 
 def test_controls_of_a_mixture_make_no_claim():

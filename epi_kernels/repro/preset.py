@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from epi_kernels.repro.config import Count, ModelSpec, Recipe, Schedule, Share, Strict, TaskSpec
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.config import Epi, Full, Method
+from epi_kernels.repro.strict_yaml import read_yaml
 from epi_kernels.repro.tasks import KINDS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -242,42 +243,33 @@ class Preset(Strict):
         plans = {
             name: plan for name in ("sequential", "mixture", "imbalance") if (plan := getattr(self, name))
         }
-        known = list(dict.fromkeys(arm for plan in plans.values() for arm in plan.arms))
+        settings = {name: one for name in ("low_resource", "vision") if (one := getattr(self, name))}
+        of_all = [*plans.values(), *(one.sequential for one in settings.values())]
+        known = list(dict.fromkeys(arm for plan in of_all for arm in plan.arms))
         if unknown := [arm for arm in arms if arm not in known]:
             raise ReproError(
                 f"--without {', '.join(unknown)}: no such arm; there are {', '.join(known) or 'none'}"
             )
         if self.sweep and self.sweep.of in arms:
             raise ReproError(f"--without {self.sweep.of}: the sweep is of that arm")
-        left = {
-            name: plan.model_copy(
-                update={"arms": {arm: one for arm, one in plan.arms.items() if arm not in arms}}
-            )
-            for name, plan in plans.items()
+
+        def less(plan: Any) -> Any:
+            kept = {arm: one for arm, one in plan.arms.items() if arm not in arms}
+            return plan.model_copy(update={"arms": kept})
+
+        left = {name: less(plan) for name, plan in plans.items()}
+        left |= {
+            name: one.model_copy(update={"sequential": less(one.sequential)})
+            for name, one in settings.items()
         }
         return self.model_copy(update=left)
-
-
-class _OnceEach(yaml.SafeLoader):
-    """YAML's own loader keeps the last of two equal keys without a word: an arm would be gone."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.composer.ComposerError(
-                    None, None, f"{key.value!r} stands there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return node
 
 
 def load_preset(name: str) -> Preset:
     """One of the presets that come with the package, or a YAML file. Raises ReproError."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     try:
-        return Preset.model_validate(yaml.load(path.read_bytes(), _OnceEach))
+        return Preset.model_validate(read_yaml(path.read_bytes()))
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in PRESETS.glob("*.yaml")))
         raise ReproError(

@@ -27,11 +27,11 @@ from epi_kernels.repro.tables.results import (
 )
 from epi_kernels.repro.tables.sequential import PERCENT, STAGES, all_adapted, arms_note
 from epi_kernels.repro.tables.words import INTERVALS, compared, everywhere
-from epi_kernels.repro.writers.findings import failed
+from epi_kernels.repro.writers.findings import failed, ours
 from epi_kernels.scores import ABOVE, BELOW, INSIDE, Comparison, Point
 
-DEFINITION = (
-    "dA@B (ours): a run's score on the first task less what full SFT keeps of it at the same score on the second, read"
+DEFINITION = ours(
+    "dA@B: a run's score on the first task less what full SFT keeps of it at the same score on the second, read"
     " off straight lines between full SFT's runs of the same seed at several learning rates. Below their range the line"
     " goes on to the model before the second stage, an estimate; above it full SFT is given what its run with the"
     " highest score on the second keeps."
@@ -66,16 +66,16 @@ def against_rivals(
 ) -> list[str]:
     """The first EPI arm against every rival and control: better than full SFT alone may be the moments that it keeps,
     or no more than others reach."""
-    ours = next((name for name, method in methods.items() if isinstance(method, Epi)), None)
+    epi = next((name for name, method in methods.items() if isinstance(method, Epi)), None)
     rivals = [name for name, method in methods.items() if not isinstance(method, ISOLATION)]
-    if ours is None:
+    if epi is None:
         return []
     return [
         compared(
-            ours,
+            epi,
             {
                 place: [x - y for x, y in zip(values, over_full[rival][place], strict=True)]
-                for place, values in over_full[ours].items()
+                for place, values in over_full[epi].items()
             },
             f"beats {rival} at the same score on the second task",
             f"loses to {rival} at the same score on the second task",

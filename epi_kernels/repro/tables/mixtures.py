@@ -195,7 +195,8 @@ class SingleStage:
                 AVERAGE_NOTE,
                 f"{printed.INCONSISTENCIES['freezing']} Where there is one group, the three rows differ in what is frozen"
                 " alone.",
-                f"The paper's averages, of a model it does not name and four tasks: {prints}.",
+                f"The paper's averages, of a model it does not name and four tasks: {prints}."
+                f" {printed.INCONSISTENCIES['table3']}",
                 budget(plan),
                 INTERVALS,
             ),

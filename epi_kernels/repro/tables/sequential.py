@@ -22,6 +22,7 @@ from epi_kernels.repro.tables.results import (
     settled_run,
 )
 from epi_kernels.repro.tables.words import INTERVALS, compared, everywhere, setting
+from epi_kernels.repro.writers.findings import ours
 
 PERCENT = "All scores are in percent of the full mark."
 STAGES = (
@@ -144,8 +145,8 @@ class Changes:
             before = results.points(pair, learned(preset, pair))
             lost[pair_name(pair)] = [x.a - y.a for x, y in zip(full, before)]
             for arm in access.sequential_plan(preset, self.name).arms:
-                ours = results.points(pair, settled_run(preset, pair, arm))
-                prices.setdefault(arm, {})[pair_name(pair)] = [x.b - y.b for x, y in zip(ours, full)]
+                own = results.points(pair, settled_run(preset, pair, arm))
+                prices.setdefault(arm, {})[pair_name(pair)] = [x.b - y.b for x, y in zip(own, full)]
         where = everywhere(names)
         best = "full SFT at the learning rate that learns the second task best"
         first = compared(
@@ -202,10 +203,12 @@ class ForgettingRate:
             ["method", *map(pair_name, plan.pairs), "forgetting rate"],
             notes=(
                 metrics(plans.sequential_tasks(preset)),
-                "Forgetting rate (the source does not define it; ours): points of the first task's score, in percent of"
-                " the full mark, that are lost by learning the second, averaged over the pairs. It says nothing of how"
-                " well the second was learned: a method that learns nothing forgets nothing. `frontier` compares at"
-                " equal scores on the second.",
+                ours(
+                    "Forgetting rate (the source does not define it): points of the first task's score, in percent of"
+                    " the full mark, that are lost by learning the second, averaged over the pairs. It says nothing of"
+                    " how well the second was learned: a method that learns nothing forgets nothing. `frontier` compares"
+                    " at equal scores on the second."
+                ),
                 STAGES,
                 arms_note(preset),
                 f"The source's rate on GSM8K, not comparable: {paper.listed(printed.EPI_FORGETTING)}. {printed.EPI_SOURCE}",
