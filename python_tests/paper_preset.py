@@ -84,7 +84,7 @@ def toy(models: dict[str, Path], data: dict[str, Path], judge: str, **changes: A
         assert kind in REAL
         task["source"] = str(data[kind])
         if "judge" in task:
-            task["judge"] = {"url": judge, "model": "judge", "retries": 1}
+            task["judge"] = {"url": judge, "model": "gpt-4", "retries": 1}
     sequential, mixture = preset["sequential"], preset["mixture"]
     sequential["full_lrs"], sequential["alphas"] = [1e-3, 1e-4], [0.5]
     mixture["cpift"]["probe"]["steps"] = 1

@@ -199,6 +199,10 @@ between
 <!-- reproduce:begin retention -->
 <!-- reproduce:end retention -->
 
+<!-- reproduce:begin retention-findings -->
+old
+<!-- reproduce:end retention-findings -->
+
 <!-- bench:begin cpu -->
 not ours
 <!-- bench:end cpu -->
@@ -228,6 +232,7 @@ def test_the_readme_is_written_once_and_then_up_to_date(page, tmp_path):
     assert page.read_text() == text
 
     assert text.startswith("# title\n\n<!-- reproduce:begin findings -->\n- **Held.** \\<EPI> keeps more.\n")
+    assert text.count("- **Held.** \\<EPI> keeps more.\n") == 3, "of all tables, of one, and in the whole"
     assert "\n\nbetween\n\n" in text and "\nnot ours\n" in text and text.endswith("\n\nafter\n")
     assert "Preset `tiny`, 3 seeds, 6 runs in 2.0 minutes" in text
     assert "A <quick> CPU, 2 cores; torch 2.13.0; commit 0123456789; 2031-02-03." in text
@@ -252,7 +257,7 @@ def test_new_data_make_readme_and_plots_stale(page, tmp_path):
 
 def test_without_a_bundle_the_readme_says_so(page, tmp_path):
     assert readme.write_readme(page, tmp_path / "none.json", render) == ["README.md"]
-    assert page.read_text().count(readme.NOTHING) == 3
+    assert page.read_text().count(readme.NOTHING) == 4
     assert readme.stale(page, tmp_path / "none.json", render) == []
 
 

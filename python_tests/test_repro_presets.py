@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import yaml
 
+from epi_kernels.repro import command
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.preset import PRESETS, load_preset
 from epi_kernels.repro.sweep import Plan
@@ -54,7 +57,22 @@ def test_the_final_test_of_the_search_has_a_pair_and_seeds_of_its_own():
     [
         ({"speed": 3}, "speed: Extra inputs"),
         ({"seeds": []}, "seeds"),
-        ({"seeds": [0]}, "tuning seed 0"),
+        ({"seeds": [0]}, "0 is the tuning seed"),
+        ({"seeds": [11, 12, 11]}, "the seed 11 stands there twice"),
+        ({"seeds": [2**32]}, "not from 0 to 2"),
+        ({"tasks": {"sums": {"kind": "sumz"}}}, "tasks.sums: no kind of task is called 'sumz'"),
+        ({"pretrain": {"lr": float("inf"), "steps": 1}}, "pretrain.lr: Input should be a finite number"),
+        ({"pretrain": {"lr": 1e-3, "steps": 1, "betas": [0.9, 1.0]}}, "betas.1: Input should be less than 1"),
+        ({"drift": {"tasks": [], "recipe": {"lr": 1e-3, "steps": 1}}}, "drift.tasks"),
+        (
+            {"drift": {"tasks": ["sums", "sums"], "recipe": {"lr": 1e-3, "steps": 1}}},
+            "drift.tasks: sums stands",
+        ),
+        ({"sweep": {"of": "EWC", "ratios": [0.1]}}, "'EWC' is not an arm of EPI"),
+        ({"sweep": {"of": "EPI", "schedules": ["cosin"]}}, "sweep.schedules.0: Input should be 'cosine'"),
+        ({"sweep": {"of": "EPI", "betas": [1.5]}}, "sweep.betas.0"),
+        ({"sweep": {"of": "EPI", "clips": [-1.0]}}, "sweep.clips.0"),
+        ({"sweep": {"of": "EPI", "accumulations": [3]}}, "a batch of 40 has no 3 equal parts"),
         ({"drift": {"tasks": ["songs"], "recipe": {"lr": 1e-3, "steps": 1}}}, "songs"),
     ],
 )
@@ -66,7 +84,92 @@ def test_a_preset_that_is_wrong_is_refused_by_the_place(tmp_path, change, messag
         load_preset(str(path))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"full_lrs": [0.0, 1e-3]}, "full_lrs.0: Input should be greater than 0"),
+        ({"pairs": [0, 0]}, "sequential.pairs: deductions then strings stands there twice"),
+        ({"pairs": [{"second": "deductions"}]}, "deductions is both the first and the second task"),
+    ],
+)
+def test_a_sequence_that_makes_no_sense_is_refused(tmp_path, change, message):
+    record = yaml.safe_load((PRESETS / "small.yaml").read_text())
+    plan = record["sequential"]
+    for key, value in change.items():
+        plan[key] = [
+            plan[key][one] if isinstance(one, int) else plan[key][0] | one if isinstance(one, dict) else one
+            for one in value
+        ]
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(record))
+    with pytest.raises(ReproError, match=message):
+        load_preset(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"name: one\nseeds: [1]\nseeds: [2]\n", "'seeds' stands there twice"),
+        (b"name: caf\xe9\n", "is not YAML"),
+        (b"- 1\n", "preset: Input should be a valid dictionary"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_refused_in_a_line(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ReproError, match=message) as error:
+        load_preset(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "11", "11"], "--seeds: the seed 11 stands there twice"),
+        (["--seeds", "-1"], "--seeds: the seed -1 is not from 0"),
+        (["--seeds", "0", "11"], "--seeds: 0 is the tuning seed"),
+        (["--time-limit", "nan"], "--time-limit nan: must be above 0"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ReproError, match=message):
+        chosen("--preset", "small", *arguments)
+
+
+def test_an_arm_is_left_out_wherever_it_is():
+    preset = load_preset("medium").without(["EPI", "static g2"])
+    for setting in (preset, preset.low_resource, preset.vision):
+        assert not {"EPI", "static g2"} & set(setting.sequential.arms)
+    assert preset.sequential.arms and not preset.vision.sequential.arms
+    assert TABLES["vision"].runs(preset)
+
+
+def test_a_table_named_twice_is_made_once():
+    assert chosen("--preset", "small", "--table", "memory", "drift", "memory")[1] == ["memory", "drift"]
+
+
+def test_a_preset_without_a_plan_makes_nothing(tmp_path):
+    record = yaml.safe_load((PRESETS / "small.yaml").read_text())
+    for plan in ("tables", "sequential", "mixture", "drift", "sweep"):
+        del record[plan]
+    path = tmp_path / "empty.yaml"
+    path.write_text(yaml.safe_dump(record))
+    with pytest.raises(ReproError, match="has no plan, so there is no table to make"):
+        chosen("--preset", str(path))
+
+
+def chosen(*arguments: str):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command._chosen(parser.parse_args(arguments))
+
+
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
 def test_a_preset_that_is_not_there(name):
     with pytest.raises(ReproError, match="small"):
         load_preset(name)
+
+
+def test_two_cores_can_make_every_table_of_one_model_that_no_picture_or_scarce_data_need():
+    lacking = set(TABLES) - set(tables_of(load_preset("small")))
+    assert lacking == {"cpift-4", "low-resource", "vision"}

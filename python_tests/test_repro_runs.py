@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -298,6 +299,23 @@ def test_a_manifest_cut_off_in_the_middle_is_named(tmp_path):
     path.write_text(path.read_text()[:100])
     with pytest.raises(ReproError, match=key(BASE)):
         store.manifest(BASE)
+
+
+def test_a_folder_of_another_run_is_named(tmp_path):
+    store, other = Store(tmp_path), BASE.model_copy(update={"seed": 7})
+    execute(BASE, shop(tmp_path))
+    (tmp_path / key(BASE)).rename(tmp_path / key(other))
+    with pytest.raises(ReproError, match=f"is of the run {key(BASE)}"):
+        store.manifest(other)
+
+
+def test_a_run_that_diverged_can_be_read_back(tmp_path):
+    execute(BASE, shop(tmp_path))
+    found = Store(tmp_path).manifest(BASE)
+    lost = found.model_copy(update={"losses": {"sums": float("nan")}, "series": {"loss": [float("inf")]}})
+    Store(tmp_path).write(BASE, lost, None)
+    back = Store(tmp_path).manifest(BASE)
+    assert math.isnan(back.losses["sums"]) and back.series["loss"] == [float("inf")]
 
 
 def test_an_unknown_kind_of_task_stops_the_sweep_and_keeps_what_is_done(tmp_path):

@@ -186,11 +186,6 @@ def test_two_tasks_of_one_kind_in_a_plan_are_refused():
         TABLES["frontier"].runs(make_preset(tasks=twice))
 
 
-def test_a_sweep_of_another_method_is_refused():
-    with pytest.raises(ReproError, match="'static' is not an arm of EPI"):
-        TABLES["epi-ratio"].runs(make_preset(sweep={"of": "static", "ratios": [0.1]}))
-
-
 def test_a_score_that_a_manifest_lacks_is_named(preset):
     table = TABLES["cpift-2"]
     found = manifests(table, preset, some_score)

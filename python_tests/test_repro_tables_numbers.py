@@ -10,6 +10,7 @@ from epi_kernels.repro.runs import CpiFt, Interpolate, Run, Train
 from epi_kernels.repro.tables import TABLES, results
 from epi_kernels.repro.tables.base import Cell, Rendered
 from epi_kernels.repro.tables.words import compared
+from epi_kernels.repro.writers.findings import OURS
 from python_tests.repro_fakes import FULL_MARK, fake_task, make_preset, manifests, recipe
 
 
@@ -115,6 +116,56 @@ def test_rivals_and_controls_make_no_claim():
     assert finding(table, "EWC and full SFT").startswith("EWC and full SFT: no difference shown")
 
 
+def test_epi_is_held_against_rivals_and_controls_too():
+    table = rendered("frontier", sequential(WIN))
+    assert finding(table, "EPI beats EWC at the same score").startswith("Held: ")
+    assert "difference of dA@B: sums → strings +15.0 [+7.5, +22.5]" in finding(table, "EPI beats EWC")
+    lost = rendered("frontier", sequential({seed: -gain for seed, gain in WIN.items()}))
+    assert finding(lost, "EPI loses to EWC at the same score").startswith("Did not hold: ")
+    assert not [one for one in table.findings if "EPI beats static" in one or "EPI beats published" in one]
+
+
+def test_the_same_learning_rate_is_no_fair_comparison():
+    for name in ("epi-schedule", "epi-accumulation"):
+        table = rendered(name, sequential(WIN))
+        assert finding(table, "EPI keeps") and not [
+            one for one in table.findings if one.startswith(("Held", "Did not"))
+        ]
+
+
+def test_notes_say_what_intervals_and_settings_do_not_cover():
+    table = rendered("frontier", sequential(WIN))
+    assert any("start from one base model: another one is not in the intervals" in one for one in table.notes)
+    assert any("EWC's diagonal Fisher is the first stage's" in note for note in table.notes)
+    mixed = rendered("epi-main", mixture_score)
+    assert any("Nothing was tuned here" in note for note in mixed.notes)
+
+
+def test_terms_of_ours_are_marked():
+    for name, term in (
+        ("frontier", "dA@B"),
+        ("epi-forgetting", "Forgetting rate"),
+        ("epi-conflict", "Conflict score"),
+        ("drift", "Noise ceiling"),
+    ):
+        table = rendered(name, mixture_score if name == "epi-conflict" else sequential(WIN))
+        assert any(note.startswith(f"{OURS}{term}") for note in table.notes), name
+
+
+def test_the_inconsistency_of_table_3_is_a_note_of_it():
+    assert any(
+        "Table 3's multi-stage row is close" in note for note in rendered("cpift-3", mixture_score).notes
+    )
+
+
+def test_controls_of_a_mixture_make_no_claim():
+    mixture = make_preset().mixture.model_dump()
+    mixture["arms"]["random"] = {"tries": [{"method": {"name": "random", "carry": False}}]}
+    table = rendered("epi-main", mixture_score, mixture=mixture)
+    assert finding(table, "random and full SFT").startswith("random and ")
+    assert finding(table, "EPI and full SFT").startswith("Did not hold: ")
+
+
 def test_changes_and_the_forgetting_rate_by_hand():
     changes = rendered("cpift-2", sequential(WIN))
     full = cells(changes, "sums → strings", "full SFT, lr 0.001")
@@ -124,8 +175,14 @@ def test_changes_and_the_forgetting_rate_by_hand():
     rate = rendered("epi-forgetting", sequential(WIN))
     assert cells(rate, "EPI")["forgetting rate"].values == pytest.approx((38, 35, 32))
     assert cells(rate, "full SFT, lr 0.0001")["forgetting rate"].values == pytest.approx((30,) * 3)
-    assert finding(rate, "EPI forgets less than full SFT, lr 0.001").startswith("Held: ")
-    assert finding(rate, "EPI and full SFT, lr 0.0001").startswith("Did not hold: ")
+    # Less learned is less forgotten: against another learning rate nothing is claimed.
+    assert finding(rate, "EPI forgets less than full SFT, lr 0.001").startswith("EPI forgets")
+    assert finding(rate, "EPI and full SFT, lr 0.0001").startswith("EPI and full SFT")
+    assert finding(rate, "EPI forgets less than static").startswith("Held: ")
+    plan = make_preset().model_dump()["sequential"]
+    plan["arms"]["static"]["tries"][0]["lr"] = 2e-3
+    unlike = rendered("epi-forgetting", sequential(WIN), sequential=plan)
+    assert finding(unlike, "EPI forgets less than static").startswith("EPI forgets")
 
 
 def test_masks_of_one_ratio_are_compared():
@@ -194,7 +251,7 @@ def test_the_normalised_average_by_hand():
 
 
 def test_printed_values_stand_beside_the_papers_own_set_up_alone():
-    judge = {"url": "http://127.0.0.1/v1", "model": "judge"}
+    judge = {"url": "http://127.0.0.1/v1", "model": "gpt-4-0613"}
     tasks = {
         kind: {"kind": kind, "source": "somewhere"}
         | ({"judge": judge} if kind in ("alpaca", "ultrachat") else {})
@@ -224,6 +281,10 @@ def test_printed_values_stand_beside_the_papers_own_set_up_alone():
     forgetting = rendered("cpift-2", lambda run, kind: 5.0, **changes)
     assert cells(forgetting, "gsm8k → alpaca", "core")["first, change"].paper == -5.7
     assert cells(forgetting, "gsm8k → alpaca", "full SFT, lr 0.001")["second, change"].paper == 13.4
+    tasks["alpaca"]["judge"] = judge | {"model": "another judge"}
+    other = rendered("cpift-1", lambda run, kind: 5.0, **changes)
+    assert cells(other, "LLaMA-2-7B", "CPI-FT")["alpaca"].paper is None
+    assert cells(other, "LLaMA-2-7B", "CPI-FT")["ultrachat"].paper == 7.8
     del tasks["alpaca"]["judge"]
     unjudged = rendered("cpift-1", lambda run, kind: 5.0, **changes)
     assert cells(unjudged, "LLaMA-2-7B", "CPI-FT")["alpaca"].paper is None
@@ -260,6 +321,16 @@ def test_imbalance_by_hand():
     )
 
 
+def test_what_shrinks_with_the_data_is_said():
+    steps = rendered("cpift-4", scarce_score)
+    assert "The number of steps does not shrink with the data." in steps.notes
+    longer = {"lr": 1e-3, "epochs": 3, "batch": 8}
+    imbalance = make_preset().imbalance.model_dump()
+    imbalance |= {"recipe": longer, "cpift": imbalance["cpift"] | {"probe": longer | {"epochs": 1}}}
+    epochs = rendered("cpift-4", scarce_score, imbalance=imbalance)
+    assert "Epochs are of the data as cut: the steps shrink with them." in epochs.notes
+
+
 def test_memory_is_held_against_epi_as_published():
     table = rendered("memory", sequential(WIN))
     epi = cells(table, "sums → strings", "EPI")
@@ -275,6 +346,8 @@ def test_memory_is_held_against_epi_as_published():
         "13 bytes a parameter by EPI's description, not measured, for mixture" in note for note in table.notes
     )
     assert finding(table, "EPI (sums → strings) steps faster than EPI as published").startswith("Held: ")
+    assert finding(table, "EPI (sums → strings) keeps").endswith("EPI as published 13.000.")
+    assert finding(table, "EPI (mixture) keeps").endswith("EPI as published 13.000 by its description.")
 
 
 def test_tuning_says_when_the_choice_or_the_budget_is_wrong():

@@ -141,11 +141,13 @@ def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
         preset = preset.with_seeds(args.seeds)
     if args.without:
         preset = preset.without(args.without)
-    names = list(args.table or preset.tables or tables_of(preset))
+    names = list(dict.fromkeys(args.table or preset.tables or tables_of(preset)))
     unknown = [name for name in names if name not in TABLES]
     if unknown:
         raise ReproError(f"--table {' '.join(unknown)}: no such table; there are {', '.join(TABLES)}")
-    if args.time_limit is not None and args.time_limit <= 0:
+    if not (names or args.list):
+        raise ReproError(f"--preset {args.preset}: has no plan, so there is no table to make")
+    if args.time_limit is not None and not args.time_limit > 0:
         raise ReproError(f"--time-limit {args.time_limit}: must be above 0")
     return preset, names
 

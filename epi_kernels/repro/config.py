@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 class Strict(BaseModel):
-    """Immutable; an unknown key or a value out of range is an error that names it."""
+    """Immutable; an unknown key, a value out of range or no number is an error that names it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(Strict):
@@ -72,11 +74,11 @@ class Recipe(Strict):
     batch: Count = 64  # examples a step, accumulation included
     accumulation: Count = 1  # micro-batches a step
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # of the gradient's norm
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of the steps
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # of the peak, at the end
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_length: Count = 1024  # tokens; longer examples are cut
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None  # of MaskedEMAAdamW; None: the weights'
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ConfigDict
+
 from epi_kernels.repro.config import Strict
 from epi_kernels.repro.runs import Run
 
@@ -29,7 +31,9 @@ class StepTime(Strict):
 
 
 class Manifest(Strict):
-    """Of a finished run."""
+    """Of a finished run. What diverged has losses that are no numbers: they are written, and read back, as such."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
 
     key: str
     run: Run

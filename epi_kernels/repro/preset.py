@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from epi_kernels.repro.config import Count, ModelSpec, Recipe, Share, Strict, TaskSpec
+from epi_kernels.repro.config import Count, ModelSpec, Recipe, Schedule, Share, Strict, TaskSpec
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.methods.config import Full, Method
+from epi_kernels.repro.methods.config import Epi, Full, Method
+from epi_kernels.repro.strict_yaml import read_yaml
+from epi_kernels.repro.tasks import KINDS
 
 PRESETS = Path(__file__).parent / "presets"
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+Some = Field(min_length=1)
+
+
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """Those that stand there more than once, in their order."""
+    return [value for at, value in enumerate(values) if value in values[:at]]
 
 
 class Try(Strict):
     """One setting of a method; lr None is the recipe's."""
 
     method: Method
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Rate | None = None
 
 
 class Arm(Strict):
     """A row: the settings tried on the tuning seed, and which of them the table's seeds are run with."""
 
-    tries: tuple[Try, ...] = Field(min_length=1)
+    tries: tuple[Try, ...] = Some
     chosen: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -48,12 +58,18 @@ class Pair(Strict):
     learn: Recipe  # of the first
     adapt: Recipe  # of the second; full fine-tuning's learning rates are `full_lrs`
 
+    @model_validator(mode="after")
+    def _two_tasks(self) -> Pair:
+        if self.first == self.second:
+            raise ValueError(f"{self.first} is both the first and the second task")
+        return self
+
 
 class Sequential(Strict):
     """Forgetting: CPI-FT's Table 2, EPI's forgetting table, and dA@B against full fine-tuning's frontier."""
 
     pairs: tuple[Pair, ...]
-    full_lrs: tuple[float, ...] = Field(min_length=2)  # full fine-tuning's frontier
+    full_lrs: tuple[Rate, ...] = Field(min_length=2)  # full fine-tuning's frontier
     alphas: tuple[Share, ...] = (0.3, 0.5, 0.7)  # WiSE-FT's frontier, from each of full fine-tuning's runs
     arms: dict[str, Arm]
     tuning_seed: int = 0  # never among the seeds of a table
@@ -74,7 +90,7 @@ class CpiFtPlan(Strict):
 class Mixture(Strict):
     """All tasks at once: CPI-FT's Tables 1 and 3, EPI's main comparison."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = Some
     recipe: Recipe  # its steps are the budget; staged methods divide them by the number of stages
     arms: dict[str, Arm]
     random_stages: Count = 3
@@ -85,7 +101,7 @@ class Mixture(Strict):
 class Imbalance(Strict):
     """Each task in turn cut to a share of its data: CPI-FT's Table 4."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = Some
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.5, 0.2, 0.1)
     recipe: Recipe
     arms: dict[str, Arm]
@@ -98,17 +114,17 @@ class Sweep(Strict):
     of: str
     ratios: tuple[Share, ...] = ()
     intervals: tuple[Count, ...] = ()
-    betas: tuple[float, ...] = ()
+    betas: tuple[Decay, ...] = ()
     windows: tuple[Count, ...] = ()
-    schedules: tuple[str, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
     accumulations: tuple[Count, ...] = ()
-    clips: tuple[float | None, ...] = ()
+    clips: tuple[Rate | None, ...] = ()
 
 
 class DriftPlan(Strict):
     """The drift of importance while a mixture is learned, with the ceiling that noise sets and the chance line."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = Some
     recipe: Recipe
     ratios: tuple[Share, ...] = (0.01, 0.1)
     every: Count = 50  # steps between snapshots
@@ -150,22 +166,57 @@ class Preset(Strict):
         named: list[str] = []
         for pair in self.sequential.pairs if self.sequential else ():
             named += [pair.first, pair.second]
-        for plan in (self.mixture, self.imbalance, self.drift):
+        for place in ("mixture", "imbalance", "drift"):
+            plan = getattr(self, place)
             named += plan.tasks if plan else ()
+            if plan and (twice := repeated(plan.tasks)):
+                raise ValueError(f"{place}.tasks: {twice[0]} stands there twice")
+        pairs = [(pair.first, pair.second) for pair in (self.sequential.pairs if self.sequential else ())]
+        if twice := repeated(pairs):
+            raise ValueError(f"sequential.pairs: {' then '.join(twice[0])} stands there twice")
         for stage in self.mixture.heuristic if self.mixture else ():
             named += stage
+        for name, spec in self.tasks.items():
+            if spec.kind not in KINDS:
+                raise ValueError(
+                    f"tasks.{name}: no kind of task is called {spec.kind!r}; there are {', '.join(KINDS)}"
+                )
         unknown = sorted(set(named) - set(self.tasks))
         if unknown:
             raise ValueError(f"no such task under tasks: {', '.join(unknown)}")
-        if self.sequential and self.sequential.tuning_seed in self.seeds:
-            raise ValueError(
-                f"the tuning seed {self.sequential.tuning_seed} is among the seeds of the tables"
-            )
-        if self.sweep and (self.sequential is None or self.sweep.of not in self.sequential.arms):
-            raise ValueError(f"sweep.of {self.sweep.of!r} is no arm of sequential")
+        if wrong := self._wrong_seeds(self.seeds):
+            raise ValueError(wrong)
+        if self.sweep:
+            self._check_sweep(self.sweep)
         for setting in filter(None, (self.low_resource, self.vision)):
             self.under(setting)
         return self
+
+    def _wrong_seeds(self, seeds: Sequence[int]) -> str | None:
+        """What is wrong with them. One that stands there twice would count as two and narrow every interval."""
+        if twice := repeated(seeds):
+            return f"the seed {twice[0]} stands there twice"
+        outside = [seed for seed in seeds if not 0 <= seed < 2**32]
+        if outside:
+            return f"the seed {outside[0]} is not from 0 to 2**32 - 1"
+        plans = [self.sequential, *(one.sequential for one in (self.low_resource, self.vision) if one)]
+        tuned = [plan.tuning_seed for plan in plans if plan and plan.tuning_seed in seeds]
+        if tuned:
+            return f"{tuned[0]} is the tuning seed, on which the settings were chosen"
+        return None
+
+    def _check_sweep(self, sweep: Sweep) -> None:
+        plan = self.sequential
+        if plan is None or sweep.of not in plan.arms:
+            raise ValueError(f"sweep.of {sweep.of!r} is no arm of sequential")
+        if not isinstance(plan.arms[sweep.of].settled.method, Epi):
+            raise ValueError(f"sweep.of {sweep.of!r} is not an arm of EPI")
+        for pair in plan.pairs[:1]:
+            uneven = [count for count in sweep.accumulations if pair.adapt.batch % count]
+            if uneven:
+                raise ValueError(
+                    f"sweep.accumulations: a batch of {pair.adapt.batch} has no {uneven[0]} equal parts"
+                )
 
     def under(self, setting: Setting) -> Preset:
         """A preset of that setting alone. Raises ValueError where its names are not known."""
@@ -180,10 +231,8 @@ class Preset(Strict):
 
     def with_seeds(self, seeds: Sequence[int]) -> Preset:
         """The same with other seeds. Raises ReproError."""
-        if self.sequential and self.sequential.tuning_seed in seeds:
-            raise ReproError(
-                f"--seeds: {self.sequential.tuning_seed} is the seed that the settings were chosen on"
-            )
+        if wrong := self._wrong_seeds(list(seeds)):
+            raise ReproError(f"--seeds: {wrong}")
         return self.model_copy(update={"seeds": tuple(seeds)})
 
     def without(self, arms: Sequence[str]) -> Preset:
@@ -194,18 +243,24 @@ class Preset(Strict):
         plans = {
             name: plan for name in ("sequential", "mixture", "imbalance") if (plan := getattr(self, name))
         }
-        known = list(dict.fromkeys(arm for plan in plans.values() for arm in plan.arms))
+        settings = {name: one for name in ("low_resource", "vision") if (one := getattr(self, name))}
+        of_all = [*plans.values(), *(one.sequential for one in settings.values())]
+        known = list(dict.fromkeys(arm for plan in of_all for arm in plan.arms))
         if unknown := [arm for arm in arms if arm not in known]:
             raise ReproError(
                 f"--without {', '.join(unknown)}: no such arm; there are {', '.join(known) or 'none'}"
             )
         if self.sweep and self.sweep.of in arms:
             raise ReproError(f"--without {self.sweep.of}: the sweep is of that arm")
-        left = {
-            name: plan.model_copy(
-                update={"arms": {arm: one for arm, one in plan.arms.items() if arm not in arms}}
-            )
-            for name, plan in plans.items()
+
+        def less(plan: Any) -> Any:
+            kept = {arm: one for arm, one in plan.arms.items() if arm not in arms}
+            return plan.model_copy(update={"arms": kept})
+
+        left = {name: less(plan) for name, plan in plans.items()}
+        left |= {
+            name: one.model_copy(update={"sequential": less(one.sequential)})
+            for name, one in settings.items()
         }
         return self.model_copy(update=left)
 
@@ -214,14 +269,14 @@ def load_preset(name: str) -> Preset:
     """One of the presets that come with the package, or a YAML file. Raises ReproError."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     try:
-        return Preset.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Preset.model_validate(read_yaml(path.read_bytes()))
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in PRESETS.glob("*.yaml")))
         raise ReproError(
             f"--preset {name}: cannot be read ({error.strerror}); {known}, or a .yaml file"
         ) from None
     except yaml.YAMLError as error:
-        raise ReproError(f"--preset {name}: is not YAML ({error})") from None
+        raise ReproError(f"--preset {name}: is not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, one['loc'])) or 'preset'}: {one['msg']}" for one in error.errors()

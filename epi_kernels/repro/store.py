@@ -47,7 +47,10 @@ class Store:
         """The same by the run's key."""
         path = self.folder / name / MANIFEST
         try:
-            return Manifest.model_validate_json(path.read_bytes())
+            found = Manifest.model_validate_json(path.read_bytes())
+            if found.key != name:
+                raise ReproError(f"{path}: is of the run {found.key}; remove {path.parent}")
+            return found
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:

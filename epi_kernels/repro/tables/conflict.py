@@ -13,6 +13,7 @@ from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
 from epi_kernels.repro.tables.mixtures import FULL, arms_note
 from epi_kernels.repro.tables.results import Results, Rows, series
 from epi_kernels.repro.tables.words import INTERVALS, compared
+from epi_kernels.repro.writers.findings import ours
 
 OBSERVE = ("conflict",)
 
@@ -58,10 +59,12 @@ class Conflict:
             self,
             ["method", "all elements", "free elements", "pairs in conflict, %", *plans.kinds(tasks)],
             notes=(
-                "Conflict score (the source does not define it; ours): 100 times the mean over pairs of tasks of"
-                " max(0, -cosine of their gradients), averaged over the stage; 0: none, 100: opposite. Free: without the"
-                " elements that are isolated, which is what conflicts in what may still move. A task's score is over the"
-                " pairs it is in, of free elements; so is the share of pairs with a negative cosine.",
+                ours(
+                    "Conflict score (the source does not define it): 100 times the mean over pairs of tasks of"
+                    " max(0, -cosine of their gradients), averaged over the stage; 0: none, 100: opposite. Free: without"
+                    " the elements that are isolated, which is what conflicts in what may still move. A task's score is"
+                    " over the pairs it is in, of free elements; so is the share of pairs with a negative cosine."
+                ),
                 f"The source's score of code, not comparable: {paper.listed(printed.EPI_CONFLICT)}. {printed.EPI_SOURCE}",
                 "These runs are observed and train as the scored ones of `epi-main` do; times are taken from those.",
                 arms_note(access.mixture_plan(preset, self.name)),
@@ -70,7 +73,7 @@ class Conflict:
             findings=[
                 compared(
                     name,
-                    {"": [full - ours for full, ours in zip(free[FULL], free[name])]},
+                    {"": [full - own for full, own in zip(free[FULL], free[name])]},
                     f"has less conflict in what may move than {FULL}",
                     f"has more conflict in what may move than {FULL}",
                     versus=FULL,

@@ -14,6 +14,7 @@ from epi_kernels.repro.tables import access, plans
 from epi_kernels.repro.tables.base import Cell, Figure, Manifests, Rendered
 from epi_kernels.repro.tables.results import Results, Rows, series
 from epi_kernels.repro.tables.words import INTERVALS, compared
+from epi_kernels.repro.writers.findings import ours
 
 ALL = "all"  # the observer's name for all kinds of parameter together
 OVERLAPS = {"from_start_other": "with the start", "ceiling": "noise ceiling", "chance": "chance"}
@@ -86,8 +87,11 @@ class Drift:
                 f"Jaccard overlap in percent of the sets of the p most important elements before training and after {last}"
                 " steps of full SFT on the mixture. Importance: mean squared gradient of fixed batches, min-max within"
                 " each tensor, selected globally.",
-                "Noise ceiling: the overlap of two sets from disjoint batches at the same weights; chance: of two random"
-                " sets of the same sizes. The overlap with the start is to be held against the ceiling, not against 100.",
+                ours(
+                    "Noise ceiling: the overlap of two sets from disjoint batches at the same weights; chance: of two"
+                    " random sets of the same sizes. The overlap with the start is to be held against the ceiling, not"
+                    " against 100."
+                ),
                 f"The source has the overlap fall from {high:g} % to {low:g} % and states no ceiling. {printed.EPI_SOURCE}",
                 INTERVALS,
             ),

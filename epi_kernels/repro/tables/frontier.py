@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from epi_kernels.report import figures
-from epi_kernels.repro.methods.config import Epi, PublishedEpi, Static, Window
+from epi_kernels.repro.methods.config import Epi, Method
 from epi_kernels.repro.preset import Pair, Preset
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.statistics import summary
 from epi_kernels.repro.tables import access, plans
 from epi_kernels.repro.tables.base import Cell, Figure, Manifests, Rendered
 from epi_kernels.repro.tables.results import (
+    ISOLATION,
     Results,
     Rows,
     RunOf,
@@ -26,17 +27,11 @@ from epi_kernels.repro.tables.results import (
 )
 from epi_kernels.repro.tables.sequential import PERCENT, STAGES, all_adapted, arms_note
 from epi_kernels.repro.tables.words import INTERVALS, compared, everywhere
-from epi_kernels.repro.writers.findings import failed
+from epi_kernels.repro.writers.findings import failed, ours
 from epi_kernels.scores import ABOVE, BELOW, INSIDE, Comparison, Point
 
-ISOLATION = (
-    Epi,
-    PublishedEpi,
-    Static,
-    Window,
-)  # what the papers say keeps more; the rest are rivals and controls
-DEFINITION = (
-    "dA@B (ours): a run's score on the first task less what full SFT keeps of it at the same score on the second, read"
+DEFINITION = ours(
+    "dA@B: a run's score on the first task less what full SFT keeps of it at the same score on the second, read"
     " off straight lines between full SFT's runs of the same seed at several learning rates. Below their range the line"
     " goes on to the model before the second stage, an estimate; above it full SFT is given what its run with the"
     " highest score on the second keeps."
@@ -63,6 +58,32 @@ def unlearned(results: Results, pair: Pair) -> list[str]:
             f"On {pair_name(pair)} the first task was hardly learned ({reached:.1f} % before the second stage): what is"
             " kept of it says little."
         )
+    ]
+
+
+def against_rivals(
+    methods: Mapping[str, Method], over_full: Mapping[str, Mapping[str, Sequence[float]]], directions: str
+) -> list[str]:
+    """The first EPI arm against every rival and control: better than full SFT alone may be the moments that it keeps,
+    or no more than others reach."""
+    epi = next((name for name, method in methods.items() if isinstance(method, Epi)), None)
+    rivals = [name for name, method in methods.items() if not isinstance(method, ISOLATION)]
+    if epi is None:
+        return []
+    return [
+        compared(
+            epi,
+            {
+                place: [x - y for x, y in zip(values, over_full[rival][place], strict=True)]
+                for place, values in over_full[epi].items()
+            },
+            f"beats {rival} at the same score on the second task",
+            f"loses to {rival} at the same score on the second task",
+            versus=rival,
+            everywhere=directions,
+            measure="difference of dA@B",
+        )
+        for rival in rivals
     ]
 
 
@@ -126,6 +147,7 @@ class Frontier:
                 PERCENT,
                 DEFINITION,
                 OVER_WISE,
+                "Arms are compared by the difference of their dA@B, seed by seed.",
                 "Inside/below/above: on how many seeds the score on the second is inside full SFT's range, below, above.",
                 STAGES,
                 arms_note(preset),
@@ -146,7 +168,10 @@ class Frontier:
                 )
                 for rival, places in (("full SFT", over_full), ("WiSE-FT", over_wise))
                 for arm in plan.arms
-            ],
+            ]
+            + against_rivals(
+                {name: arm.settled.method for name, arm in plan.arms.items()}, over_full, directions
+            ),
         )
 
     def _add(

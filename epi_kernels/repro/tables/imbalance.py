@@ -76,8 +76,10 @@ class Imbalanced:
             notes=(
                 metrics(tasks),
                 "Scores are in percent of the full mark; others: the mean over the tasks that keep all their data.",
-                "The number of steps does not shrink with the data.",
-                budget(plan.recipe, plan.cpift),
+                "The number of steps does not shrink with the data."
+                if plan.recipe.steps is not None
+                else "Epochs are of the data as cut: the steps shrink with them.",
+                budget(plan),
                 *([f"Arms, what is no default: {arms}."] if arms else []),
                 f"The paper's gains of DPI over full SFT on the cut task, other models and data: {gain}.",
                 printed.INCONSISTENCIES["imbalance"],

@@ -145,10 +145,12 @@ class Memory:
             size = _state(manifests)
             if not isinstance(row.method, Epi) or not size:
                 continue
-            theirs = _state(as_published.get(row.plan, [])) or (float(_published()),)
+            measured_theirs = _state(as_published.get(row.plan, []))
+            theirs = measured_theirs or (float(_published()),)
+            how = "" if measured_theirs else " by its description"
             told = (
                 f"{row.name} ({row.plan}) keeps {max(size):.3f} bytes of state a parameter, EPI as published"
-                f" {min(theirs):.3f}."
+                f" {min(theirs):.3f}{how}."
             )
             findings.append((held if max(size) < min(theirs) else failed)(told))
             steps, their_steps = _step(manifests), _step(as_published.get(row.plan, []))

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from epi_kernels.repro import published_values as printed
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.methods.config import Epi, Static
-from epi_kernels.repro.preset import CpiFtPlan, Mixture, Preset
+from epi_kernels.repro.preset import Imbalance, Mixture, Preset
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
-from epi_kernels.repro.tables.results import Results, Rows, RunOf, metrics
+from epi_kernels.repro.tables.results import ISOLATION, Results, Rows, RunOf, metrics
 from epi_kernels.repro.tables.words import INTERVALS, compared, setting
 
 FULL, CPIFT = "full SFT, all tasks at once", "CPI-FT"
@@ -29,13 +29,20 @@ def length(recipe: Recipe) -> str:
     return f"{recipe.steps} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"
 
 
-def budget(recipe: Recipe, cpift: CpiFtPlan) -> str:
-    """A note: what every method may train for, and what CPI-FT takes beside it."""
+def budget(plan: Mixture | Imbalance) -> str:
+    """A note: what every method may train for, what CPI-FT takes beside it, and how many settings were tried."""
+    recipe, cpift = plan.recipe, plan.cpift
+    most = max((len(arm.tries) for arm in plan.arms.values()), default=1)
+    tuned = (
+        "Nothing was tuned here: full SFT, multi-stage, CPI-FT and every arm have one setting."
+        if most == 1
+        else f"Arms had {most} tries each, multi-stage fine-tuning and CPI-FT one."
+    )
     return (
         f"Budget: {length(recipe)} of {recipe.batch} examples; multi-stage methods divide the steps among the stages"
         f" (epochs are of a stage's own data). CPI-FT trains {length(cpift.probe)} a task to probe,"
         f" {length(cpift.stage)} a group, and {length(cpift.consolidation)} a stage on {100 * cpift.share:g} % of the"
-        " data to consolidate."
+        f" data to consolidate. {tuned}"
     )
 
 
@@ -68,7 +75,9 @@ def differences(
     return {place: tuple(a - b for a, b in zip(ours[place], theirs[place], strict=True)) for place in ours}
 
 
-def against(subject: str, rival: str, by_model: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def against(
+    subject: str, rival: str, by_model: Mapping[str, Mapping[str, Sequence[float]]], claim: bool = True
+) -> str:
     """A sentence on two methods' averages, over the models."""
     places = differences(
         {model: averages[subject] for model, averages in by_model.items()},
@@ -82,6 +91,7 @@ def against(subject: str, rival: str, by_model: Mapping[str, Mapping[str, Sequen
         everywhere=f"on all {len(places)} models",
         digits=2,
         versus=rival,
+        claim=claim,
     )
 
 
@@ -138,7 +148,7 @@ class Main:
                 *paper.models_note(preset),
                 *paper.not_comparable(preset, tasks, paper.TABLE1_PRINTS),
                 printed.NOT_STATED,
-                budget(plan.recipe, plan.cpift),
+                budget(plan),
                 f"CPI-FT: p = {100 * plan.cpift.core_ratio:g} %, tau = {plan.cpift.tau:g}. Heuristic stages: {heuristic}."
                 " Random stages are drawn anew for every seed.",
                 INTERVALS,
@@ -185,8 +195,9 @@ class SingleStage:
                 AVERAGE_NOTE,
                 f"{printed.INCONSISTENCIES['freezing']} Where there is one group, the three rows differ in what is frozen"
                 " alone.",
-                f"The paper's averages, of a model it does not name and four tasks: {prints}.",
-                budget(plan.recipe, plan.cpift),
+                f"The paper's averages, of a model it does not name and four tasks: {prints}."
+                f" {printed.INCONSISTENCIES['table3']}",
+                budget(plan),
                 INTERVALS,
             ),
             findings=tuple(
@@ -240,14 +251,17 @@ class EpiMain:
             notes=(
                 metrics(tasks),
                 AVERAGE_NOTE,
-                budget(plan.recipe, plan.cpift),
+                budget(plan),
                 arms_note(plan),
                 *paper.models_note(preset),
                 *paper.not_comparable(preset, tasks, EPI_PRINTS),
                 "Static isolation is CPI-FT in the source; the static arms here are masks at a stated ratio.",
                 INTERVALS,
             ),
-            findings=tuple(against(name, FULL, by_model) for name in arms)
+            findings=tuple(
+                against(name, FULL, by_model, claim=isinstance(one.method, ISOLATION))
+                for name, one in arms.items()
+            )
             + tuple(against(name, rival, by_model) for name in evolving for rival in rivals),
         )
 

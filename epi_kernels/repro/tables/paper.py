@@ -24,7 +24,7 @@ def listed(values: Mapping[str, float]) -> str:
 
 
 def same_task(spec: TaskSpec) -> bool:
-    """The paper's data in full, by the paper's metric: a judged task with a judge.
+    """The paper's data in full, by the paper's metric: a judged task with the paper's judge, GPT-4.
 
     How many answers were judged is not stated, and the judged data sets have no test split in the paper: there `test` may
     say how many.
@@ -32,7 +32,8 @@ def same_task(spec: TaskSpec) -> bool:
     judged = printed.FULL_MARKS.get(spec.kind) == printed.JUDGED[1]
     whole = spec.share == 1 and spec.train is None and spec.harness == "own"
     whole = whole and (spec.test is None or judged)
-    return spec.kind in printed.TASKS and whole and (spec.judge is not None or not judged)
+    by_gpt4 = spec.judge is not None and spec.judge.model.lower().startswith("gpt-4")
+    return spec.kind in printed.TASKS and whole and (by_gpt4 or not judged)
 
 
 def same_model(preset: Preset, model: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.methods.config import Epi, PublishedEpi, Static, Window
 from epi_kernels.repro.preset import Pair, Preset
 from epi_kernels.repro.runs import Run, Tasks, base_of, key
 from epi_kernels.repro.statistics import Frontiers, normalised_average
@@ -19,6 +20,12 @@ from epi_kernels.repro.writers.findings import scale
 from epi_kernels.scores import Comparison, Point
 
 RunOf = Callable[[int], Run]  # of a seed
+ISOLATION = (
+    Epi,
+    PublishedEpi,
+    Static,
+    Window,
+)  # what the papers say keeps more; the rest are rivals and controls
 
 
 def metrics(tasks: Sequence[TaskSpec]) -> str:

@@ -74,7 +74,7 @@ class Sensitivity:
         return rows.rendered(
             self,
             ["model", self.column, AVERAGE, "groups"],
-            notes=(metrics(tasks), AVERAGE_NOTE, *self.notes(), budget(plan.recipe, plan.cpift), INTERVALS),
+            notes=(metrics(tasks), AVERAGE_NOTE, *self.notes(), budget(plan), INTERVALS),
             figures=(self._figure(preset, averages),),
             findings=self.findings(preset, averages),
         )

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from epi_kernels.repro import published_values as printed
-from epi_kernels.repro.methods.config import Epi, Static
-from epi_kernels.repro.preset import Pair, Preset
+from epi_kernels.repro.methods.config import Epi, Ewc, Static
+from epi_kernels.repro.preset import Pair, Preset, Try
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
@@ -22,6 +22,7 @@ from epi_kernels.repro.tables.results import (
     settled_run,
 )
 from epi_kernels.repro.tables.words import INTERVALS, compared, everywhere, setting
+from epi_kernels.repro.writers.findings import ours
 
 PERCENT = "All scores are in percent of the full mark."
 STAGES = (
@@ -29,11 +30,17 @@ STAGES = (
     " methods that replay."
 )
 
+FISHER = (
+    " EWC's diagonal Fisher is the first stage's mean squared gradient of a batch, as clipped, scaled to mean 1; its paper"
+    " takes one gradient an example."
+)
+
 
 def arms_note(preset: Preset) -> str:
     arms = access.sequential_plan(preset, "frontier").arms
     told = "; ".join(f"{name}: {setting(arm.settled)}" for name, arm in arms.items())
-    return f"Arms, what is no default: {told}."
+    ewc = any(isinstance(arm.settled.method, Ewc) for arm in arms.values())
+    return f"Arms, what is no default: {told}.{FISHER if ewc else ''}"
 
 
 def methods(preset: Preset, pair: Pair) -> dict[str, RunOf]:
@@ -138,8 +145,8 @@ class Changes:
             before = results.points(pair, learned(preset, pair))
             lost[pair_name(pair)] = [x.a - y.a for x, y in zip(full, before)]
             for arm in access.sequential_plan(preset, self.name).arms:
-                ours = results.points(pair, settled_run(preset, pair, arm))
-                prices.setdefault(arm, {})[pair_name(pair)] = [x.b - y.b for x, y in zip(ours, full)]
+                own = results.points(pair, settled_run(preset, pair, arm))
+                prices.setdefault(arm, {})[pair_name(pair)] = [x.b - y.b for x, y in zip(own, full)]
         where = everywhere(names)
         best = "full SFT at the learning rate that learns the second task best"
         first = compared(
@@ -196,10 +203,12 @@ class ForgettingRate:
             ["method", *map(pair_name, plan.pairs), "forgetting rate"],
             notes=(
                 metrics(plans.sequential_tasks(preset)),
-                "Forgetting rate (the source does not define it; ours): points of the first task's score, in percent of"
-                " the full mark, that are lost by learning the second, averaged over the pairs. It says nothing of how"
-                " well the second was learned: a method that learns nothing forgets nothing. `frontier` compares at"
-                " equal scores on the second.",
+                ours(
+                    "Forgetting rate (the source does not define it): points of the first task's score, in percent of"
+                    " the full mark, that are lost by learning the second, averaged over the pairs. It says nothing of"
+                    " how well the second was learned: a method that learns nothing forgets nothing. `frontier` compares"
+                    " at equal scores on the second."
+                ),
                 STAGES,
                 arms_note(preset),
                 f"The source's rate on GSM8K, not comparable: {paper.listed(printed.EPI_FORGETTING)}. {printed.EPI_SOURCE}",
@@ -209,6 +218,8 @@ class ForgettingRate:
         )
 
     def _findings(self, preset: Preset, rates: dict[str, tuple[float, ...]]) -> tuple[str, ...]:
+        """Whether an evolving mask held against a static one is said where ratio and learning rate are the same: less
+        learned is less forgotten."""
         arms = access.sequential_plan(preset, self.name).arms
         evolving = [name for name, arm in arms.items() if isinstance(arm.settled.method, Epi)]
         static = [name for name, arm in arms.items() if isinstance(arm.settled.method, Static)]
@@ -221,10 +232,16 @@ class ForgettingRate:
                 f"forgets more than {rival}",
                 versus=rival,
                 measure="points fewer lost",
+                claim=rival in static and _alike(arms[name].settled, arms[rival].settled),
             )
             for name in evolving
             for rival in [*full, *static]
         )
+
+
+def _alike(one: Try, other: Try) -> bool:
+    """Two masks of one ratio, learned at one rate."""
+    return (one.lr, getattr(one.method, "ratio", None)) == (other.lr, getattr(other.method, "ratio", None))
 
 
 TABLE2_MODEL = "LLaMA-2-7B"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from epi_kernels.report import figures
-from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.config import Epi, Window
 from epi_kernels.repro.preset import Pair, Preset, Sweep, Try
 from epi_kernels.repro.runs import Run
@@ -20,12 +19,11 @@ from epi_kernels.repro.tables.words import INTERVALS, compared, setting
 
 
 def swept(preset: Preset, table: str) -> tuple[Pair, Try, Epi]:
-    """The first pair, the settled arm that is varied, and its method. Raises ReproError."""
+    """The first pair, the settled arm that is varied, and its method. Raises NoPlan."""
     sweep = access.sweep_plan(preset, table)
     plan = access.sequential_plan(preset, table)
     one = plan.arms[sweep.of].settled
-    if not isinstance(one.method, Epi):
-        raise ReproError(f"--table {table}: preset {preset.name}: sweep.of {sweep.of!r} is not an arm of EPI")
+    assert isinstance(one.method, Epi), "a preset takes no other arm"
     return plan.pairs[0], one, one.method
 
 

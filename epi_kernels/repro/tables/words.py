@@ -12,7 +12,8 @@ from epi_kernels.repro.writers.findings import failed, held
 SAME, ONE_SEED = "no difference shown", "nothing claimed"
 INTERVALS = (
     "Intervals are 95 % Student t-intervals of the mean over seeds, of paired differences where two methods are"
-    " compared; they are not corrected for how many comparisons are made."
+    " compared; they are not corrected for how many comparisons are made. All seeds of a model start from one base model:"
+    " another one is not in the intervals."
 )
 
 
