@@ -116,9 +116,9 @@ def test_rivals_and_controls_make_no_claim():
     assert finding(table, "EWC and full SFT").startswith("EWC and full SFT: no difference shown")
 
 
-def test_epi_is_held_against_rivals_and_controls_too():
+def test_epi_is_held_against_rivals_and_controls_too_and_a_win_claims_nothing():
     table = rendered("frontier", sequential(WIN))
-    assert finding(table, "EPI beats EWC at the same score").startswith("Held: ")
+    assert finding(table, "EPI beats EWC at the same score").startswith("EPI beats EWC")
     assert "difference of dA@B: sums → strings +15.0 [+7.5, +22.5]" in finding(table, "EPI beats EWC")
     lost = rendered("frontier", sequential({seed: -gain for seed, gain in WIN.items()}))
     assert finding(lost, "EPI loses to EWC at the same score").startswith("Did not hold: ")

@@ -65,26 +65,32 @@ def against_rivals(
     methods: Mapping[str, Method], over_full: Mapping[str, Mapping[str, Sequence[float]]], directions: str
 ) -> list[str]:
     """The first EPI arm against every rival and control: better than full SFT alone may be the moments that it keeps,
-    or no more than others reach."""
+    or no more than others reach. What EPI does not win counts against it; a win claims nothing, since ratios, rates
+    and how well the tries suit a method differ."""
     epi = next((name for name, method in methods.items() if isinstance(method, Epi)), None)
     rivals = [name for name, method in methods.items() if not isinstance(method, ISOLATION)]
     if epi is None:
         return []
-    return [
-        compared(
-            epi,
-            {
-                place: [x - y for x, y in zip(values, over_full[rival][place], strict=True)]
-                for place, values in over_full[epi].items()
-            },
-            f"beats {rival} at the same score on the second task",
-            f"loses to {rival} at the same score on the second task",
-            versus=rival,
-            everywhere=directions,
-            measure="difference of dA@B",
+    sentences = []
+    for rival in rivals:
+        places = {
+            place: [x - y for x, y in zip(values, over_full[rival][place], strict=True)]
+            for place, values in over_full[epi].items()
+        }
+        found = [summary(values) for values in places.values()]
+        sentences.append(
+            compared(
+                epi,
+                places,
+                f"beats {rival} at the same score on the second task",
+                f"loses to {rival} at the same score on the second task",
+                versus=rival,
+                everywhere=directions,
+                measure="difference of dA@B",
+                claim=not all(one.excludes_zero and one.mean > 0 for one in found),
+            )
         )
-        for rival in rivals
-    ]
+    return sentences
 
 
 def wise_runs(preset: Preset, table: str) -> list[Run]:
