@@ -19,7 +19,7 @@ from epi_kernels.reference.threshold import KEY_END
 from python_tests.stage_checks import search_problem
 
 FP32, BF16 = torch.float32, torch.bfloat16
-NOTED_KEYS = 1 << 17  # kNotedKeys of csrc/cpu/search.cpp
+NOTED_KEYS = 3 << 16  # kNotedKeys of csrc/cpu/search.cpp
 
 
 @pytest.fixture(scope="module")
