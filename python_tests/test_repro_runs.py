@@ -22,7 +22,9 @@ from epi_kernels.repro.data import REPLAYED, Batches
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import ensure, execute
 from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
+from epi_kernels.repro.models import tokenizer_of
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
+from epi_kernels.repro.stages import _sampled
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
 from epi_kernels.repro.train import Limits, Stopped, lr_factor
@@ -261,6 +263,31 @@ def test_cpift_freezes_the_cores_it_says(tmp_path, options, stages):
             )
             assert torch.equal(before[name][frozen], after[name][frozen])
             assert not torch.equal(before[name][~frozen], after[name][~frozen])
+
+
+def test_cpift_consolidates_on_the_same_examples_in_stages_and_in_one():
+    run = cpift(tau=1.0, reading="all")
+    unequal = (run.tasks[0].model_copy(update={"train": 40}), *run.tasks[1:])
+    run = run.model_copy(update={"tasks": unequal})
+    single = cpift_.unfold(run.model_copy(update={"single_stage": True}), [[2], [0, 1]])
+    last = cpift_.unfold(run, [[2], [0, 1]])
+    tokenizer = tokenizer_of(MODEL)
+
+    def learned(one: Train) -> dict[str, list[list[int]]]:
+        found = zip(one.tasks, _sampled(one, tokenizer), strict=True)
+        return {task.kind: sorted(row.input_ids for row in rows) for task, rows in found}
+
+    assert learned(single) == learned(last) | learned(last.before)
+    assert {kind: len(rows) for kind, rows in learned(single).items()} == {
+        "sums": 40,
+        "strings": 47,
+        "topics": 47,
+    }
+
+
+def test_a_share_is_of_data_that_the_stage_has_too():
+    with pytest.raises(ValidationError, match="must hold the tasks of this stage"):
+        Train(before=BASE, tasks=(SUMS,), sampled=0.5, sampled_of=(STRINGS,), evaluate=(), recipe=RECIPE)
 
 
 # ---------------------------------------------------------------- sweeps

@@ -5,7 +5,7 @@ Everything that changes a result is here and nothing else, because a run is know
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -19,6 +19,21 @@ class Strict(BaseModel):
     """Immutable; an unknown key, a value out of range or no number is an error that names it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Grown(Strict):
+    """With fields that came later: left out of the description at their defaults, so that runs that were made before
+    keep their keys."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: Any) -> dict[str, Any]:
+        record = handler(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                record.pop(name, None)
+        return record
 
 
 class ModelSpec(Strict):
@@ -65,8 +80,10 @@ class JudgeSpec(Strict):
     retries: Annotated[int, Field(ge=0)] = 5
 
 
-class Recipe(Strict):
+class Recipe(Grown):
     """How one stage is trained. Either `steps` or `epochs`."""
+
+    later = ("state_dtype",)
 
     lr: Annotated[float, Field(gt=0)]
     steps: Count | None = None
@@ -81,14 +98,6 @@ class Recipe(Strict):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_length: Count = 1024  # tokens; longer examples are cut
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None  # of MaskedEMAAdamW; None: the weights'
-
-    @model_serializer(mode="wrap")
-    def _as_it_was(self, handler: Any) -> dict[str, Any]:
-        # A field that came later is left out at its default: runs that were made before it keep their keys.
-        record = handler(self)
-        if self.state_dtype is None:
-            record.pop("state_dtype", None)
-        return record
 
     @model_validator(mode="after")
     def _one_length(self) -> Recipe:

@@ -56,7 +56,8 @@ def unfold(run: CpiFt, groups: list[list[int]]) -> Run:
         last = Train(
             before=last,
             tasks=_of(run, stage.tasks),
-            sampled=run.share,
+            sampled=run.sampled,
+            sampled_of=run.tasks,
             evaluate=run.evaluate,
             recipe=run.consolidation,
             method=Full(optimizer="epi"),
