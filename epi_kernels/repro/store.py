@@ -7,6 +7,7 @@ RUNS/KEY.progress    a run that was stopped and goes on from there
 RUNS/KEY.fused       a fusion whose scores are not there yet
 RUNS/KEY.isolation   the same of a sharded run's isolation.safetensors
 RUNS/KEY.lock        a run under way
+RUNS/contents.json   digests of the local files that were read
 RUNS/lock            held while a sweep is at work
 """
 
@@ -24,6 +25,8 @@ from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Run, key
 
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more
 MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
 
 
@@ -123,8 +126,8 @@ def local_checkpoint(checkpoint: str) -> Path:
         return Path(
             snapshot_download(
                 checkpoint,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
-                ignore_patterns=["consolidated*", "original/*"],  # the same weights in other formats
+                allow_patterns=list(CHECKPOINT_FILES),
+                ignore_patterns=list(OTHER_FORMATS),
             )
         )
     except Exception as error:  # the hub's own errors, of many kinds
