@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from pydantic import ValidationError
 
@@ -92,10 +94,16 @@ class Store:
     def claim(self, run: Run) -> Iterator[None]:
         """Makes others that want the same run wait; they find it finished."""
         path = self.folder / f"{key(run)}.lock"
-        with open(path, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-            path.unlink(missing_ok=True)
+        while True:
+            with open(path, "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(file, path):
+                    continue  # who held it has removed it: the next one holds another file
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -113,6 +121,13 @@ class Store:
                     f"{self.folder}: another sweep is at work there; wait for it, or pass another --out"
                 ) from None
             yield
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def local_checkpoint(checkpoint: str) -> Path:
