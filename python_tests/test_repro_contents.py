@@ -74,6 +74,12 @@ def test_a_key_changes_with_the_files_that_a_run_reads(folder):
     before = stamped(folder)
     (folder / "model" / "model.safetensors").write_bytes(bytes(99) + b"1")
     assert changed(folder, before) == {"gsm8k local", "sums local", "strings local"}
+    before = stamped(folder)
+    (folder / "model" / "pytorch_model.bin").write_bytes(b"weights")
+    (folder / "model" / "consolidated.safetensors").write_bytes(b"the same in another format")
+    assert changed(folder, before) == {"gsm8k local", "sums local", "strings local"}
+    (folder / "model" / "pytorch_model.bin").unlink()
+    assert changed(folder, before) == set()
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     named = ModelSpec(checkpoint="someone/model", tokenizer=str(folder / "tokenizer"))

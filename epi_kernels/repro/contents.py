@@ -37,7 +37,7 @@ def files_of(spec: ModelSpec | TaskSpec) -> list[Path]:
     """Those on this machine's disk that a run reads; none of what comes from the hub or from code."""
     if isinstance(spec, TaskSpec):
         return local_files(spec)
-    weights = _folder(spec.checkpoint, CHECKPOINT_FILES)
+    weights = _folder(spec.checkpoint, (*CHECKPOINT_FILES, "*.bin"))  # an older format that loads, too
     tokenizer = _folder(spec.tokenizer, [one for one in CHECKPOINT_FILES if "safetensors" not in one])
     return [*weights, *tokenizer]
 
