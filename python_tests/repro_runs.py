@@ -64,7 +64,7 @@ def cpift(**options) -> CpiFt:
     fields = {
         "stage": RECIPE,
         "consolidation": RECIPE,
-        "share": 0.5,
+        "sampled": 0.5,
         "core_ratio": 0.1,
         "tau": 0.1,
         "seed": 1,

@@ -160,6 +160,22 @@ def test_a_stage_samples_its_tasks_alike(sizes, share, seed):
     assert chosen == sample_stage(datasets, tasks, share, seed)
 
 
+@given(
+    st.lists(st.integers(1, 30), min_size=2, max_size=5), st.floats(0.01, 1), st.integers(0, 99), st.data()
+)
+def test_whatever_the_stages_they_learn_from_the_same_samples(sizes, share, seed, data):
+    """Section 5: multi- and single-stage consolidation "utilize identical sampled datasets"."""
+    datasets = [[(task, i) for i in range(n)] for task, n in enumerate(sizes)]
+    order = data.draw(st.permutations(range(len(sizes))))
+    cut = data.draw(st.integers(1, len(sizes) - 1))
+    in_stages = [
+        one for stage in (order[:cut], order[cut:]) for one in sample_stage(datasets, stage, share, seed)
+    ]
+    assert sorted(in_stages) == sorted(sample_stage(datasets, order, share, seed))
+    by_position = dict(enumerate(datasets))
+    assert sample_stage(by_position, order, share, seed) == sample_stage(datasets, order, share, seed)
+
+
 def test_a_stage_without_data_is_refused():
     for datasets, tasks in (([[]], [0]), ([[1]], [])):
         with pytest.raises(IsolationError, match="needs data"):

@@ -72,9 +72,11 @@ def plan_stages(
 def sample_stage(
     datasets: Mapping[int, Sequence[T]] | Sequence[Sequence[T]], tasks: Sequence[int], share: float, seed: int
 ) -> list[T]:
-    """A stage's data: equally many examples of each task, shuffled; about `share` of the tasks' data altogether.
+    """A stage's data: equally many examples of each of its `tasks` (positions in `datasets`), shuffled.
 
-    The paper samples "small proportions of data from each task group" at a ratio "chosen to ensure balanced
+    `datasets` are those of all stages' tasks: of all together about `share` is sampled. Which examples a task gives
+    depends on `seed` and its position alone, so that stages and a single stage learn from "identical sampled datasets"
+    (section 5). The paper samples "small proportions of data from each task group" at a ratio "chosen to ensure balanced
     representation" that it does not print. A task with fewer examples than its part gives all that it has; every
     task gives one at least.
 
@@ -83,15 +85,17 @@ def sample_stage(
     """
     if not 0 < share <= 1:
         raise IsolationError(f"share is {share!r}; allowed: above 0 and at most 1")
-    sizes = [len(datasets[task]) for task in tasks]
-    if not tasks or 0 in sizes:
+    positions = datasets.keys() if isinstance(datasets, Mapping) else range(len(datasets))
+    sizes = {task: len(datasets[task]) for task in positions}
+    if not tasks or not all(sizes.get(task) for task in tasks):
         raise IsolationError("every task of a stage needs data")
-    each = max(1, round(share * sum(sizes) / len(tasks)))
-    rng = random.Random(seed)
-    chosen = [
-        datasets[task][i] for task, n in zip(tasks, sizes) for i in sorted(rng.sample(range(n), min(each, n)))
-    ]
-    rng.shuffle(chosen)
+    each = max(1, round(share * sum(sizes.values()) / len(sizes)))
+    chosen: list[T] = []
+    for task in tasks:
+        rng = random.Random(f"{seed} {task}")
+        count = min(each, sizes[task])
+        chosen += [datasets[task][i] for i in sorted(rng.sample(range(sizes[task]), count))]
+    random.Random(seed).shuffle(chosen)
     return chosen
 
 

@@ -5,7 +5,7 @@ Everything that changes a result is here and nothing else, because a run is know
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -21,16 +21,34 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSpec(Strict):
+class Grown(Strict):
+    """With fields that came later: left out of the description at their defaults, so that runs that were made before
+    keep their keys."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: Any) -> dict[str, Any]:
+        record = handler(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                record.pop(name, None)
+        return record
+
+
+class ModelSpec(Grown):
     """A causal language model: a transformers config with random weights, or a checkpoint (a folder or a hub name).
 
     A config with a `vision_config` makes one that sees.
     """
 
+    later = ("contents",)
+
     config: dict[str, Any] | None = None  # {"model_type": "llama", "hidden_size": 64, ...}
     checkpoint: str | None = None
     tokenizer: str | None = None  # a folder or a hub name; None: the checkpoint's, or characters for a config
     dtype: Literal["float32", "bfloat16"] = "float32"
+    contents: str | None = None  # digest of the local folders' files; `reproduce` fills it in
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSpec:
@@ -44,8 +62,10 @@ class ModelSpec(Strict):
         return "vision_config" in (self.config or {})
 
 
-class TaskSpec(Strict):
+class TaskSpec(Grown):
     """A task: its kind (`tasks.KINDS`), where its data lie, and how much of them is used."""
+
+    later = ("contents",)
 
     kind: str
     source: str | None = None  # a folder in the original format, or a hub name; synthetic kinds have none
@@ -54,6 +74,7 @@ class TaskSpec(Strict):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training examples (the imbalance table)
     judge: JudgeSpec | None = None  # of the kinds that are judged
     harness: Literal["own", "lm-eval"] = "own"  # who evaluates; lm-eval: kinds and metrics of `lm_eval.TASKS`
+    contents: str | None = None  # digest of a local folder's files; `reproduce` fills it in
 
 
 class JudgeSpec(Strict):
@@ -65,8 +86,10 @@ class JudgeSpec(Strict):
     retries: Annotated[int, Field(ge=0)] = 5
 
 
-class Recipe(Strict):
+class Recipe(Grown):
     """How one stage is trained. Either `steps` or `epochs`."""
+
+    later = ("state_dtype",)
 
     lr: Annotated[float, Field(gt=0)]
     steps: Count | None = None
@@ -81,14 +104,6 @@ class Recipe(Strict):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_length: Count = 1024  # tokens; longer examples are cut
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None  # of MaskedEMAAdamW; None: the weights'
-
-    @model_serializer(mode="wrap")
-    def _as_it_was(self, handler: Any) -> dict[str, Any]:
-        # A field that came later is left out at its default: runs that were made before it keep their keys.
-        record = handler(self)
-        if self.state_dtype is None:
-            record.pop("state_dtype", None)
-        return record
 
     @model_validator(mode="after")
     def _one_length(self) -> Recipe:

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from epi_kernels.repro.config import Count, ModelSpec, Recipe, Share, Strict, TaskSpec
+from epi_kernels.repro.config import Count, Grown, ModelSpec, Recipe, Share, Strict, TaskSpec
 from epi_kernels.repro.methods.config import Full, Method, Static
 
 Tasks = tuple[TaskSpec, ...]
@@ -28,8 +28,10 @@ class Base(Strict):
     seed: int = 0
 
 
-class Train(Strict):
+class Train(Grown):
     """One stage: the model of `before` trained on a mixture of `tasks` by `method`."""
+
+    later = ("sampled_of",)
 
     kind: Literal["train"] = "train"
     before: Run
@@ -39,9 +41,16 @@ class Train(Strict):
     method: Method = Full()
     frozen: tuple[Run, ...] = ()  # probe runs whose cores are frozen (CPI-FT's consolidation)
     core_ratio: Share = 0.01  # of those cores
-    sampled: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the tasks' examples, equally many of each
+    sampled: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the tasks' examples, equally many of each
+    sampled_of: Tasks = ()  # tasks of all stages, of whose examples `sampled` is a share; (): this stage's alone
     observe: tuple[str, ...] = ()  # measurements beside the training (`measure.OBSERVERS`)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _sampled_of_its_tasks(self) -> Train:
+        if self.sampled_of and not set(self.tasks) <= set(self.sampled_of):
+            raise ValueError("sampled_of must hold the tasks of this stage")
+        return self
 
 
 class Interpolate(Strict):
@@ -78,7 +87,9 @@ class CpiFt(Strict):
     evaluate: Tasks
     stage: Recipe  # of each group's stage
     consolidation: Recipe  # of each stage on sampled data
-    share: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the data that is sampled for it
+    sampled: Annotated[float, Field(gt=0, le=1)] = (
+        0.1  # share of all data; the same examples whatever the stages
+    )
     core_ratio: Share = 0.01
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
     order: Literal["random", "smallest", "largest", "frozen", "curriculum"] = "random"
@@ -87,6 +98,12 @@ class CpiFt(Strict):
     fusion: Literal["slerp", "linear"] = "slerp"
     omega: Share | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _a_single_stage_freezes_all(self) -> CpiFt:
+        if self.single_stage and self.reading != "all":
+            raise ValueError('a single stage has no earlier groups: it needs reading "all"')
+        return self
 
 
 Run = Annotated[Base | Train | Interpolate | Fuse | CpiFt, Field(discriminator="kind")]

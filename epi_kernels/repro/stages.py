@@ -111,9 +111,7 @@ def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
     kinds = [task.kind for task in run.tasks]
     examples: list[list[Encoded]] = [part.examples for part in parts]
     if run.sampled < 1:
-        tagged = [[(at, one) for one in part] for at, part in enumerate(examples)]
-        chosen = sample_stage(tagged, range(len(tagged)), run.sampled, run.seed)
-        examples = [[one for at, one in chosen if at == task] for task in range(len(parts))]
+        examples = _sampled(run, tokenizer)
     model = _before(run, shop)
     held_out = [
         encoded(tokenizer, task, run.seed, run.recipe.max_length, "test").examples for task in run.tasks
@@ -123,10 +121,21 @@ def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
             "examples": part.counts.examples,
             "truncated": part.counts.truncated,
             "dropped": part.counts.dropped,
+            "learned": len(learned),
         }
-        for kind, part in zip(kinds, parts)
+        for kind, part, learned in zip(kinds, parts, examples)
     }
     return model, Examples(examples, kinds, held_out, _replayed(run, tokenizer), counts)
+
+
+def _sampled(run: Train, tokenizer: Any) -> list[list[Encoded]]:
+    """Of each of the stage's tasks, what is sampled of its examples: the same ones whatever stages there are."""
+    pool = run.sampled_of or run.tasks
+    parts = [encoded(tokenizer, task, run.seed, run.recipe.max_length).examples for task in pool]
+    tagged = [[(at, one) for one in part] for at, part in enumerate(parts)]
+    places = [pool.index(task) for task in run.tasks]
+    chosen = sample_stage(tagged, places, run.sampled, run.seed)
+    return [[one for at, one in chosen if at == place] for place in places]
 
 
 def _stage(
@@ -215,11 +224,11 @@ def _set_up(
 
 def _isolated(stage: Stage) -> int:
     """Elements, when the stage ended. A call of all ranks."""
-    optimizer = stage.optimizer
-    if not isinstance(optimizer, MaskedEMAAdamW):
+    mask_of = getattr(stage.optimizer, "isolation_mask", None)
+    if mask_of is None:
         return 0
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    found = sum(int(local(optimizer.isolation_mask(param)).sum()) for param in params)
+    params = [param for group in stage.optimizer.param_groups for param in group["params"]]
+    found = sum(int(local(mask_of(param)).sum()) for param in params)
     return int(stage.ranks.sums([found])[0]) if stage.sharded else found
 
 
@@ -231,7 +240,7 @@ def _replayed(run: Train, tokenizer: Any) -> list[Encoded]:
         for task in one.tasks if isinstance(one, Train) else ():
             if task.kind not in seen:
                 seen.add(task.kind)
-                rows += encoded(tokenizer, task, run.seed, run.recipe.max_length).examples
+                rows += encoded(tokenizer, task, one.seed, run.recipe.max_length).examples
     return rows
 
 

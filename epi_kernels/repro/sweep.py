@@ -95,7 +95,7 @@ def steps_of(run: Run) -> int:
     if isinstance(run, Train):
         return _steps(run.recipe, run.tasks, run.sampled)
     if isinstance(run, CpiFt):
-        return _steps(run.stage, run.tasks, 1.0) + _steps(run.consolidation, run.tasks, run.share)
+        return _steps(run.stage, run.tasks, 1.0) + _steps(run.consolidation, run.tasks, run.sampled)
     return 1
 
 

@@ -162,7 +162,7 @@ def cpift_run(before: Base, tasks: Tasks, plan: CpiFtPlan, seed: int, **changes:
         Train(before=before, tasks=(task,), evaluate=tasks, recipe=plan.probe, seed=seed) for task in tasks
     )
     fields = {
-        "share": plan.share,
+        "sampled": plan.share,
         "core_ratio": plan.core_ratio,
         "tau": plan.tau,
         "omega": plan.omega,

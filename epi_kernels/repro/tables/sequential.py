@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from epi_kernels.repro import published_values as printed
-from epi_kernels.repro.methods.config import Epi, Ewc, Static
+from epi_kernels.repro.methods.config import Epi, Ewc, PcGrad, Replay, Static
 from epi_kernels.repro.preset import Pair, Preset, Try
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
@@ -36,11 +36,19 @@ FISHER = (
 )
 
 
+REPLAYED = (
+    " Share, of replay and PCGrad: of every batch's rows, over the steps; they are drawn from all examples of the first task,"
+    " and the second has that many rows less in as many steps."
+)
+
+
 def arms_note(preset: Preset) -> str:
     arms = access.sequential_plan(preset, "frontier").arms
     told = "; ".join(f"{name}: {setting(arm.settled)}" for name, arm in arms.items())
-    ewc = any(isinstance(arm.settled.method, Ewc) for arm in arms.values())
-    return f"Arms, what is no default: {told}.{FISHER if ewc else ''}"
+    used = [arm.settled.method for arm in arms.values()]
+    fisher = FISHER if any(isinstance(one, Ewc) for one in used) else ""
+    replayed = REPLAYED if any(isinstance(one, Replay | PcGrad) for one in used) else ""
+    return f"Arms, what is no default: {told}.{fisher}{replayed}"
 
 
 def methods(preset: Preset, pair: Pair) -> dict[str, RunOf]:
