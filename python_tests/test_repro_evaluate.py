@@ -14,6 +14,7 @@ from epi_kernels.repro import evaluate as evaluate_
 from epi_kernels.repro.characters import ALPHABET, END, make_tokenizer
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.evaluate import encode_task, evaluate, generate, make_batch, prompt_of
+from python_tests.tiny_model import tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -48,18 +49,11 @@ class Planted:
         return 100.0 * sum(hits) / len(hits)
 
 
-def make_model(seed=0):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def make_model():
+    return tiny_llama(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.5,  # attention then matters, and answers differ by prompt
         pad_token_id=0,
@@ -67,7 +61,6 @@ def make_model(seed=0):
         eos_token_id=1,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
 
 
 def raw(prompt, answer):
