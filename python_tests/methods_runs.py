@@ -17,6 +17,7 @@ from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.methods import config as configs
 from epi_kernels.repro.methods import make_method
 from epi_kernels.repro.stage import Batch, Stage
+from python_tests.threads import on_threads
 from python_tests.tiny_model import tiny_llama
 
 SMALL = {
@@ -129,7 +130,5 @@ def largest(scores: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
 
 def made_folders(tmp_path_factory) -> Iterator[Folders]:
     """For a fixture of a test module; its tests run on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_folders(tmp_path_factory.mktemp("runs"))
-    torch.set_num_threads(before)
+    with on_threads(1):
+        yield make_folders(tmp_path_factory.mktemp("runs"))

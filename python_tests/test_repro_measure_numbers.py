@@ -18,13 +18,7 @@ from epi_kernels.repro.methods.base import token_loss
 from epi_kernels.repro.methods.published import PublishedEPI
 from python_tests.measure_runs import ROWS, Data, carried, make_stage, masked, observe, train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------- importance and drift
