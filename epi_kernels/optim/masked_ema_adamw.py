@@ -16,6 +16,7 @@ from epi_kernels.optim import state as state_
 from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
+from epi_kernels.optim.group_masks import STATE_VERSION, VERSION_KEY, put_in_groups
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice
@@ -28,7 +29,7 @@ from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
 if TYPE_CHECKING:
     from epi_kernels.optim.release import GradientRelease
 
-_STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
+_STEP = state_.STEP_KEY
 _COPIED = """
     _config _world _report _skipped _given_lr_0 _warned_nothing_selected _step_supports_amp_scaling
 """.split()
@@ -196,7 +197,7 @@ class MaskedEMAAdamW(Optimizer):
             capturable=self._config.capturable,
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
-        group[_VERSION] = state_.STATE_VERSION
+        group[VERSION_KEY] = STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
         self._given.add(self.param_groups[-1]["params"])
@@ -406,7 +407,8 @@ class MaskedEMAAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.
 
-        Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard.
+        Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard. Of plain
+        parameters, masks that a fresh optimizer's dict has no key for are in ``isolation_version`` of their group as well.
         """
         self._refuse_in_a_step("state_dict()")
         self._adopt_state()
@@ -417,6 +419,12 @@ class MaskedEMAAdamW(Optimizer):
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         export_states(found["state"], self.param_groups)
+        put_in_groups(
+            found["param_groups"],
+            self.param_groups,
+            self.state,
+            template_has_masks=state_.always_has_mask(self._config),
+        )
         for hook in hooks.values():  # they see what is saved
             replaced = hook(self, found)
             found = found if replaced is None else replaced
