@@ -19,6 +19,18 @@ T = TypeVar("T")
 _OWN = ("layer_key", "backend")
 
 
+def check_named(param_groups: Sequence[dict[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: parameters have no names, by which ranks tell them apart.
+    """
+    if not all("param_names" in one for one in param_groups):
+        raise ValueError(
+            "ranks tell parameters apart by name, and this optimizer's have none: pass (name, tensor) pairs, with "
+            "the names that the parameters have in the whole model"
+        )
+
+
 def settings(config: IsolationConfig) -> dict[str, Any]:
     return {
         field.name: _told(getattr(config, field.name))

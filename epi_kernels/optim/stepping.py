@@ -213,6 +213,17 @@ def open_refresh(
     return now, find_layers(entries, now, optimizer._world, step, device, refused)
 
 
+def refresh_now(optimizer: MaskedEMAAdamW) -> IsolationReport:
+    """A refresh by hand, whatever T."""
+    optimizer._settle()
+    config, group = optimizer._config, optimizer.param_groups[0]
+    opened = open_refresh(optimizer, lambda: schedules.settings_at(config, group, optimizer._isolation_step))
+    assert opened is not None, "asked for by hand"
+    now, table = opened
+    stats = StatsByDevice(len(table.names), now)
+    return refresh_masks(optimizer, table, stats, now, covered=set(), due=False)
+
+
 def refresh_masks(
     optimizer: MaskedEMAAdamW,
     table: LayerTable,
