@@ -32,7 +32,8 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     join_ranks(optimizer, params)
     written, unread = grad_scale is not None, None
-    grads, alike = [None] * len(params), False
+    grads: list[Tensor | None] = [None] * len(params)
+    alike = False
     try:
         grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
     except RuntimeError as error:  # the others hear of it where they meet
