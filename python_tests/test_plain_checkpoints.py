@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.integrations.checkpoints import load_checkpoint
-from epi_kernels.optim import masked_ema_adamw
+from epi_kernels.optim import saving
 from python_tests.harness import snapshot
 from python_tests.ranks import on_ranks
 from python_tests.sharded_net import OPTIONS, Net, differing, in_place, made, persistent, steps, trained
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_a_release_whose_groups_held_no_masks_still_loads(tmp_pa
     """Its persistent mask, which the load in place leaves behind, acts until the next refresh; load_checkpoint has it."""
     folder = str(tmp_path / "last")
     with monkeypatch.context() as older:
-        older.setattr(masked_ema_adamw, "put_in_groups", lambda *args, **kwargs: None)
+        older.setattr(saving, "put_in_groups", lambda *args, **kwargs: None)
         net, optimizer = begun("float32")
         saved(folder, net, optimizer)
     expected = everything(net, optimizer)
