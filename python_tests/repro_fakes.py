@@ -125,13 +125,18 @@ def overlaps(step: int) -> dict[str, Any]:
     return {"step": step} | {name: dict.fromkeys(names, value) for name, value in values.items()}
 
 
-def conflict(tasks: int, score: float) -> dict[str, Any]:
-    one = {"score": score, "share": 50.0}
-    return {
-        "tasks": [],
-        "points": [],
-        "mean": {of: one | {"by_task": [one] * tasks} for of in ("all", "free")},
-    }
+def conflict(tasks: int, score: float, free: float, steps: int) -> dict[str, Any]:
+    """Points of the observer "conflict": at a run's start it is 10 points more."""
+
+    def found(score: float) -> dict[str, Any]:
+        cosines = [[1.0 if i == j else -score / 100 for j in range(tasks)] for i in range(tasks)]
+        return {"score": score, "share": 100.0, "cosines": cosines}
+
+    points = [
+        {"step": step, "all": found(score + more), "free": found(free + more)}
+        for step, more in ((0, 10.0), (steps // 2, 0.0), (steps - 1, 0.0))
+    ]
+    return {"tasks": ["?"] * tasks, "points": points}
 
 
 def stability(seed: int) -> dict[str, Any]:
@@ -158,7 +163,9 @@ def manifest(run: Run, scores: dict[str, float], **changes: Any) -> Manifest:
         if name == "drift":
             observed[name] = {"ratios": {p: [overlaps(at) for at in (0, 20, 40)] for p in ("0.01", "0.1")}}
         elif name == "conflict":
-            observed[name] = conflict(len(run.tasks), {"epi": 5.0 + 0.1 * seed}.get(method, 8.0))
+            score = {"epi": 5.0 + 0.1 * seed}.get(method, 8.0)
+            free = {"epi": 4.0, "static": 9.0}.get(method, score)
+            observed[name] = conflict(len(run.tasks), score, free, run.recipe.steps)
         else:
             observed[name] = stability(seed)
     state = {"published": 1300, "epi": 813}.get(method, 800)
@@ -186,7 +193,11 @@ def manifest(run: Run, scores: dict[str, float], **changes: Any) -> Manifest:
         if trained
         else None,
         "series": observed,
-        "notes": {"groups": [["sums"], ["strings"]]} if kind == "cpift" else {},
+        "notes": {"groups": [["sums"], ["strings"]]}
+        if kind == "cpift"
+        else {"steps": run.recipe.steps}
+        if kind == "train"
+        else {},
     }
     return Manifest(**(fields | changes))
 

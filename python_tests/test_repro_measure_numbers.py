@@ -13,7 +13,9 @@ from epi_kernels.repro.measure import conflict as conflicts
 from epi_kernels.repro.measure import cost
 from epi_kernels.repro.measure.importance import top_set
 from epi_kernels.repro.measure.kinds import ORDER, kind_of
+from epi_kernels.repro.measure.passes import gradients
 from epi_kernels.repro.methods.base import token_loss
+from epi_kernels.repro.methods.published import PublishedEPI
 from python_tests.measure_runs import ROWS, Data, carried, make_stage, masked, observe, train
 
 
@@ -237,6 +239,39 @@ def test_conflict():
     mean = np.mean([100 * max(0, -expected[step, "free"]) for step in (0, 3, 4)])
     assert record["mean"]["free"]["score"] == pytest.approx(mean)
     assert record["mean"]["free"]["by_task"][1]["score"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_gradient_is_of_the_mean_loss_a_token_whatever_the_micro_batches(parts):
+    """As a step's: rows with long answers weigh more, and a micro-batch without any is passed over."""
+    batch = Data().batch(None, 0, ROWS)
+    for row, known in enumerate((2, 9, 10, 10)):
+        batch.labels[row, :known] = -100
+    whole, split = (make_stage(1, dropout=0.0, accumulation=count) for count in (1, parts))
+    found = gradients(split, batch)
+    for one, other in zip(gradients(whole, batch), found, strict=True):
+        torch.testing.assert_close(one, other)
+    batch.labels.fill_(-100)
+    assert not any(one.any() for one in gradients(split, batch))
+
+
+def test_what_epi_as_published_isolates_is_not_free():
+    stage = make_stage(3, lambda model: PublishedEPI(model.parameters(), ratio=0.2), dropout=0.0)
+    data, (observer,) = observe(stage, "conflict:every=1")
+    for group in stage.optimizer.param_groups:
+        for param in group["params"]:
+            assert not stage.optimizer.isolation_mask(param).any()
+
+    class Refreshes:
+        def before_step(self, stage, step):
+            pass
+
+        def after_step(self, stage, step):
+            stage.optimizer.refresh()
+
+    train(stage, data, [observer, Refreshes()])
+    first, *others = observer.record()["points"]
+    assert first["all"] == first["free"] and all(one["all"] != one["free"] for one in others)
 
 
 def test_one_task_has_no_conflict():

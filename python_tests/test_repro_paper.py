@@ -28,6 +28,7 @@ from epi_kernels import cli, footprint, memory
 from epi_kernels.repro import execute, output, published_values, stages, sweep, workshop
 from epi_kernels.repro import train as train_
 from epi_kernels.repro.config import TaskSpec
+from epi_kernels.repro.contents import contents, with_contents
 from epi_kernels.repro.methods.config import Method
 from epi_kernels.repro.preset import Preset, load_preset
 from epi_kernels.repro.runs import Train, base_of, key, parents
@@ -87,8 +88,13 @@ def manifests(out: Path) -> dict[str, int]:
 
 
 def runs_of(preset: Path, table: str = "cpift-2") -> Plan:
-    loaded = load_preset(str(preset))
-    return Plan.of(TABLES[table].runs(loaded))
+    return Plan.of(TABLES[table].runs(stamped(preset)))
+
+
+def stamped(path: Path) -> Preset:
+    """As the command reads it."""
+    preset = load_preset(str(path))
+    return with_contents(preset, contents(preset, path.parent / "digests"))
 
 
 # Of the papers' future work: preset medium has them.
@@ -140,7 +146,7 @@ def finished(tmp_path_factory, models, data, url) -> tuple[Path, Preset]:
     preset = toy(models, data, url)
     path = written(preset, folder / "toy.yaml")
     assert reproduce(path, folder / "out") == 0
-    return folder / "out", load_preset(str(path))
+    return folder / "out", stamped(path)
 
 
 def test_the_tables_are_there_with_figures_and_the_page(finished):
@@ -363,7 +369,7 @@ def test_a_checkpoint_of_another_architecture_in_a_fusion(tmp_path, models, data
         "random_stages": 2,
     }
     path, out = written(preset, tmp_path / "p.yaml"), tmp_path / "out"
-    run = TABLES["cpift-3"].runs(load_preset(str(path)))[0]
+    run = TABLES["cpift-3"].runs(stamped(path))[0]
     shop = workshop.Workshop(Store(out / "runs"), torch.device("cpu"), keep=frozenset(map(key, parents(run))))
     for probe in run.probes:
         execute.ensure(probe, shop)

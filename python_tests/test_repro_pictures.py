@@ -20,7 +20,7 @@ from epi_kernels.repro.runs import Base, Train, ancestry, key
 from epi_kernels.repro.store import ISOLATION, Store
 from epi_kernels.repro.tasks import PICTURED, make_task
 from epi_kernels.repro.tasks.synthetic.pictured import CELL, COLOURS, PLACES, SHAPES
-from epi_kernels.repro.workshop import Workshop
+from epi_kernels.repro.workshop import Workshop, examples_of
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -77,6 +77,15 @@ def test_the_picture_says_what_the_answer_says(kind):
         assert len(answer) < task.max_new_tokens
         told.add((str(scene), question))
     assert len(told) == 350  # no prompt twice, so that the splits are disjoint
+
+
+@pytest.mark.parametrize("kind", ["sums", *PICTURED])
+def test_every_seed_has_examples_of_its_own(kind):
+    """Else seeds would say nothing of which examples were drawn."""
+    spec = TaskSpec(kind=kind, train=20, test=5)
+    for split in ("train", "test"):
+        one, other = (examples_of(spec, seed, split)[1] for seed in (1, 2))
+        assert one != other and one == examples_of(spec, 1, split)[1]
 
 
 def test_captions_name_what_is_there():

@@ -7,6 +7,8 @@ import math
 import shutil
 import time
 from dataclasses import replace
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,17 +21,18 @@ from epi_kernels.isolation.core_file import CoreFile, union_mask
 from epi_kernels.repro import cpift as cpift_
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import REPLAYED, Batches
+from epi_kernels.repro.describe import describe
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import ensure, execute
 from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
 from epi_kernels.repro.models import tokenizer_of
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
-from epi_kernels.repro.stages import _sampled
+from epi_kernels.repro.stages import _replayed, _sampled
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
 from epi_kernels.repro.train import Limits, Stopped, lr_factor
 from epi_kernels.repro.weights import core_of
-from epi_kernels.repro.workshop import Workshop
+from epi_kernels.repro.workshop import Workshop, encoded
 
 CPU = torch.device("cpu")
 
@@ -283,6 +286,66 @@ def test_cpift_consolidates_on_the_same_examples_in_stages_and_in_one():
         "strings": 47,
         "topics": 47,
     }
+
+
+def test_a_curriculum_compares_scores_by_their_full_marks(tmp_path, monkeypatch):
+    """9 of a judge's 10 points are easier than 60 %."""
+    scores = {"sums": 60.0, "strings": 9.0, "topics": 95.0}
+    marks = {"sums": 100.0, "strings": 10.0, "topics": 100.0}
+    run = cpift(order="curriculum")
+    bench = shop(tmp_path)
+    known = {key(probe): {task.kind: scores[task.kind]} for probe, task in zip(run.probes, run.tasks)}
+    monkeypatch.setattr(
+        Store, "manifest", lambda self, one: SimpleNamespace(key=key(one), scores=known[key(one)])
+    )
+    monkeypatch.setattr(cpift_, "make_task", lambda task: SimpleNamespace(full_mark=marks[task.kind]))
+    monkeypatch.setattr(cpift_, "core_of", lambda *_: None)
+    monkeypatch.setattr(cpift_, "CoreFile", lambda _: None)
+    monkeypatch.setattr(cpift_, "jaccard_matrix", lambda _: [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    assert cpift_.groups_of(run, bench)[0] == [[2], [1], [0]]
+    known[key(run.probes[1])] = {"sums": 1.0}
+    with pytest.raises(ReproError, match="not scored on strings"):
+        cpift_.groups_of(run, bench)
+    assert len(cpift_.groups_of(cpift(), bench)[0]) == 3, "no other order needs a score"
+
+
+def test_a_single_stage_freezes_all_cores():
+    with pytest.raises(ValidationError, match='needs reading "all"'):
+        cpift(single_stage=True)
+
+
+def test_who_waited_for_a_run_holds_the_lock_that_others_see(tmp_path):
+    """A lock's file goes with its holder: one that waited on it must not hold a file that nobody finds."""
+    store, run, order = Store(tmp_path), first(), []
+
+    def hold(name: str) -> None:
+        with store.claim(run):
+            order.append(f"{name} in")
+            time.sleep(0.05)
+            order.append(f"{name} out")
+
+    threads = [Thread(target=hold, args=(name,)) for name in "abcdef"]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert [one.split()[0] for one in order[::2]] == [one.split()[0] for one in order[1::2]]
+    assert [one.split()[1] for one in order] == ["in", "out"] * 6 and not list(tmp_path.glob("*.lock"))
+
+
+def test_replayed_examples_are_those_that_the_stage_before_learned():
+    run = second(Replay(), seed=2).model_copy(update={"before": first(seed=7)})
+    tokenizer = tokenizer_of(MODEL)
+    found = [row.input_ids for row in _replayed(run, tokenizer)]
+    assert found == [row.input_ids for row in encoded(tokenizer, SUMS, 7, RECIPE.max_length).examples]
+
+
+def test_people_read_what_a_share_is_of():
+    assert describe(second(Replay(share=0.05))).startswith(
+        "replay (replayed rows of every batch 0.05) on strings"
+    )
+    assert describe(second(Static())).startswith("static on strings")
 
 
 def test_a_share_is_of_data_that_the_stage_has_too():

@@ -152,6 +152,68 @@ def test_terms_of_ours_are_marked():
         assert any(note.startswith(f"{OURS}{term}") for note in table.notes), name
 
 
+def test_conflict_is_compared_over_the_same_elements_in_the_same_part_of_the_budget():
+    table = rendered("epi-conflict", mixture_score)
+    full, epi, static = (cells(table, name) for name in ("full SFT, all tasks at once", "EPI", "static"))
+    # 41 steps, the static mask's last 31; the first point of a run has 10 points more, and counts where step >= 10
+    assert full["all elements"].values == pytest.approx((8,) * 3) and full["free elements"] == "-"
+    assert epi["all elements"].values == pytest.approx((5.1, 5.2, 5.3))
+    assert static["all elements"].values == pytest.approx(((18 + 8 + 8) / 3,) * 3)
+    assert static["free elements"].values == pytest.approx(((19 + 9 + 9) / 3,) * 3)
+    assert epi["topics"].values == pytest.approx((5.1, 5.2, 5.3))
+    said = finding(table, "EPI has less conflict than full SFT")
+    assert said.startswith("Held: ") and "points less, over all elements: +2.8" in said
+    assert finding(table, "static has more conflict").startswith("Did not hold: ")
+    said = finding(table, "What EPI leaves free conflicts less than all elements at the same weights")
+    assert not said.startswith("Held") and "+1.2" in said
+    assert finding(table, "What static leaves free conflicts more")
+    assert any("Averaged from step 10 of the budget on" in note for note in table.notes)
+
+
+def test_what_a_replayed_share_is_of_is_said():
+    arms = make_preset().sequential.model_dump()
+    assert not [note for note in rendered("frontier", sequential(WIN)).notes if "replay and PCGrad" in note]
+    for method in ("replay", "pcgrad"):
+        arms["arms"][method] = {"tries": [{"method": {"name": method}}]}
+        told = rendered("frontier", sequential(WIN), sequential=arms).notes
+        assert [note for note in told if "Share, of replay and PCGrad: of every batch's rows" in note]
+        del arms["arms"][method]
+
+
+@pytest.mark.parametrize(
+    ("learn", "words"),
+    [
+        (recipe(), "sums → strings: 40 steps of 8 examples, then 20 steps of 8: as many steps as in the table frontier, not as"
+         " many epochs: every example is seen more often."),
+        (recipe(steps=30), "sums → strings: 30 steps of 8 examples, then 20 steps of 8."),
+    ],
+)  # fmt: skip
+def test_little_data_says_how_many_steps_it_gets(learn, words):
+    setting = make_preset().low_resource.model_dump()
+    setting["tasks"] = {kind: {"kind": kind, "share": 0.1} for kind in ("sums", "strings")}
+    setting["sequential"]["pairs"][0]["learn"] = learn
+    assert f"Length. {words}" in rendered("low-resource", sequential(WIN), low_resource=setting).notes
+
+
+def test_as_many_epochs_of_little_data_are_fewer_steps():
+    plan, setting = make_preset().sequential.model_dump(), make_preset().low_resource.model_dump()
+    setting["tasks"] = {kind: {"kind": kind, "share": 0.1} for kind in ("sums", "strings")}
+    epochs = {"lr": 1e-3, "epochs": 2.0, "batch": 8}
+    for pair in (*plan["pairs"], *setting["sequential"]["pairs"]):
+        pair |= {"learn": epochs, "adapt": epochs}
+    notes = rendered("low-resource", sequential(WIN), low_resource=setting, sequential=plan).notes
+    (note,) = [one for one in notes if one.startswith("Length.")]
+    assert note.endswith("as many epochs as in the table frontier, so that steps shrink with the data.")
+
+
+def test_own_importance_has_a_row_at_the_shared_beta():
+    labels = list(TABLES["epi-beta"].variants(make_preset()))
+    assert (
+        labels[:2] == ["shared with exp_avg_sq, beta 0.999", "own, beta 0.9"] and "own, beta 0.999" in labels
+    )
+    assert any("they start at zero" in note for note in rendered("epi-beta", sequential(WIN)).notes)
+
+
 def test_the_inconsistency_of_table_3_is_a_note_of_it():
     assert any(
         "Table 3's multi-stage row is close" in note for note in rendered("cpift-3", mixture_score).notes

@@ -87,15 +87,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     from epi_kernels.finetune.model import pick_device, quiet_libraries
+    from epi_kernels.repro.contents import contents, with_contents
     from epi_kernels.repro.store import Store
     from epi_kernels.repro.sweep import sweep
 
     preset, names = ranks.together(_chosen, args)
     if args.list:
         return _list_tables(preset)
-    plan = ranks.together(_plan, preset, names)
     out: Path = args.out or Path("reproduce_out") / Path(args.preset).stem
     store = Store(out / "runs")
+    preset = ranks.together(with_contents, preset, ranks.first_does(contents, preset, store.folder))
+    plan = ranks.together(_plan, preset, names)
     ranks.refuse_differences(
         {
             "--out": str(out),

@@ -52,16 +52,19 @@ class Grown(Strict):
         return record
 
 
-class ModelSpec(Strict):
+class ModelSpec(Grown):
     """A causal language model: a transformers config with random weights, or a checkpoint (a folder or a hub name).
 
     A config with a `vision_config` makes one that sees.
     """
 
+    later = ("contents",)
+
     config: dict[str, Any] | None = None  # {"model_type": "llama", "hidden_size": 64, ...}
     checkpoint: str | None = None
     tokenizer: str | None = None  # a folder or a hub name; None: the checkpoint's, or characters for a config
     dtype: Literal["float32", "bfloat16"] = "float32"
+    contents: str | None = None  # digest of the local folders' files; `reproduce` fills it in
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSpec:
@@ -75,8 +78,10 @@ class ModelSpec(Strict):
         return "vision_config" in (self.config or {})
 
 
-class TaskSpec(Strict):
+class TaskSpec(Grown):
     """A task: its kind (`tasks.KINDS`), where its data lie, and how much of them is used."""
+
+    later = ("contents",)
 
     kind: str
     source: str | None = None  # a folder in the original format, or a hub name; synthetic kinds have none
@@ -85,6 +90,7 @@ class TaskSpec(Strict):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training examples (the imbalance table)
     judge: JudgeSpec | None = None  # of the kinds that are judged
     harness: Literal["own", "lm-eval"] = "own"  # who evaluates; lm-eval: kinds and metrics of `lm_eval.TASKS`
+    contents: str | None = None  # digest of a local folder's files; `reproduce` fills it in
 
 
 class JudgeSpec(Strict):

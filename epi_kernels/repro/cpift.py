@@ -9,9 +9,12 @@ from collections.abc import Sequence
 
 from epi_kernels.isolation import group_tasks, jaccard_matrix, order_groups, plan_stages
 from epi_kernels.isolation.core_file import CoreFile
+from epi_kernels.repro.config import TaskSpec
+from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.methods.config import Full
 from epi_kernels.repro.runs import CpiFt, Fuse, Run, Tasks, Train, chain
+from epi_kernels.repro.tasks import make_task
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import Workshop
 
@@ -22,15 +25,21 @@ def groups_of(run: CpiFt, shop: Workshop) -> tuple[list[list[int]], list[list[fl
     cores = [CoreFile(core_of(probe, run.core_ratio, shop)) for probe in run.probes]
     similarity = jaccard_matrix(cores)
     groups = group_tasks(similarity, run.tau)
-    # The harder a task, the lower its probe run scores on it.
-    difficulty = [-_own_score(probe, task.kind, shop) for probe, task in zip(run.probes, run.tasks)]
+    difficulty = None
+    if run.order == "curriculum":  # the harder a task, the lower its probe run scores on it
+        difficulty = [-_own_score(probe, task, shop) for probe, task in zip(run.probes, run.tasks)]
     return order_groups(groups, run.order, seed=run.seed, cores=cores, difficulty=difficulty), similarity
 
 
-def _own_score(probe: Run, kind: str, shop: Workshop) -> float:
+def _own_score(probe: Run, task: TaskSpec, shop: Workshop) -> float:
+    """As a share of the full mark: a judge's 10 points and 100 % are the same. Raises ReproError."""
     manifest = shop.store.manifest(probe)
     assert manifest is not None, "a parent is finished"
-    return manifest.scores.get(kind, 0.0)
+    if task.kind not in manifest.scores:
+        raise ReproError(
+            f"run {manifest.key}: a probe that was not scored on {task.kind} says nothing of its difficulty"
+        )
+    return manifest.scores[task.kind] / make_task(task).full_mark
 
 
 def unfold(run: CpiFt, groups: list[list[int]]) -> Run:

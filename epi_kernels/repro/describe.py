@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from epi_kernels.repro.config import Recipe, TaskSpec
+from epi_kernels.repro.methods.config import PcGrad, Replay
 from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train
 
 
@@ -16,6 +17,9 @@ def describe(run: Run) -> str:
             return f"base: {model}" + (f", {_recipe(run.recipe)}" if run.recipe else "")
         case Train():
             options = run.method.model_dump(exclude_defaults=True)
+            options.pop("name", None)
+            if isinstance(run.method, Replay | PcGrad):
+                options = {"replayed rows of every batch": run.method.share}
             settings = ", ".join(f"{name} {value}" for name, value in options.items())
             method = run.method.name + (f" ({settings})" if settings else "")
             return f"{method} on {_tasks(run.tasks)}, {_recipe(run.recipe)}"

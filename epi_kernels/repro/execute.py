@@ -18,6 +18,7 @@ from epi_kernels import provenance
 from epi_kernels.finetune.checkpoint import DiskFull, is_disk_full
 from epi_kernels.finetune.errors import UserError
 from epi_kernels.repro import cpift
+from epi_kernels.repro.contents import refuse_changed
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
@@ -82,7 +83,10 @@ def _claim(run: Run, shop: Workshop, claimed: contextlib.ExitStack) -> Manifest 
     """The manifest of a run that is there; else others wait for it until `claimed` ends."""
     shop.store.folder.mkdir(parents=True, exist_ok=True)
     claimed.enter_context(shop.store.claim(run))
-    return shop.store.manifest(run) if shop.store.finished(run, with_weights=key(run) in shop.keep) else None
+    if shop.store.finished(run, with_weights=key(run) in shop.keep):
+        return shop.store.manifest(run)
+    refuse_changed(run, shop.store.folder)
+    return None
 
 
 def _execute(run: Run, shop: Workshop) -> Manifest:

@@ -22,7 +22,7 @@ from epi_kernels.repro.config import (
     repeated,
 )
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.methods.config import Epi, Full, Method
+from epi_kernels.repro.methods.config import Epi, Full
 from epi_kernels.repro.strict_yaml import read_yaml
 from epi_kernels.repro.tasks import KINDS
 

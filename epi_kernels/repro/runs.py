@@ -99,6 +99,12 @@ class CpiFt(Strict):
     omega: Share | None = None
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _a_single_stage_freezes_all(self) -> CpiFt:
+        if self.single_stage and self.reading != "all":
+            raise ValueError('a single stage has no earlier groups: it needs reading "all"')
+        return self
+
 
 Run = Annotated[Base | Train | Interpolate | Fuse | CpiFt, Field(discriminator="kind")]
 for _model in (Train, Interpolate, Fuse, CpiFt):

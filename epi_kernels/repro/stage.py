@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_kernels.finetune.chat import IGNORE
 from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro.config import Recipe
 
@@ -24,6 +25,10 @@ class Batch(NamedTuple):
     attention_mask: Tensor  # [rows, length] int64
     task: Tensor  # [rows] int64, index into the stage's tasks, or REPLAYED
     pictures: Tensor | None = None  # [rows, 3, height, width] uint8; None: text alone
+
+    def answer_tokens(self) -> Tensor:
+        """[rows] int64: how many of a row's tokens are learned."""
+        return (self.labels[:, 1:] != IGNORE).sum(1)
 
     def rows(self, chosen: Tensor | slice) -> Batch:
         return self._each(lambda part: part[chosen])

@@ -224,11 +224,11 @@ def _set_up(
 
 def _isolated(stage: Stage) -> int:
     """Elements, when the stage ended. A call of all ranks."""
-    optimizer = stage.optimizer
-    if not isinstance(optimizer, MaskedEMAAdamW):
+    mask_of = getattr(stage.optimizer, "isolation_mask", None)
+    if mask_of is None:
         return 0
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    found = sum(int(local(optimizer.isolation_mask(param)).sum()) for param in params)
+    params = [param for group in stage.optimizer.param_groups for param in group["params"]]
+    found = sum(int(local(mask_of(param)).sum()) for param in params)
     return int(stage.ranks.sums([found])[0]) if stage.sharded else found
 
 
@@ -240,7 +240,7 @@ def _replayed(run: Train, tokenizer: Any) -> list[Encoded]:
         for task in one.tasks if isinstance(one, Train) else ():
             if task.kind not in seen:
                 seen.add(task.kind)
-                rows += encoded(tokenizer, task, run.seed, run.recipe.max_length).examples
+                rows += encoded(tokenizer, task, one.seed, run.recipe.max_length).examples
     return rows
 
 

@@ -7,6 +7,7 @@ RUNS/KEY.progress    a run that was stopped and goes on from there
 RUNS/KEY.fused       a fusion whose scores are not there yet
 RUNS/KEY.isolation   the same of a sharded run's isolation.safetensors
 RUNS/KEY.lock        a run under way
+RUNS/contents.json   digests of the local files that were read
 RUNS/lock            held while a sweep is at work
 """
 
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from pydantic import ValidationError
 
@@ -24,6 +27,8 @@ from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Run, key
 
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more
 MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
 
 
@@ -89,10 +94,16 @@ class Store:
     def claim(self, run: Run) -> Iterator[None]:
         """Makes others that want the same run wait; they find it finished."""
         path = self.folder / f"{key(run)}.lock"
-        with open(path, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-            path.unlink(missing_ok=True)
+        while True:
+            with open(path, "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(file, path):
+                    continue  # who held it has removed it: the next one holds another file
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -112,6 +123,13 @@ class Store:
             yield
 
 
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def local_checkpoint(checkpoint: str) -> Path:
     """A folder, or what the hub has under the name, downloaded once. Raises ReproError."""
     path = Path(checkpoint).expanduser()
@@ -123,8 +141,8 @@ def local_checkpoint(checkpoint: str) -> Path:
         return Path(
             snapshot_download(
                 checkpoint,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
-                ignore_patterns=["consolidated*", "original/*"],  # the same weights in other formats
+                allow_patterns=list(CHECKPOINT_FILES),
+                ignore_patterns=list(OTHER_FORMATS),
             )
         )
     except Exception as error:  # the hub's own errors, of many kinds

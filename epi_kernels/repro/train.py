@@ -18,7 +18,6 @@ from torch import Tensor
 from epi_kernels.demo.train import schedule
 from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.files import whole
-from epi_kernels.finetune.chat import IGNORE
 from epi_kernels.finetune.fsdp import laid_out, whole_state, whole_weights
 from epi_kernels.finetune.model import weights_fingerprint
 from epi_kernels.finetune.train import step_seed
@@ -93,7 +92,7 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
             batch = batches.batch(step, HOST)
             stage.batch = batch.to(stage.device)
             stage.optimizer.zero_grad()
-            stage.loss = _backward(stage, stage.batch, _answer_tokens(batch))
+            stage.loss = _backward(stage, stage.batch, batch.answer_tokens().tolist())
             method.gather()
             norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if recipe.clip is not None:
@@ -142,11 +141,6 @@ def _backward(stage: Stage, batch: Batch, tokens: Sequence[int]) -> Tensor | flo
         elif stage.sharded:
             stage.method.idle(batch.rows(slice(0, 1)))
     return loss if stage.ranks.size == 1 else stage.ranks.sums([float(loss)])[0]
-
-
-def _answer_tokens(batch: Batch) -> list[int]:
-    """Of every row; of a batch that is on the host."""
-    return (batch.labels[:, 1:] != IGNORE).sum(1).tolist()
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from epi_kernels.repro import lm_eval
 from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.evaluate import encode_task, evaluate
 from epi_kernels.repro.store import ISOLATION, Store
-from epi_kernels.repro.tasks import SYNTHETIC, Task, make_task
+from epi_kernels.repro.tasks import PICTURED, SYNTHETIC, Task, make_task
 from epi_kernels.repro.tasks.chat import Judged
 from epi_kernels.repro.train import Limits
 
@@ -74,7 +74,7 @@ def encoded(tokenizer: Any, spec: TaskSpec, seed: int, max_length: int, split: S
 
 def _drawn(spec: TaskSpec, seed: int) -> int:
     """Real tasks have the same examples for all seeds: gigabytes of tokens, once."""
-    return seed if spec.kind in SYNTHETIC else 0
+    return seed if spec.kind in SYNTHETIC | PICTURED else 0
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,8 @@ class Probes(Protocol):
     """
 
     def batch(self, task: int | None, index: int, rows: int) -> Batch:
-        """``rows`` training examples held aside from this stage: of ``stage.tasks[task]``, or of its mixture (None).
+        """``rows`` of the stage's training examples: of ``stage.tasks[task]``, or of its mixture (None). It learns from
+        them too: importance is of the training loss.
 
         For one ``task`` and ``rows``, two values of ``index`` (0, 1, ...) have no example in common. Raises ReproError
         when there are too few.

@@ -5,14 +5,15 @@ gradient of task i's loss on a batch of its own at the weights at hand, c_ij = c
 
     score = 100 * mean over pairs of max(0, -c_ij)        share = 100 * (pairs with c_ij < 0) / (pairs)
 
-and of one task the same over the pairs it is in. "free": with the isolated elements left out of every g, which is
-what conflicts in what may still move. A gradient of zeros conflicts with nothing.
+and of one task the same over the pairs it is in. "all": over all elements, isolated or not: what two methods are
+compared by. "free": with the isolated elements left out of every g, which is what conflicts in what may still move;
+it is held against "all" at the same weights, not against another method's. A gradient of zeros conflicts with nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ def cosines(gram: Sequence[Sequence[float]]) -> list[list[float]]:
         [value / (norms[i] * norms[j]) if norms[i] and norms[j] else 0.0 for j, value in enumerate(row)]
         for i, row in enumerate(gram)
     ]
+
+
+def over_points(points: Sequence[Mapping[str, Any]], of: str, tasks: int) -> dict[str, Any]:
+    """Mean ``score`` and ``share`` over a record's points, of "all" or "free" elements; ``by_task`` the same of each."""
+    by_task = [[conflict(point[of]["cosines"], task) for point in points] for task in range(tasks)]
+    return _mean([point[of] for point in points]) | {"by_task": [_mean(one) for one in by_task]}
 
 
 def conflict(cosine: Sequence[Sequence[float]], task: int | None = None) -> dict[str, float]:
@@ -92,15 +99,7 @@ class Conflict:
     def record(self) -> dict[str, Any]:
         if not self._points:
             return {"tasks": self._tasks}
-        mean: dict[str, Any] = {}
-        for of in ("all", "free"):
-            by_task = [
-                [conflict(point[of]["cosines"], task) for point in self._points]
-                for task in range(len(self._tasks))
-            ]
-            mean[of] = _mean([point[of] for point in self._points]) | {
-                "by_task": [_mean(points) for points in by_task]
-            }
+        mean = {of: over_points(self._points, of, len(self._tasks)) for of in ("all", "free")}
         return {"tasks": self._tasks, "points": self._points, "mean": mean}
 
     def state_dict(self) -> dict[str, Any]:

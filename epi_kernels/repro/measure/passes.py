@@ -36,25 +36,27 @@ def undisturbed(stage: Stage, seed: int) -> Iterator[None]:
 
 
 def gradients(stage: Stage, batch: Batch, seed: int = 0) -> list[Tensor]:
-    """Of the batch's mean loss, in the order of `trainable` and its dtypes; zeros where a parameter has no part in it.
+    """Of the batch's mean loss over its answer tokens, as a step has it, in the order of `trainable` and its dtypes; zeros where a parameter has no part in it.
 
     In the model's own mode (dropout as in training, drawn from ``seed``), by as many micro-batches as a step has, and
     without penalties that a method adds. Not clipped. `.grad` is neither read nor written, and hooks that wait for it
     do not run.
     """
     params = list(trainable(stage).values())
-    rows = len(batch.input_ids)
+    rows, learned = len(batch.input_ids), batch.answer_tokens().tolist()
     micro = -(-rows // stage.recipe.accumulation)
     total: list[Tensor] | None = None
     with undisturbed(stage, seed), torch.enable_grad():
         for begin in range(0, rows, micro):
+            tokens = sum(learned[begin : begin + micro])
+            if not tokens:
+                continue  # the mean of none is not a number
             part = batch.rows(slice(begin, begin + micro))
-            loss = token_loss(stage.model, part) * (len(part.input_ids) / rows)
+            loss = token_loss(stage.model, part) * (tokens / sum(learned))
             found = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             # not in place: two parameters may have been given one tensor
             total = list(found) if total is None else [one + more for one, more in zip(total, found)]
-    assert total is not None, "a batch has rows"
-    return total
+    return [torch.zeros_like(param) for param in params] if total is None else total
 
 
 def clip_factor(stage: Stage, grads: Iterable[Tensor]) -> Tensor | float:
@@ -70,12 +72,13 @@ def held_out_loss(stage: Stage, batch: Batch) -> float:
     rows = len(batch.input_ids)
     micro = max(1, stage.recipe.batch // stage.recipe.accumulation)
     total, tokens = 0.0, 0
+    learned = batch.answer_tokens().tolist()
     with undisturbed(stage, 0), torch.no_grad():
         stage.model.eval()
         for begin in range(0, rows, micro):
-            part = batch.rows(slice(begin, begin + micro))
-            count = int((part.labels[:, 1:] != -100).sum())
-            if count:  # the mean of none is not a number
+            count = sum(learned[begin : begin + micro])
+            if count:
+                part = batch.rows(slice(begin, begin + micro))
                 total += float(token_loss(stage.model, part)) * count
                 tokens += count
     return total / tokens

@@ -32,7 +32,8 @@ class Epi(Strict):
     ratio: Share = 0.01
     interval: Count = 100
     carry: bool = True  # importance of the stage before is carried over, and isolated from the first step
-    importance_beta: Annotated[float, Field(gt=0, lt=1)] | None = None  # None: shared with exp_avg_sq
+    # None: shared with exp_avg_sq, which goes on with `carry`; beside an importance of its own it starts at zero
+    importance_beta: Annotated[float, Field(gt=0, lt=1)] | None = None
     normalization: Literal["minmax", "zscore", "none"] = "minmax"
     scope: Literal["global", "layer"] = "global"
     by_block: bool = False  # a layer is a transformer block, not a tensor
@@ -45,7 +46,8 @@ class Epi(Strict):
 
 
 class PublishedEpi(Strict):
-    """EPI as its paper describes it, with plain torch operations: what it costs without fused kernels."""
+    """EPI as its paper describes it, with plain torch operations: what it costs without fused kernels. `carry` is of its
+    own importance; both moments start at zero."""
 
     name: Literal["published"] = "published"
     ratio: Share = 0.01
@@ -109,10 +111,14 @@ class L2Sp(Strict):
 
 
 class Replay(Strict):
-    """A share of every batch comes from the tasks of the stages before."""
+    """`share` of the rows of every batch are examples of the tasks of the stages before, out of all their training
+    examples, each once before any comes again; where that is no whole number, it is met over the steps.
+
+    It is no share of the old tasks' data: share * batch * steps rows are replayed, whatever the data's size. The number of
+    steps stays, so that the stage's own tasks have that many rows less."""
 
     name: Literal["replay"] = "replay"
-    share: Share = 0.05
+    share: Share = 0.05  # of every batch's rows
 
 
 class Lora(Strict):
@@ -132,10 +138,11 @@ class Mofo(Strict):
 
 class PcGrad(Strict):
     """PCGrad (arXiv 2001.06782): one gradient a task, conflicting parts projected away. In a stage of one task the
-    other gradient is that of replayed examples, `share` of the batch."""
+    other gradient is that of replayed examples, `share` of every batch's rows as in Replay; a stage of several tasks
+    replays nothing."""
 
     name: Literal["pcgrad"] = "pcgrad"
-    share: Share = 0.05
+    share: Share = 0.05  # of every batch's rows
 
 
 Method = Annotated[

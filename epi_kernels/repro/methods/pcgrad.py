@@ -40,7 +40,7 @@ class PcGrad(Running):
         return adamw(self.stage)
 
     def backward(self, batch: Batch, weight: float) -> Tensor:
-        learned = (batch.labels[:, 1:] != -100).sum(1)  # tokens a row
+        learned = batch.answer_tokens()
         total, loss = int(learned.sum()), torch.zeros((), dtype=torch.float64, device=learned.device)
         for task in batch.task.unique().tolist():  # ascending
             rows = batch.task == task

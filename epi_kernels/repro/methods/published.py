@@ -51,6 +51,11 @@ class PublishedEPI(PlainAdamW):
         state["importance"].mul_(self.importance_beta).addcmul_(grad, grad, value=1 - self.importance_beta)
         return state["isolation_mask"]
 
+    def isolation_mask(self, param: Tensor) -> Tensor:
+        """bool, of the parameter's shape; all False before its first step."""
+        mask = self.state[param].get("isolation_mask") if param in self.state else None
+        return torch.zeros_like(param, dtype=torch.bool) if mask is None else mask
+
     @torch.no_grad()
     def start_importance(self, param: Tensor, importance: Tensor) -> None:
         """Carries a moving average over from an earlier stage; `refresh` then isolates by it."""

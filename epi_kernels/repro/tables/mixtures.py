@@ -193,6 +193,7 @@ class SingleStage:
             notes=(
                 metrics(tasks),
                 AVERAGE_NOTE,
+                "All three consolidate on the same sampled examples, as both of the paper's forms do.",
                 f"{printed.INCONSISTENCIES['freezing']} Where there is one group, the three rows differ in what is frozen"
                 " alone.",
                 f"The paper's averages, of a model it does not name and four tasks: {prints}."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from epi_kernels.repro import published_values as printed
-from epi_kernels.repro.methods.config import Epi, Ewc, Static
+from epi_kernels.repro.methods.config import Epi, Ewc, PcGrad, Replay, Static
 from epi_kernels.repro.preset import Pair, Preset
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
@@ -37,15 +37,21 @@ FISHER = (
 )
 
 
+REPLAYED = (
+    " Share, of replay and PCGrad: of every batch's rows, over the steps; they are drawn from all examples of the first task,"
+    " and the second has that many rows less in as many steps."
+)
+
+
 def arms_note(preset: Preset) -> str:
     arms = access.sequential_plan(preset, "frontier").arms
     told = "; ".join(f"{name}: {setting(arm.settled)}" for name, arm in arms.items())
-    ewc = any(isinstance(arm.settled.method, Ewc) for arm in arms.values())
+    used = [arm.settled.method for arm in arms.values()]
+    fisher = FISHER if any(isinstance(one, Ewc) for one in used) else ""
+    replayed = REPLAYED if any(isinstance(one, Replay | PcGrad) for one in used) else ""
     alike = "; ".join(f"{name} like {arm.like}" for name, arm in arms.items() if not arm.tuned)
-    untuned = (
-        f" Not tuned, but always the chosen setting of another arm in all else: {alike}." if alike else ""
-    )
-    return f"Arms, what is no default: {told}.{untuned}{FISHER if ewc else ''}"
+    untuned = f" Not tuned, all else as the chosen setting of another arm: {alike}." if alike else ""
+    return f"Arms, what is no default: {told}.{untuned}{fisher}{replayed}"
 
 
 def methods(preset: Preset, pair: Pair) -> dict[str, RunOf]:

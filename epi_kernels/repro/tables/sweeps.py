@@ -192,10 +192,9 @@ class Beta(Variants):
     def variants(self, preset: Preset) -> dict[str, Try]:
         sweep = _sweep(preset, self.name, "betas", "windows")
         pair, settled, epi = swept(preset, self.name)
-        betas = sorted({*sweep.betas, *([epi.importance_beta] if epi.importance_beta else [])})
-        found = {
-            f"shared with exp_avg_sq, beta {pair.adapt.betas[1]:g}": varied(settled, importance_beta=None)
-        }
+        shared = pair.adapt.betas[1]  # of its own, too: what it is that differs from the first row
+        betas = sorted({*sweep.betas, shared, *([epi.importance_beta] if epi.importance_beta else [])})
+        found = {f"shared with exp_avg_sq, beta {shared:g}": varied(settled, importance_beta=None)}
         found |= {f"own, beta {beta:g}": varied(settled, importance_beta=beta) for beta in betas}
         for steps in sweep.windows:
             method = Window(ratio=epi.ratio, interval=epi.interval, window=steps, carry=epi.carry)
@@ -205,6 +204,8 @@ class Beta(Variants):
     def notes(self) -> tuple[str, ...]:
         return (
             "The first stage records importance with the beta of exp_avg_sq; an own beta acts from the second stage on.",
+            "Where importance is shared, or a window's mean, AdamW's second moments go on in the second stage with it;"
+            " beside an importance of its own they start at zero: rows of own importance compare with each other.",
         )
 
 

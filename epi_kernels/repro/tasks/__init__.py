@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
+from typing import Any
 
 from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.errors import ReproError
@@ -41,7 +43,19 @@ KINDS = SYNTHETIC | PICTURED | REAL
 
 def make_task(spec: TaskSpec, seed: int = 0) -> Task:
     """The task of a spec; `seed` draws a synthetic task's examples. Raises ReproError."""
+    return _class(spec)(spec, seed)
+
+
+def local_files(spec: TaskSpec) -> list[Path]:
+    """What a real task reads from a local folder, as far as it is there; nothing of other tasks. Raises ReproError."""
+    if spec.kind not in REAL or spec.source is None:
+        return []
+    folder = Path(spec.source).expanduser()
+    return sorted(set().union(*_class(spec).files(folder))) if folder.is_dir() else []
+
+
+def _class(spec: TaskSpec) -> Any:
     if spec.kind not in KINDS:
         raise ReproError(f"no kind of task is called {spec.kind!r}; there are {', '.join(KINDS)}")
     module, name = KINDS[spec.kind].split(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)(spec, seed)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -130,16 +130,20 @@ class RealTask:
         assert train is not None
         return train, test
 
+    @classmethod
+    def files(cls, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Those of a folder that fit the (training, test) patterns."""
+        return find(folder, cls.train_files), find(folder, cls.test_files)
+
     def _of_folder(self, folder: Path) -> tuple[Iterator[Record], Iterator[Record] | None]:
-        found = [find(folder, self.train_files), find(folder, self.test_files)]
-        if not found[0] or (self.test_required and not found[1]):
-            missing = self.test_files if found[0] else self.train_files
+        train, test = self.files(folder)
+        if not train or (self.test_required and not test):
+            missing = self.test_files if train else self.train_files
             raise ReproError(
                 f"task {self.kind}: {folder} holds no {' or '.join(missing)}; expected: {self.expects}"
             )
         # A file that both patterns fit is a test file.
-        train = [path for path in found[0] if path not in found[1]]
-        return self._each(train), self._each(found[1]) if found[1] else None
+        return self._each([path for path in train if path not in test]), self._each(test) if test else None
 
     def _each(self, paths: Sequence[Path]) -> Iterator[Record]:
         for path in paths:
