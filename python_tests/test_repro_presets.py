@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 import yaml
@@ -227,10 +228,23 @@ def test_a_preset_without_a_plan_makes_nothing(tmp_path):
         chosen("--preset", str(path))
 
 
-def chosen(*arguments: str):
+def arguments_of(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command._chosen(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def chosen(*arguments: str):
+    return command._chosen(arguments_of(*arguments))
+
+
+def test_every_preset_has_a_folder_of_its_own():
+    places = [
+        command._out(arguments_of(*given))
+        for given in ([], ["--preset", "medium"], ["--preset", "my/own.yaml"])
+    ]
+    assert places == [Path("reproduce_out") / name for name in ("small", "medium", "own")]
+    assert command._out(arguments_of("--preset", "medium", "--out", "here")) == Path("here")
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])

@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     preset, names = ranks.together(_chosen, args)
     if args.list:
         return _list_tables(preset)
-    out: Path = args.out or Path("reproduce_out") / Path(args.preset).stem
+    out = _out(args)
     store = Store(out / "runs")
     preset = ranks.together(with_contents, preset, ranks.first_does(contents, preset, store.folder))
     plan = ranks.together(_plan, preset, names)
@@ -132,6 +132,11 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         return 0
     ranks.first_does(_write, args, out, preset, names, store)
     return 0
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """Where it all goes; presets do not share a folder unless they are told to."""
+    return args.out or Path("reproduce_out") / Path(args.preset).stem
 
 
 def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
