@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_timing, results
-from bench.gpu_device import Device, open_device, versions
+from bench.gpu_device import Device, add_arguments, device_of, versions
 from bench.gpu_record import record, slug, summary, write_new
 from bench.status import kernel_hash
 from epi_kernels.files import write_whole
@@ -188,22 +188,15 @@ def outcome(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
-    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the result (bench/results/gpu-...json)")
     parser.add_argument("--only", metavar="REGEX", help="slices whose names match; the run stays incomplete")
     parser.add_argument("--commit", help="of this tree, where there is no git to ask")
     parser.add_argument("--write-now", action="store_true", help="write what is done, complete or not")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: tests this program, times nothing")
+    add_arguments(parser, smoke="tiny sizes")
     args = parser.parse_args(argv)
-    if args.device == "cpu" and not args.smoke:
-        parser.error("--device cpu is for --smoke: a CPU's figures are no GPU's")
 
-    device = open_device(args.device)
-    if isinstance(device, str):
-        print(f"make gpu: no GPU here: {device}. Nothing was run.", file=sys.stderr)
+    device = device_of(parser, args, "gpu")
+    if device is None:
         return 2
     backends = ["cpu", "reference"] if device.type == "cpu" else ["triton", "cuda", "reference"]
     done: dict[str, Any] = {}

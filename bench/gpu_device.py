@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -97,6 +99,26 @@ def open_device(name: str) -> Device | str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return CudaDevice()
+
+
+def add_arguments(parser: argparse.ArgumentParser, smoke: str) -> None:
+    """What the GPU programs have in common. ``smoke``: what --smoke makes small."""
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
+    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--smoke", action="store_true", help=f"{smoke}: tests this program, times nothing")
+
+
+def device_of(parser: argparse.ArgumentParser, args: argparse.Namespace, target: str) -> Device | None:
+    """The device of parsed arguments; None, and said why, where there is none. ``target``: of make."""
+    if args.device == "cpu" and not args.smoke:
+        parser.error("--device cpu is for --smoke: a CPU's figures are no GPU's")
+    device = open_device(args.device)
+    if isinstance(device, str):
+        print(f"make {target}: no GPU here: {device}. Nothing was run.", file=sys.stderr)
+        return None
+    return device
 
 
 def versions() -> dict[str, str | None]:

@@ -26,7 +26,7 @@ import torch
 from bench import results
 from bench.contenders import BF16, CONTENDERS, Contender
 from bench.gpu import Slice, keep, run_slices
-from bench.gpu_device import Device, open_device, versions
+from bench.gpu_device import Device, add_arguments, device_of, versions
 from bench.gpu_record import slug
 from bench.side_by_side import peak_bytes, stored_bytes
 from bench.status import kernel_hash
@@ -146,21 +146,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.gpu_large", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", choices=ARCHITECTURES, default="Llama-3-8B")
-    parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
-    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=results.RESULTS)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model: tests this program, times nothing"
-    )
+    add_arguments(parser, smoke="a tiny model")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one optimizer
     args = parser.parse_args(argv)
-    if args.device == "cpu" and not args.smoke:
-        parser.error("--device cpu is for --smoke: a CPU's figures are no GPU's")
-    device = open_device(args.device)
-    if isinstance(device, str):
-        print(f"make gpu-large: no GPU here: {device}. Nothing was run.", file=sys.stderr)
+    device = device_of(parser, args, "gpu-large")
+    if device is None:
         return 2
     if args.one is not None:
         contender = next(contender for contender in ENTERED if contender.slug == args.one)

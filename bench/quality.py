@@ -15,11 +15,10 @@ once; what their masks differ is chaos, not precision.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -33,12 +32,12 @@ from tqdm import tqdm
 
 from bench import quality_record, results
 from epi_kernels import MaskedEMAAdamW
-from epi_kernels.demo.pool import usable_cores
 from epi_kernels.demo.protocol import backend_name
 from epi_kernels.demo.tasks import IGNORED, Examples, joined, make_tasks
 from epi_kernels.demo.train import make_model, schedule
 from epi_kernels.integrations import named_parameter_groups
 from epi_kernels.training import state_bytes
+from epi_kernels.workers import processes, usable_cores
 
 NUDGE = 1e-6  # relative, some 8 units in the last place of a float32
 
@@ -164,15 +163,10 @@ def train_once(plan: Plan, ratio: float, configuration: Configuration, seed: int
 
 def train_all(plan: Plan, workers: int) -> list[dict[str, Any]]:
     """Every run of the plan, in its order, on processes of one thread each; masks become ``jaccard``."""
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
-    try:
+    with processes(workers) as (pool, _):
         futures: list[Future] = [pool.submit(train_once, plan, *job) for job in plan.jobs()]
         for done in tqdm(as_completed(futures), total=len(futures), desc="training", unit="run"):
             done.result()  # raises at once where a run failed
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return with_jaccard([future.result() for future in futures])
 
 

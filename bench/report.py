@@ -56,6 +56,7 @@ STEP_TITLES = {
     "step-bf16-32-bit-weights": "bfloat16 with 32 bits, stochastic rounding",
     "step-f32-own-importance": "float32, importance of its own",
     "step-f32-ratio-0": "float32, ratio 0",
+    "tensors-f32-300-tiny": "float32, 300 tensors of 16",
     "tensors-f32-300": "float32, 300 tensors of 1,000",
     "tensors-f32-300-fsdp2": "the same under FSDP2, one rank",
 }

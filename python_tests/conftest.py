@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from python_tests.harness import TARGETS, Target
+from python_tests.threads import on_threads
 
 # The same examples in every run, whatever the machine's speed; `--hypothesis-profile=explore` looks further.
 hypothesis.settings.register_profile(
@@ -43,12 +44,17 @@ def target(request) -> Target:
 
 
 @pytest.fixture
+def one_thread():
+    """Small models only lose by a second thread, and test processes share the cores."""
+    with on_threads(1):
+        yield
+
+
+@pytest.fixture
 def two_threads():
     """Whatever the machine has; what a kernel computes does not depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(2):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from epi_kernels import save_isolation
+from epi_kernels.optim import exchange
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.methods import config as configs
 from epi_kernels.repro.methods import make_method
+from epi_kernels.repro.methods.published import PublishedEPI
 from epi_kernels.repro.stage import Batch, Stage
+from python_tests.threads import on_threads
 from python_tests.tiny_model import tiny_llama
 
 SMALL = {
@@ -28,6 +31,33 @@ SMALL = {
     "num_key_value_heads": 1,
 }
 RECIPE = Recipe(lr=1e-2, steps=4, batch=6, weight_decay=0.1)
+P = 0.1  # isolated, of all elements
+MASKING = {
+    "epi": configs.Epi(ratio=P, interval=2),
+    "epi-own-importance": configs.Epi(
+        ratio=P, interval=2, importance_beta=0.9, by_block=True, hysteresis=0.1
+    ),
+    "epi-cold": configs.Epi(ratio=P, interval=1, carry=False, normalization="none", scope="layer"),
+    "epi-core": configs.Epi(ratio=P, interval=2, core=0.05),
+    "epi-adaptive": configs.Epi(ratio=P, interval=1, adaptive=True, state_dtype="bfloat16"),
+    "published": configs.PublishedEpi(ratio=P, interval=2),
+    "window": configs.Window(ratio=P, interval=2, window=3),
+    "static-g2": configs.Static(ratio=P),
+    "static-delta": configs.Static(by="delta", ratio=P, carry=False),
+    "random": configs.RandomMask(ratio=P, interval=2),
+    "inverted": configs.Inverted(ratio=P, interval=2),
+}
+OTHERS = {
+    "full": configs.Full(),
+    "full-epi": configs.Full(optimizer="epi"),
+    "full-moments": configs.Full(optimizer="epi", keep_moments=True),
+    "ewc": configs.Ewc(strength=0.5),
+    "l2sp": configs.L2Sp(strength=0.5),
+    "replay": configs.Replay(share=0.2),
+    "lora": configs.Lora(rank=2),
+    "mofo": configs.Mofo(fraction=0.2),
+    "pcgrad": configs.PcGrad(share=0.2),
+}
 
 
 class Folders(NamedTuple):
@@ -129,7 +159,33 @@ def largest(scores: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
 
 def made_folders(tmp_path_factory) -> Iterator[Folders]:
     """For a fixture of a test module; its tests run on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_folders(tmp_path_factory.mktemp("runs"))
-    torch.set_num_threads(before)
+    with on_threads(1):
+        yield make_folders(tmp_path_factory.mktemp("runs"))
+
+
+def masks_of(method) -> dict[str, torch.Tensor]:
+    optimizer = method.optimizer
+    found = {}
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if isinstance(optimizer, PublishedEPI):
+                state = optimizer.state[param]
+                found[name] = (
+                    state["isolation_mask"].clone() if state else torch.zeros_like(param, dtype=torch.bool)
+                )
+            else:
+                found[name] = optimizer.isolation_mask(param)
+    return found
+
+
+def counted(masks) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def elements(method) -> int:
+    return sum(param.numel() for group in method.optimizer.param_groups for param in group["params"])
+
+
+def saved_importance(folders) -> dict[str, torch.Tensor]:
+    saved = exchange.read(folders.before / "isolation.safetensors").parameters
+    return {name: one.importance.clone() for name, one in saved.items()}

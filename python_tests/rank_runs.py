@@ -49,6 +49,20 @@ class Signal:
         return signalled(self.after, signal.SIGTERM, self.label)
 
 
+def breaks(at: int, error: BaseException):
+    """For `Patch`: a step that raises `error` at this index."""
+
+    def make(step):
+        def stepped(self, index):
+            if index == at:
+                raise error
+            return step(self, index)
+
+        return stepped
+
+    return make
+
+
 class Patch:
     """`target.name` is replaced on one rank (None: on all) by a function that `make`s of the original."""
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from epi_kernels import MaskedEMAAdamW
+from epi_kernels.distributed.shards import local
+from epi_kernels.optim.sharded_state import exported
 from python_tests.sharded import whole
 
 OPTIONS = {
@@ -80,3 +88,29 @@ def persistent(param) -> torch.Tensor:
 def differing(one: dict, other: dict) -> list:
     assert one.keys() == other.keys()
     return [key for key in one if not torch.equal(one[key], other[key])]
+
+
+def held(net, optimizer) -> dict:
+    """Weights and every state, laid out as a sharded state dict has them; of one process whole, else this rank's part."""
+    found = {}
+    for name, param in net.named_parameters():
+        found[name, "weight"] = local(param.detach()).clone()
+        for key, value in exported(optimizer.state[param], param).items():
+            found[name, key] = local(value).clone()
+    return found
+
+
+def trained(case: str, *, sharded: bool):
+    """After two refreshes, in the middle of an interval."""
+    net, optimizer = made(case, sharded=sharded)
+    optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
+    steps(net, optimizer, 0, 5)
+    return net, optimizer
+
+
+def in_place(folder: str, net, optimizer) -> None:
+    """As torch's documentation has it."""
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

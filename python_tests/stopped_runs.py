@@ -63,6 +63,12 @@ def story(out):
     ]
 
 
+def whole_run(files, out):
+    """`out`, with a run that nothing stopped."""
+    assert command(finetune, *arguments(files, out)) == 0
+    return out
+
+
 def resume(out, *more):
     return command(finetune, "--out", out, "--resume", *more)
 

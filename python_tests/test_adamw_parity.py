@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from epi_kernels import MaskedEMAAdamW
+from python_tests.adamw_steps import steps_from_one_state
 from python_tests.harness import Target, give_gradients, make, small_model, train
 
 # One step from the same state: the largest difference allowed, as a share of the tensor's norm.
@@ -30,14 +31,7 @@ def test_one_step_from_the_same_state(dtype: torch.dtype, hyper: dict):
     theirs, ours = small_model(dtype), small_model(dtype)
     adamw = torch.optim.AdamW(theirs.items(), **hyper)
     optimizer = MaskedEMAAdamW(ours.items(), isolation_ratio=0.0, backend="reference", **hyper)
-    for number in range(8):
-        with torch.no_grad():
-            for name in ours:
-                ours[name].copy_(theirs[name])
-        if number:
-            optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
-        train(adamw, theirs, range(number, number + 1))
-        train(optimizer, ours, range(number, number + 1))
+    for _ in steps_from_one_state(adamw, theirs, optimizer, ours, 8):
         for name, p in ours.items():
             assert (p - theirs[name]).norm() <= TOLERANCE[dtype] * theirs[name].norm(), name
             for key in ("exp_avg", "exp_avg_sq"):

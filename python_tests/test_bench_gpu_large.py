@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import gpu_large, status
+from bench import gpu_device, gpu_large, status
 from bench.gpu_device import CpuDevice
 from bench.gpu_large import ENTERED, TINY
 
@@ -62,7 +62,7 @@ def test_out_of_memory_is_a_row(monkeypatch):
 
 
 def test_no_gpu_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_large, "open_device", lambda name: "torch sees no CUDA device")
+    monkeypatch.setattr(gpu_device, "open_device", lambda name: "torch sees no CUDA device")
     assert gpu_large.main([]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
 

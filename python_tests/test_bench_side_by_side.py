@@ -14,6 +14,7 @@ from bench.contenders import Contender
 from bench.gpu_device import CpuDevice
 from bench.published_epi import PublishedEPI
 from epi_kernels import MaskedEMAAdamW, published
+from python_tests.threads import on_threads
 
 F32 = torch.float32
 
@@ -128,13 +129,10 @@ def test_every_contender_has_a_reference_and_a_name_of_its_own():
 
 
 def test_a_run_is_written_and_becomes_a_table(tmp_path, capsys):
-    before = torch.get_num_threads()
-    try:
+    with on_threads():
         status = side_by_side.main(
             ["--quick", "--device", "cpu", "--only", "float32", "--out", str(tmp_path)]
         )
-    finally:
-        torch.set_num_threads(before)
     assert status == 0
     (path,) = tmp_path.glob("side-by-side-*.json")
     rows = results.load(path)

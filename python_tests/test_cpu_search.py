@@ -17,9 +17,10 @@ from epi_kernels.reference.stats import ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KEY_END
 from python_tests.stage_checks import search_problem
+from python_tests.threads import on_threads
 
 FP32, BF16 = torch.float32, torch.bfloat16
-NOTED_KEYS = 1 << 17  # kNotedKeys of csrc/cpu/search.cpp
+NOTED_KEYS = 3 << 16  # kNotedKeys of csrc/cpu/search.cpp
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +150,9 @@ def test_large_searches(backend, kind, dtype, ratio):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_find_the_same(backend, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         items = [item(importances(400_000, torch.Generator().manual_seed(1), "rows"), 0)]
         check(backend, items, minmax(items, [0]), 0.02)
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=150, deadline=None)

@@ -14,14 +14,7 @@ from epi_kernels import cli
 from epi_kernels.demo import command, pool, protocol, report_page, tasks, text, train
 from epi_kernels.scores import ABOVE, BELOW, INSIDE, Point, chance_jaccard, compare, frontier, spread
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose by a second thread, and test processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------- tasks

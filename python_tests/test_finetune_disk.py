@@ -10,7 +10,7 @@ import torch
 
 from epi_kernels.finetune import checkpoint, log
 from epi_kernels.finetune import command as finetune
-from python_tests.stopped_runs import STEPS, arguments, assert_same_end, resume, write_inputs
+from python_tests.stopped_runs import STEPS, arguments, assert_same_end, resume, whole_run, write_inputs
 from python_tests.tiny_model import command
 
 
@@ -21,9 +21,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(files, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert command(finetune, *arguments(files, out)) == 0
-    return out
+    return whole_run(files, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 def no_space(*_):

@@ -13,7 +13,7 @@ from epi_kernels.finetune.errors import UserError
 from epi_kernels.finetune.model import pick_device
 from epi_kernels.finetune.ranks import Ranks
 from python_tests.finetune_runs import events
-from python_tests.rank_runs import Patch, run, started
+from python_tests.rank_runs import Patch, breaks, run, started
 from python_tests.ranks import Failed, outcomes
 from python_tests.stopped_runs import arguments, write_inputs
 from python_tests.tiny_model import command
@@ -65,17 +65,9 @@ def test_ranks_with_other_data_or_weights_are_refused(files, tmp_path):
 
 @pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["replicated", "fsdp"])
 def test_a_rank_that_breaks_in_a_step_leaves_no_other_waiting(files, tmp_path, how):
-    def breaks(step):
-        def stepped(self, index):
-            if index == 4:
-                raise RuntimeError("a bug")
-            return step(self, index)
-
-        return stepped
-
     given = [*arguments(files, tmp_path / "out", *how)]
     began = time.monotonic()
-    first, second = outcomes(2, run, given, Patch(1, train.Run, "step", breaks))
+    first, second = outcomes(2, run, given, Patch(1, train.Run, "step", breaks(4, RuntimeError("a bug"))))
     assert time.monotonic() - began < 30
     assert isinstance(first, Failed) and isinstance(second, Failed) and second.message == "a bug"
     assert [checkpoint.load_state(one)["step"] for one in checkpoint.list_checkpoints(tmp_path / "out")] == [

@@ -25,6 +25,7 @@ from python_tests.stopped_runs import (
     stopped_run,
     story,
     tree,
+    whole_run,
     write_inputs,
 )
 from python_tests.tiny_model import command, qa, save_tiny, write_jsonl
@@ -39,9 +40,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(files, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert command(finetune, *arguments(files, out)) == 0
-    return out
+    return whole_run(files, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])

@@ -7,27 +7,17 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from epi_kernels import MaskedEMAAdamW
 from python_tests.ranks import on_ranks
+from python_tests.tiny_model import tiny_llama
 
 STEPS, INTERVAL = 300, 100
 BATCH, LENGTH = 12, 16
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=64,
-        intermediate_size=112,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+def llama():
+    return tiny_llama(vocab_size=67, hidden_size=64, intermediate_size=112)
 
 
 def shard(model, *, layers: bool):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from python_tests.adamw_steps import steps_from_one_state
 from python_tests.cases import CASES, Spec, case
 from python_tests.harness import (
     Pair,
@@ -73,14 +74,7 @@ def test_2_ratio_zero_follows_adamw(maximize: bool, target: Target):
     arguments = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "maximize": maximize}
     adamw = torch.optim.AdamW(theirs.items(), **arguments)
     optimizer = make(ours, backend=target.backend, isolation_ratio=0.0, **arguments)
-    for number in range(10):
-        with torch.no_grad():
-            for name in ours:
-                ours[name].copy_(theirs[name])
-        if number:
-            optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
-        train(adamw, theirs, range(number, number + 1))
-        train(optimizer, ours, range(number, number + 1))
+    for _ in steps_from_one_state(adamw, theirs, optimizer, ours, 10):
         for name, p in ours.items():
             assert (p - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
         assert not any("isolation_mask" in state for state in optimizer.state.values())

@@ -24,7 +24,7 @@ LEVELS = [
     ["policies"],
     ["distributed"],
     ["optim"],
-    ["training", "provenance"],
+    ["training", "provenance", "workers"],
     ["isolation", "integrations", "finetune", "report", "demo"],
     ["repro"],
     ["cli", "env", "memory", "kernels_report", "__main__"],

@@ -8,21 +8,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.integrations import named_parameter_groups, transformer_block
-from python_tests.tiny_model import backend, tiny_llama
+from python_tests.tiny_model import backend, steps, tiny_llama
 
 
 def lora(dtype=None):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     torch.manual_seed(1)
     return get_peft_model(tiny_llama(dtype=dtype), config, autocast_adapter_dtype=False)
-
-
-def steps(model, optimizer, count, first=0):
-    for i in range(first, first + count):
-        ids = (torch.arange(48).view(4, 12) * (i + 1)) % 300
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
 
 
 def make(model, **options):

@@ -14,17 +14,12 @@ from epi_kernels.repro import evaluate as evaluate_
 from epi_kernels.repro.characters import ALPHABET, END, make_tokenizer
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.evaluate import encode_task, evaluate, generate, make_batch, prompt_of
+from python_tests.tiny_model import tiny_llama
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose by a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +43,11 @@ class Planted:
         return 100.0 * sum(hits) / len(hits)
 
 
-def make_model(seed=0):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def make_model():
+    return tiny_llama(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.5,  # attention then matters, and answers differ by prompt
         pad_token_id=0,
@@ -67,7 +55,6 @@ def make_model(seed=0):
         eos_token_id=1,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
 
 
 def raw(prompt, answer):

@@ -18,12 +18,7 @@ from python_tests.measure_runs import Data, carried, make_stage, masked, observe
 ALL = ("curve:every=1", "drift:every=2,batches=2,ratios=0.1", "conflict:every=2", "stability:window=1")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def traces(optimizer, names, steps: int = 6):

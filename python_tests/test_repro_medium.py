@@ -23,6 +23,7 @@ from epi_kernels.repro.tables import TABLES
 from epi_kernels.repro.train import Limits
 from epi_kernels.repro.workshop import Workshop
 from python_tests import reproduce_time
+from python_tests.threads import on_threads
 
 LIMIT_S = 1200  # of the 25 minutes that it may take
 SMALL = {
@@ -94,12 +95,10 @@ def test_every_table_at_reduced_steps(medium, tmp_path, monkeypatch):
     preset = Preset.model_validate(shrunk(medium.model_dump()))
     names = [name for name in preset.tables if name != "tuning"]  # a second try of every arm: nothing new
     plan, store = Plan.of(run for name in names for run in TABLES[name].runs(preset)), Store(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        assert sweep(plan, store, device=torch.device("cpu"), workers=1).left == 0
+        with on_threads(1):
+            assert sweep(plan, store, device=torch.device("cpu"), workers=1).left == 0
     finally:
-        torch.set_num_threads(threads)
         for made in (stages._text, stages._pictures):
             made.cache_clear()
     tables = {one.name: one for one in render(preset, plan.manifests(store), names)}

@@ -15,7 +15,7 @@ from epi_kernels.repro import command as reproduce
 from epi_kernels.repro import workshop
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.base import Running
-from python_tests.rank_runs import Ended, Patch, run, started
+from python_tests.rank_runs import Ended, Patch, breaks, run, started
 from python_tests.ranks import Failed, outcomes
 from python_tests.repro_runs import MODEL, STRINGS, SUMS, manifests
 
@@ -67,30 +67,14 @@ def test_the_first_rank_alone_speaks_and_an_error_of_another_ends_all(tmp_path):
     assert len(manifests(tmp_path / "out" / "runs")) == 3
 
 
-def bug(step):
-    def stepped(self, index):
-        if index == 2:
-            raise RuntimeError("a bug")
-        return step(self, index)
-
-    return stepped
-
-
-def alone_refused(step):
-    def stepped(self, index):
-        if index == 2:
-            raise ReproError("this rank's")
-        return step(self, index)
-
-    return stepped
-
-
-@pytest.mark.parametrize("makes", [bug, alone_refused])
-def test_a_rank_that_breaks_in_a_step_leaves_no_other_waiting(tmp_path, makes):
+@pytest.mark.parametrize(
+    ("error", "kind"), [(RuntimeError("a bug"), "RuntimeError"), (ReproError("this rank's"), "SystemExit")]
+)
+def test_a_rank_that_breaks_in_a_step_leaves_no_other_waiting(tmp_path, error, kind):
     began = time.monotonic()
-    both = outcomes(2, run, given(tmp_path), Patch(1, Running, "step", makes), reproduce)
+    both = outcomes(2, run, given(tmp_path), Patch(1, Running, "step", breaks(2, error)), reproduce)
     assert time.monotonic() - began < 30 and all(isinstance(one, Failed) for one in both)
-    assert both[1].kind == ("RuntimeError" if makes is bug else "SystemExit")
+    assert both[1].kind == kind
     (base,) = manifests(tmp_path / "out" / "runs").values()
     assert base["run"]["kind"] == "base"
 

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -21,21 +20,23 @@ from torch.distributed.tensor import distribute_tensor
 from epi_kernels import MaskedEMAAdamW, load_isolation, save_isolation
 from epi_kernels.distributed.shards import local, shard_of
 from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
-from epi_kernels.optim.sharded_state import exported
 from epi_kernels.reference.codec import decode_each
 from python_tests.ranks import Failed, on_ranks, outcomes
 from python_tests.sharded import whole
-from python_tests.sharded_net import OPTIONS, Net, contents, differing, grad, made, part, persistent, steps
-
-
-def held(net, optimizer) -> dict:
-    """Weights and every state, laid out as a sharded state dict has them; of one process whole, else this rank's part."""
-    found = {}
-    for name, param in net.named_parameters():
-        found[name, "weight"] = local(param.detach()).clone()
-        for key, value in exported(optimizer.state[param], param).items():
-            found[name, key] = local(value).clone()
-    return found
+from python_tests.sharded_net import (
+    OPTIONS,
+    Net,
+    contents,
+    differing,
+    grad,
+    held,
+    in_place,
+    made,
+    part,
+    persistent,
+    steps,
+    trained,
+)
 
 
 def differing_here(net, optimizer, expected: dict) -> list:
@@ -48,22 +49,6 @@ def differing_here(net, optimizer, expected: dict) -> list:
         for (name, key), value in found.items()
         if not torch.equal(value, expected[name, key] if key == "step" else expected[name, key][parts[name]])
     ]
-
-
-def trained(case: str, *, sharded: bool):
-    """After two refreshes, in the middle of an interval."""
-    net, optimizer = made(case, sharded=sharded)
-    optimizer.set_isolation_mask(net.b, persistent(net.b), persistent=True)
-    steps(net, optimizer, 0, 5)
-    return net, optimizer
-
-
-def in_place(folder: str, net, optimizer) -> None:
-    """As torch's documentation has it."""
-    model_state, optimizer_state = get_state_dict(net, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 WAYS = [*((case, load_checkpoint) for case in OPTIONS), ("float32", in_place), ("8-bit", in_place)]

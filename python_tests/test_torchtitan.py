@@ -9,15 +9,7 @@ pytest.importorskip("torchtitan.components.optimizer", exc_type=ImportError)
 
 from epi_kernels.integrations import transformer_block
 from epi_kernels.integrations.torchtitan import masked_ema_adamw
-from python_tests.tiny_model import backend, tiny_llama
-
-
-def steps(model, optimizers, count, first=0):
-    for i in range(first, first + count):
-        ids = (torch.arange(48).view(4, 12) * (i + 1)) % 300
-        optimizers.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizers.step()
+from python_tests.tiny_model import backend, steps, tiny_llama
 
 
 def make(model, **options):

@@ -55,6 +55,17 @@ def ours(trainer) -> MaskedEMAAdamW:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
+def assert_isolated_kept(trainer, model, before, ratio: float = 0.1) -> None:
+    """Every tensor moved, and no isolated element did."""
+    kept = 0
+    for name, p in model.named_parameters():
+        mask = ours(trainer).isolation_mask(p)
+        assert torch.equal(p[mask], before[name][mask]), name
+        assert not torch.equal(p, before[name]), name
+        kept += int(mask.sum())
+    assert kept >= int(ratio * sum(p.numel() for p in model.parameters()))
+
+
 def test_arguments_and_names_arrive(tmp_path):
     model = tiny_llama()
     made = trainer(model, arguments(tmp_path), state_dtype=torch.bfloat16).create_optimizer()
@@ -190,14 +201,7 @@ def test_carried_importance_protects_from_the_first_step(tmp_path):
     add_isolation_callback(second, carry=ours(first))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     second.train()
-    kept = 0
-    for name, p in model.named_parameters():
-        mask = ours(second).isolation_mask(p)
-        assert torch.equal(p[mask], before[name][mask]), name
-        assert not torch.equal(p, before[name]), name
-        kept += int(mask.sum())
-    elements = sum(p.numel() for p in model.parameters())
-    assert kept >= int(0.1 * elements)
+    assert_isolated_kept(second, model, before)
     assert [line["step"] for line in second.state.log_history if "isolation/share" in line] == [0]
 
 

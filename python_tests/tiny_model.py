@@ -65,6 +65,17 @@ def tiny_llama(seed: int = 0, dtype=None, **changes):
     return AutoModelForCausalLM.from_config(config).to(dtype or torch.float32).train()
 
 
+def steps(model, optimizer, count: int, first: int = 0) -> None:
+    """Steps `first` to `first + count` of a run; each has a batch of its own."""
+    import torch
+
+    for i in range(first, first + count):
+        ids = (torch.arange(48).view(4, 12) * (i + 1)) % 300
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
 def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
     """A checkpoint directory with model and tokenizer."""
     tiny_llama(seed, **changes).save_pretrained(folder)

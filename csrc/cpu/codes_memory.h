@@ -20,7 +20,7 @@ struct CodedPointers : StepPointers<P, S> {
   template <bool kOwn>
   EPI_INLINE void prefetch(int64_t i) const {
     StepPointers<P, S>::template prefetch<kOwn, kCodeBlock>(i);
-    if (kOwn && importance_u8 != nullptr) this->template ahead<kCodeBlock>(importance_u8 + i);
+    if (kOwn && importance_u8 != nullptr) ahead<kCodeBlock>(importance_u8 + i);
   }
 };
 

@@ -35,12 +35,9 @@ EPI_INLINE uint64_t selected(const float* u, uint64_t old, const SelectBounds<F>
 
 template <class F>
 EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds<F>& b) {
-  uint64_t now = finite_from(u, b.word[0]);
-  now |= static_cast<uint64_t>(finite_from(u + 32, b.word[0])) << 32;
-  if (!b.by_old_bit || old == 0) return now;
-  uint64_t stays = finite_from(u, b.word[1]);
-  stays |= static_cast<uint64_t>(finite_from(u + 32, b.word[1])) << 32;
-  return (stays & old) | (now & ~old);
+  if (!b.by_old_bit) old = 0;
+  return finite_from(u, b.word, static_cast<uint32_t>(old)) |
+         static_cast<uint64_t>(finite_from(u + 32, b.word, static_cast<uint32_t>(old >> 32))) << 32;
 }
 
 // Bits of a block of codes.
@@ -67,6 +64,7 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
     const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
     T rest[64];
     const T* at = u + i;
+    ahead<64>(at, kReadAhead);
     uint64_t old, kept;
     if (count == 64) [[likely]] {
       old = mask_word<uint64_t>(mask, i);

@@ -26,6 +26,19 @@ struct Stored<true> {
 template <bool kBf16>
 using stored_t = typename Stored<kBf16>::type;
 
+// Bytes ahead of the reads at which cache lines are asked for, since the hardware's prefetchers stop
+// at every page. Zen 4, float32, 2e7 elements: 0.93 of torch's fused step with 512, 1.06 with none,
+// 1.07 with 1024, 1.14 with 2048 (CPU time, medians of 15 pairs).
+constexpr int64_t kPrefetchBytes = 512;
+
+template <int kElements, class T>
+EPI_INLINE void ahead(const T* p, int64_t bytes = kPrefetchBytes) {
+  const char* line = reinterpret_cast<const char*>(p) + bytes;
+  for (size_t i = 0; i < sizeof(T) * kElements; i += 64) __builtin_prefetch(line + i);
+}
+
+constexpr int64_t kReadAhead = 2048;  // of a stage that reads one stream
+
 // u as stored: the row's own importance, or the shared second moment.
 template <class T>
 EPI_INLINE const T* importances(TableRow row) {

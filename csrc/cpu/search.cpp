@@ -17,10 +17,10 @@ constexpr int64_t kCoarseSample = int64_t{1} << 14;
 constexpr int64_t kMaxCoarseStride = 1024, kMaxFineStride = 32, kMinFineStride = 4;
 // Standard deviations of a sampled rank on either side, were the elements independent. Neighbours are
 // not: where runs of 64 are alike, a bracket may prove wrong, which costs another pass.
-constexpr double kDeviations = 5.0;
+constexpr double kDeviations = 4.0;
 // Keys noted by all threads together, 4 bytes each. The finer stride is chosen so that the brackets hold
-// no more: at 1e8 elements and p = 1 % the arithmetic gives 6e4.
-constexpr int64_t kNotedKeys = int64_t{1} << 17;
+// no more: at 1e8 elements and p = 1 % the arithmetic gives 5e4.
+constexpr int64_t kNotedKeys = int64_t{3} << 16;
 // A bracket that proves wrong is followed by one beside it, so many times as wide.
 constexpr int64_t kWiden = 8;
 

@@ -45,7 +45,10 @@ template <class F>
 __attribute__((noinline)) void add_extrema(StatsSums<F>& sums, const uint16_t* u, int64_t n) {
   WordExtrema words = sums.words;
   int64_t finite = 0;
-  for (int64_t i = 0; i < n; i += kWords) finite += add_words(words, u + i);
+  for (int64_t i = 0; i < n; i += kWords) {
+    ahead<kWords>(u + i, kReadAhead);
+    finite += add_words(words, u + i);
+  }
   sums.words = words;
   sums.nonfinite += n - finite;
 }

@@ -18,8 +18,8 @@ __attribute__((noinline)) inline PairWord word0_of_any(const RandomKeys& keys, i
 }
 
 // The pair of elements from `i` on, whose new values lie at position `k`: its moments, its importance and its
-// first random words. `key`: RandomKeys::folded() of its block, where its indices start at a multiple of 64; `at`: the
-// pair's first element in the range.
+// first random words. `key`: RandomKeys::folded() of its block, where its indices start at a multiple of 64;
+// `at`: the pair's first element in the range.
 template <bool kOwn, bool kStochastic, class P, class S>
 EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>& p,
                                 const CodedFactors& factors, int64_t i, int64_t k, StepU key, int64_t at,
@@ -44,7 +44,8 @@ EPI_INLINE void moments_of_pair(const StepContext& x, const CodedPointers<P, S>&
   }
   if constexpr (kStochastic) {
     PairWord w0{mix_folded<Pair>(twice(key) ^ positions(k % kCodeBlock))};
-    if (!x.keys.blocks_aligned()) [[unlikely]] w0 = word0_of_any(x.keys, at);
+    if (!x.keys.blocks_aligned()) [[unlikely]]
+      w0 = word0_of_any(x.keys, at);
     put(next.random + k, float_of(w0.word()));
   }
 }

@@ -14,11 +14,6 @@ using PairU = Lanes<Pair>::U;
 constexpr int kPair = 2 * kStepWidth;
 using PairBits = PairBitsOf<kPair>::type;  // a pair's mask bits
 
-// Bytes ahead of the reads at which cache lines are asked for, since the hardware's prefetchers stop
-// at every page. Zen 4, float32, 2e7 elements: 0.93 of torch's fused step with 512, 1.06 with none,
-// 1.07 with 1024, 1.14 with 2048 (CPU time, medians of 15 pairs).
-constexpr int64_t kPrefetchBytes = 512;
-
 // What bfloat16 weights are short of (math/master.h); at most one of the two is there.
 struct Corrections {
   uint16_t* of_16;
@@ -46,11 +41,6 @@ struct StepPointers {
       if (importance_f32 != nullptr) ahead<kElements>(importance_f32 + i);
       if (importance_bf16 != nullptr) ahead<kElements>(importance_bf16 + i);
     }
-  }
-  template <int kElements, class T>
-  static EPI_INLINE void ahead(const T* p) {
-    const char* line = reinterpret_cast<const char*>(p) + kPrefetchBytes;
-    for (size_t i = 0; i < sizeof(T) * kElements; i += 64) __builtin_prefetch(line + i);
   }
 };
 

@@ -117,22 +117,17 @@ EPI_INLINE int64_t count_words(const uint16_t* u, const uint8_t* mask, int64_t s
     const int count = stop - i < 2 * kWidth ? static_cast<int>(stop - i) : 2 * kWidth;
     uint16_t rest[2 * kWidth];
     const uint16_t* at = u + i;
+    ahead<2 * kWidth>(at, kReadAhead);
     uint32_t in_bounds = ~0u, old = 0;
     if (count < 2 * kWidth) [[unlikely]] {
       for (int j = 0; j < 2 * kWidth; ++j) rest[j] = j < count ? at[j] : uint16_t{0};
       at = rest;
       in_bounds = (1u << count) - 1;
     }
-    uint32_t over = finite_from(at, b.hi[0]), in = finite_from(at, b.lo[0]);
-    if (b.by_old_bit) {
-      old = count == 2 * kWidth ? mask_word(mask, i) : mask_bits(mask, i, count);
-      if (old != 0) {  // few words hold an isolated element
-        over = (finite_from(at, b.hi[1]) & old) | (over & ~old);
-        in = (finite_from(at, b.lo[1]) & old) | (in & ~old);
-      }
-    }
-    above += __builtin_popcount(over & in_bounds);
-    in &= in_bounds & ~over;
+    if (b.by_old_bit) old = count == 2 * kWidth ? mask_word(mask, i) : mask_bits(mask, i, count);
+    const uint32_t over = finite_from(at, b.hi, old) & in_bounds;
+    const uint32_t in = finite_from(at, b.lo, old) & in_bounds & ~over;
+    above += __builtin_popcount(over);
     if (in != 0) [[unlikely]] {
       using M = typename Lanes<F>::M;
       for (int j = 0; j < 2; ++j) {

@@ -265,6 +265,11 @@ EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
                                            finite_from_half(load_words(p + 16).v, bound));
   return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
 }
+// The same with a bound by old bit.
+EPI_INLINE uint32_t finite_from(const uint16_t* p, const int bound[2], uint32_t old) {
+  const uint32_t in = finite_from(p, bound[0]);
+  return old == 0 ? in : (finite_from(p, bound[1]) & old) | (in & ~old);
+}
 
 // Extrema of finite words in the order of the numbers they are, as ordered_word() makes it.
 struct WordExtrema {

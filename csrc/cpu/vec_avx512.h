@@ -199,13 +199,16 @@ EPI_INLINE U16 increment(U16 x, M16 where) {
   return {_mm512_mask_add_epi32(x.v, where.k, x.v, _mm512_set1_epi32(1))};
 }
 
-// Thirty-two bfloat16 values: a bit each where bound <= word < +inf. For a positive bound the words
-// compare as signed integers do; negative values and NaNs of either sign fall outside.
-EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
+// Thirty-two bfloat16 values: a bit each where bound <= word < +inf, bound[1] where the old bit is set. For
+// positive bounds the words compare as signed integers do; negative values and NaNs of either sign fall
+// outside.
+EPI_INLINE uint32_t finite_from(const uint16_t* p, const int bound[2], uint32_t old) {
   const __m512i words = _mm512_loadu_si512(p);
+  const __m512i bounds = _mm512_mask_blend_epi16(old, _mm512_set1_epi16(static_cast<short>(bound[0])),
+                                                 _mm512_set1_epi16(static_cast<short>(bound[1])));
   const __mmask32 finite =
       _mm512_cmplt_epi16_mask(words, _mm512_set1_epi16(static_cast<short>(kBfloat16Infinity)));
-  return _mm512_mask_cmpge_epi16_mask(finite, words, _mm512_set1_epi16(static_cast<short>(bound)));
+  return _mm512_mask_cmpge_epi16_mask(finite, words, bounds);
 }
 
 // Extrema of finite words in the order of the numbers they are.

@@ -284,6 +284,11 @@ EPI_INLINE uint32_t finite_from(const uint16_t* p, int bound) {
   }
   return bits;
 }
+// The same with a bound by old bit.
+EPI_INLINE uint32_t finite_from(const uint16_t* p, const int bound[2], uint32_t old) {
+  const uint32_t in = finite_from(p, bound[0]);
+  return old == 0 ? in : (finite_from(p, bound[1]) & old) | (in & ~old);
+}
 
 // Extrema of finite words in the order of the numbers they are.
 struct WordExtrema {

@@ -40,11 +40,12 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a config and no weights: nothing is asked of the hub
     from epi_kernels.demo import pool, protocol, results, text
+    from epi_kernels.workers import usable_cores
 
     arms = protocol.make_arms(settings)
     seeds = range(1, args.seeds + 1)
     total = args.seeds * (settings.steps_a + len(arms) * settings.steps_b)
-    workers = min(args.threads or min(8, pool.usable_cores()), args.seeds * len(arms))
+    workers = min(args.threads or min(8, usable_cores()), args.seeds * len(arms))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         write_whole(args.out / ".try", "")  # before the minutes of training

@@ -1,40 +1,12 @@
-"""Runs the stages on worker processes of one thread each, and counts steps for the progress bar.
-
-One thread each: models this small gain nothing from a second, and the numbers then do not depend on how many
-workers there are.
-"""
+"""Runs the stages on worker processes, and counts steps for the progress bar."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 
 from epi_kernels.demo.protocol import Arm, Settings, StageA, StageB, learn_a, learn_b
-
-_counter: Any = None
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def start_worker(counter: Any) -> None:
-    import torch
-
-    global _counter
-    _counter = counter
-    # Ctrl-C is the parent's to handle, without a traceback from every worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def tick() -> None:
-    with _counter.get_lock():
-        _counter.value += 1
+from epi_kernels.workers import processes, tick
 
 
 def _worker_a(settings: Settings, seed: int) -> StageA:
@@ -55,19 +27,8 @@ def run_all(
     """Both stages of every seed, in the order of seeds and arms; `show` gets the number of steps done so far."""
     if workers == 1:
         return _run_here(settings, seeds, arms, show)
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("l", 0)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, start_worker, (counter,))
-    try:
-        return _drive(pool, settings, seeds, arms, lambda: show(counter.value))
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # or shutdown waits for the stages under way
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with processes(workers) as (pool, ticks):
+        return _drive(pool, settings, seeds, arms, lambda: show(ticks()))
 
 
 def _drive(

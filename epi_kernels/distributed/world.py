@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epi_kernels.distributed.meeting import meeting, raise_first
 from epi_kernels.distributed.shards import Shard, shard_of
 from epi_kernels.policies.layers import LayerKey, LayerTable, Share, build_layers
 from epi_kernels.reference.stats import LayerStats
@@ -42,17 +43,8 @@ def by_all(prepare: Callable[[], Value]) -> Value:
     if dist.is_initialized():
         heard = [None] * dist.get_world_size()
         dist.all_gather_object(heard, None if refused is None else str(refused))
-    _raise_first(heard, refused)
+    raise_first(heard, refused)
     return found  # type: ignore[return-value]  # prepare() has ended
-
-
-def _raise_first(heard: Sequence[str | None], own: Exception | None) -> None:
-    """``heard``: each rank's words where it refuses. A rank's own error keeps its kind."""
-    if own is not None:
-        raise own
-    for rank, text in enumerate(heard):
-        if text is not None:
-            raise ValueError(f"rank {rank}: {text}")
 
 
 def on_first_rank(write: Callable[[], None]) -> None:
@@ -150,8 +142,9 @@ class World:
         """
         ranks: list[Any] = [None] * dist.get_world_size(self.group)
         words = None if refused is None else str(refused)
-        dist.all_gather_object(ranks, (list(holdings), settings, step, votes, words), group=self.group)
-        _raise_first([words for *_, words in ranks], refused)
+        with meeting(step):
+            dist.all_gather_object(ranks, (list(holdings), settings, step, votes, words), group=self.group)
+        raise_first([words for *_, words in ranks], refused)
         _check_settings([settings for _, settings, *_ in ranks])
         steps = [step for _, _, step, *_ in ranks]
         if min(steps) != max(steps):
@@ -182,7 +175,8 @@ class World:
         said = (sorted(settings.items()), [one.options for one in holdings])
         digest = zlib.crc32(repr(said).encode())
         seen = torch.tensor([stale, step, -step, digest, -digest], dtype=torch.int64, device=device)
-        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+        with meeting(step):
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
         any_stale, last, first, high, low = seen.tolist()
         if any_stale == _REFUSED:
             self.agree(holdings, settings, step, refused=refused)

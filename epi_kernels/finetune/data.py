@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,34 +111,42 @@ def first_of(errors: Sequence[str]) -> str:
     return "\n".join(errors[:SHOWN_ERRORS]) + more
 
 
+def lines_of(path: Path, refusal: type[UserError] = UserError) -> Iterator[tuple[int, str | LineError]]:
+    """A stripped line at a time, numbered from 1: some files are larger than a memory. Raises `refusal`."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise refusal(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                # utf-8-sig: some editors put a byte-order mark before the first line.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                yield number, LineError(f"is not UTF-8 (byte {error.start})")
+
+
 def read_jsonl(path: str | Path) -> list[Example]:
     """All examples of a file. Raises UserError that names file and line of the first wrong lines and what is accepted."""
     path = Path(path)
     examples: list[Example] = []
     errors: list[str] = []
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                # utf-8-sig: some editors put a byte-order mark before the first line.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                if number == 1 and text.startswith("["):
-                    raise UserError(
-                        f"{path}: looks like a JSON array; write one object a line instead\n{ACCEPTED}"
-                    )
-                examples.append(parse(json.loads(text), where))
-            except UnicodeDecodeError as error:
-                errors.append(f"{where}: is not UTF-8 (byte {error.start})")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
-                errors.append(f"{where}: is not JSON ({error})")
-            except LineError as error:
-                errors.append(f"{where}: {error}")
+    for number, line in lines_of(path):
+        where = f"{path}:{number}"
+        try:
+            if isinstance(line, LineError):
+                raise line
+            if not line:
+                continue
+            if number == 1 and line.startswith("["):
+                raise UserError(
+                    f"{path}: looks like a JSON array; write one object a line instead\n{ACCEPTED}"
+                )
+            examples.append(parse(json.loads(line), where))
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
+            errors.append(f"{where}: is not JSON ({error})")
+        except LineError as error:
+            errors.append(f"{where}: {error}")
     if errors:
         raise UserError(f"{first_of(errors)}\n{ACCEPTED}")
     if not examples:

@@ -1,9 +1,9 @@
 """Checkpoints of a model and its optimizer through ``torch.distributed.checkpoint``, on one rank or many.
 
 ``load`` of that package writes into the tensors that it is given: a file cut off in the middle leaves half of them
-changed, and what the optimizer has not made yet (a persistent mask) is dropped in silence. These two functions load what
-the checkpoint holds into tensors of their own, by the parameters' names, and write beside the old checkpoint until the
-new one is whole.
+changed, and what the optimizer does not list (state of a parameter frozen since) is dropped in silence. These two
+functions load what the checkpoint holds into tensors of their own, by the parameters' names, and write beside the old
+checkpoint until the new one is whole.
 
     save_checkpoint("run/last", model, optimizer)  # every rank
     load_checkpoint("run/last", model, optimizer)  # on any number of ranks, sharded or not
@@ -30,6 +30,7 @@ from epi_kernels.distributed.world import by_all, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.group_masks import VERSION_KEY, version_and_masks
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
 MARK = ".metadata"  # written last, by torch
@@ -217,11 +218,10 @@ def _in_our_order(
         of = {group_of[name] for name in own}
         if len(of) > 1 or len(saved_groups) != len(optimizer.param_groups):
             raise ValueError(f"{folder}: the optimizer's parameters were grouped otherwise")
-        group = (
-            {key: value for key, value in saved_groups[of.pop()].items() if key != "param_names"}
-            if of
-            else {}
-        )
+        saved = saved_groups[of.pop()] if of else {}
+        group = {key: value for key, value in saved.items() if key != "param_names"}
+        if VERSION_KEY in group:  # the masks beside it are in the saved group's order, and in the states
+            group[VERSION_KEY], _ = version_and_masks(saved)
         if isinstance(ours["lr"], Tensor) and "lr" in group:
             group["lr"] = torch.full_like(ours["lr"], group["lr"])
         groups.append(group | {"params": [numbers[name] for name in own]})

@@ -243,8 +243,11 @@ def make_config(
     )
 
 
-def check_param_group(group: dict[str, Any]) -> None:
-    """Validates a group as the caller hands it over, before it joins the optimizer."""
+def checked_param_group(given: Any) -> dict[str, Any]:
+    """A group as the caller hands it over, validated before it joins the optimizer; a copy, whose parameters are listed."""
+    if not isinstance(given, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(given)}")
+    group = dict(given)
     misplaced = [name for name in GLOBAL_OPTIONS if name in group]
     if misplaced:
         raise ValueError(
@@ -252,6 +255,9 @@ def check_param_group(group: dict[str, Any]) -> None:
             f"(a group may set {', '.join(GROUP_OPTIONS)})"
         )
     check_group_options(group)
+    if not isinstance(group["params"], (Tensor, set)):
+        group["params"] = list(group["params"])
+    return group
 
 
 def check_parameter(param: Tensor, name: str) -> None:

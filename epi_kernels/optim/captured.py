@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epi_kernels.backends import capture
 from epi_kernels.optim.plan import StepPlan
+from epi_kernels.optim.skipped import SkippedSteps
 
 
 class ReplayedSteps:
@@ -23,6 +24,12 @@ class ReplayedSteps:
     def isolation_step(self) -> int:
         """Waits for the device."""
         return int(self._step) + self._ahead
+
+
+def steps_done(noted: int, skipped: SkippedSteps, replayed: ReplayedSteps | None) -> int:
+    """T, where ``noted`` steps were called and a device may have skipped some or replayed others; waits for it then."""
+    n_skipped = skipped.read() if skipped.unread else 0
+    return noted - n_skipped if replayed is None else replayed.isolation_step()
 
 
 class Captured:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from epi_kernels.distributed.world import World
-from epi_kernels.optim import arguments, carry, ranks, schedules, stepping
+from epi_kernels.optim import arguments, ranks, saving, schedules, stepping
 from epi_kernels.optim import state as state_
-from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured
+from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured, steps_done
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
+from epi_kernels.optim.group_masks import STATE_VERSION, VERSION_KEY
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.plan import StepPlan
-from epi_kernels.optim.refresh import StatsByDevice
 from epi_kernels.optim.report import IsolationReport
-from epi_kernels.optim.sharded_state import export_states
 from epi_kernels.optim.skipped import SkippedSteps
 from epi_kernels.optim.uncompiled import uncompiled
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
@@ -28,7 +26,7 @@ from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
 if TYPE_CHECKING:
     from epi_kernels.optim.release import GradientRelease
 
-_STEP, _VERSION = state_.STEP_KEY, state_.VERSION_KEY
+_STEP = state_.STEP_KEY
 _COPIED = """
     _config _world _report _skipped _given_lr_0 _warned_nothing_selected _step_supports_amp_scaling
 """.split()
@@ -182,12 +180,7 @@ class MaskedEMAAdamW(Optimizer):
             NotImplementedError: a parameter is sharded in a way that is not supported, with what to use instead.
             RuntimeError: the backend asked for cannot step a parameter.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        group = dict(param_group)
-        arguments.check_param_group(group)
-        if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
+        group = arguments.checked_param_group(param_group)
         check_parameters(
             group["params"],
             {entry.name: entry.param for entry in self._parameters()},
@@ -196,7 +189,7 @@ class MaskedEMAAdamW(Optimizer):
             capturable=self._config.capturable,
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
-        group[_VERSION] = state_.STATE_VERSION
+        group[VERSION_KEY] = STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)
         super().add_param_group(group)
         self._given.add(self.param_groups[-1]["params"])
@@ -222,11 +215,7 @@ class MaskedEMAAdamW(Optimizer):
         Raises:
             ValueError: it is no group of this rank's, or parameters have no names.
         """
-        if not all("param_names" in one for one in self.param_groups):
-            raise ValueError(
-                "ranks tell parameters apart by name, and this optimizer's have none: pass (name, tensor) pairs, with "
-                "the names that the parameters have in the whole model"
-            )
+        ranks.check_named(self.param_groups)
         self._world = World(group)
 
     # ---------------------------------------------------------------- the step
@@ -291,11 +280,9 @@ class MaskedEMAAdamW(Optimizer):
 
     def _settle(self) -> None:
         """Takes what was skipped off T; waits for the device."""
-        skipped = self._skipped.read() if self._skipped.unread else 0
-        if self._replayed is not None:
-            self._set_isolation_step(self._replayed.isolation_step())
-        elif skipped:
-            self._set_isolation_step(self._isolation_step - skipped)
+        counted = steps_done(self._isolation_step, self._skipped, self._replayed)
+        if counted != self._isolation_step:
+            self._set_isolation_step(counted)
 
     # ---------------------------------------------------------------- the refresh
 
@@ -304,14 +291,7 @@ class MaskedEMAAdamW(Optimizer):
     def refresh_isolation_mask(self) -> IsolationReport:
         """Refreshes the mask now, whatever T; returns what it did. Schedules adapt nothing and stay as planned."""
         self._refuse_in_a_step("refresh_isolation_mask()")
-        self._settle()
-        opened = stepping.open_refresh(
-            self, lambda: schedules.settings_at(self._config, self.param_groups[0], self._isolation_step)
-        )
-        assert opened is not None, "asked for by hand"
-        now, table = opened
-        stats = StatsByDevice(len(table.names), now)
-        return stepping.refresh_masks(self, table, stats, now, covered=set(), due=False)
+        return stepping.refresh_now(self)
 
     def isolation_report(self) -> IsolationReport | None:
         """Figures of the last refresh, None before the first. Nothing synchronises until they are read."""
@@ -368,21 +348,7 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: a parameter has no counterpart there, or one of another shape, or there is no state at all.
         """
         self._refuse_in_a_step("carry_importance()")
-        entries = list(self._parameters())
-        named = all("param_names" in group for group in self.param_groups)
-        names = [entry.name for entry in entries] if named else None
-        stepping.join_ranks(self, [entry.param for entry in entries])
-
-        def read() -> list[dict[str, Any]]:
-            carried = carry.match_source(source, [entry.param for entry in entries], names)
-            return carry.fresh_states(entries, carried, self.state, self._config)
-
-        fresh = ranks.all_or_none(read, self._world, self._device())
-        self._forget_plans()
-        carry.put_states(entries, fresh, self.state)
-        self._skipped.read()
-        self._set_isolation_step(0)
-        schedules.start_schedules(self.param_groups, self._config)
+        saving.carry_from(self, source)
 
     # ---------------------------------------------------------------- saving and loading
 
@@ -406,21 +372,10 @@ class MaskedEMAAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.
 
-        Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard.
+        Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard. Of plain
+        parameters, masks that a fresh optimizer's dict has no key for are in ``isolation_version`` of their group as well.
         """
-        self._refuse_in_a_step("state_dict()")
-        self._adopt_state()
-        self._settle()
-        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
-        try:
-            found = super().state_dict()
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
-        export_states(found["state"], self.param_groups)
-        for hook in hooks.values():  # they see what is saved
-            replaced = hook(self, found)
-            found = found if replaced is None else replaced
-        return found
+        return saving.saved(self, super().state_dict)
 
     @uncompiled
     @torch.no_grad()
@@ -433,21 +388,7 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: it is of another parameter set or version, or a tensor in it does not fit; the optimizer is
                 as before.
         """
-        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        stepping.join_ranks(self, [entry.param for entry in self._parameters()])
-        state, groups = ranks.all_or_none(
-            lambda: state_.read_state_dict(state_dict, self.param_groups, self._config),
-            self._world,
-            self._device(),
-        )
-        self._forget_plans()
-        self.__setstate__({"state": state, "param_groups": groups})
-        self._report, self._skipped = None, SkippedSteps()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        saving.load(self, state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -455,7 +396,5 @@ class MaskedEMAAdamW(Optimizer):
         self._given = Given(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_in_a_step("a copy")
-        self._adopt_state()
-        self._settle()
+        saving.ready(self, "a copy")
         return super().__getstate__() | {name: self.__dict__[name] for name in _COPIED}

@@ -95,3 +95,18 @@ def install_mask(state: dict[str, Any], param: Tensor, mask: Tensor, *, persiste
     else:
         current.copy_(packed | lasting)
         state["persistent_mask"] = lasting
+
+
+def put_back_persistent(state: dict[str, Any], what: str) -> None:
+    """Lays a persistent mask that came by itself over the other one, which has its bits where it came from the same state.
+
+    Raises:
+        ValueError: it has not: they are of two parameters.
+    """
+    lasting = state["persistent_mask"]
+    current = state.setdefault("isolation_mask", lasting.clone())
+    if bool((lasting & ~current).any()):
+        raise ValueError(
+            f"{what}: the persistent mask has bits that the isolation mask lacks, as of another parameter: give the optimizer "
+            "its parameters in the order of the one that was saved"
+        )

@@ -57,17 +57,7 @@ class StepPlan:
         written: bool,  # a loss scale will be divided out of the gradients
     ) -> None:
         self._all_params = [entry.param for entry in entries]
-        stepped = [entry for entry, grad in zip(entries, grads, strict=True) if grad is not None]
-        for entry, grad in zip(stepped, _present(grads), strict=True):
-            check_gradient(entry, grad, config.backend)
-            if written:
-                check_written_gradient(entry, grad)
-            check_state(entry, state_of.get(entry.param, {}))
-            check_index(entry, config)
-        groups = list({id(entry.group): entry.group for entry in stepped}.values())
-        # before there is state: a value that cannot be computed with must leave none behind
-        hyper_of = {id(group): _hyper_parameters(group, config) for group in groups}
-
+        stepped, groups, hyper_of = check_step(entries, grads, state_of, config, written=written)
         self._config = config
         self._stepped = stepped
         self._params = [entry.param for entry in stepped]
@@ -238,6 +228,30 @@ class StepPlan:
             )
             for group, _ in self._group_rows
         ]
+
+
+def check_step(
+    entries: Sequence[Entry],
+    grads: Sequence[Tensor | None],
+    state_of: Mapping[Tensor, Mapping[str, Any]],
+    config: IsolationConfig,
+    *,
+    written: bool,
+) -> tuple[list[Entry], list[dict[str, Any]], dict[int, HyperParameters]]:
+    """What a step would stumble over, before there is state. Returns the entries with gradients, their groups, and what
+    these say of the step, by their ids.
+
+    Raises as ``StepPlan``.
+    """
+    stepped = [entry for entry, grad in zip(entries, grads, strict=True) if grad is not None]
+    for entry, grad in zip(stepped, _present(grads), strict=True):
+        check_gradient(entry, grad, config.backend)
+        if written:
+            check_written_gradient(entry, grad)
+        check_state(entry, state_of.get(entry.param, {}))
+        check_index(entry, config)
+    groups = list({id(entry.group): entry.group for entry in stepped}.values())
+    return stepped, groups, {id(group): _hyper_parameters(group, config) for group in groups}
 
 
 def check_index(entry: Entry, config: IsolationConfig) -> None:

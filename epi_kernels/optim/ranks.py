@@ -19,6 +19,18 @@ T = TypeVar("T")
 _OWN = ("layer_key", "backend")
 
 
+def check_named(param_groups: Sequence[dict[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: parameters have no names, by which ranks tell them apart.
+    """
+    if not all("param_names" in one for one in param_groups):
+        raise ValueError(
+            "ranks tell parameters apart by name, and this optimizer's have none: pass (name, tensor) pairs, with "
+            "the names that the parameters have in the whole model"
+        )
+
+
 def settings(config: IsolationConfig) -> dict[str, Any]:
     return {
         field.name: _told(getattr(config, field.name))
@@ -52,16 +64,22 @@ def _plain(value: Any) -> Any:
 
 
 def agree_once(
-    world: World | None, entries: Sequence[Entry], config: IsolationConfig, *, votes: bool = False
+    world: World | None,
+    entries: Sequence[Entry],
+    config: IsolationConfig,
+    *,
+    votes: bool = False,
+    refused: Exception | None = None,
 ) -> bool | None:
     """Before the first step, and after what the ranks know has changed: a call of all of them, before any other.
 
-    Returns whether all of them vote yes; None where they had agreed before, or there are no others.
+    Returns whether all of them vote yes; None where they had agreed before, or there are no others. ``refused``: why this
+    rank cannot go on, which all of them raise.
     """
     if world is None or world.agreed:
         return None
     step = entries[0].group[STEP_KEY] if entries else 0
-    return world.agree(holdings(entries, config), settings(config), step, votes=votes)
+    return world.agree(holdings(entries, config), settings(config), step, votes=votes, refused=refused)
 
 
 def all_or_none(read: Callable[[], T], world: World | None, device: torch.device) -> T:

@@ -162,7 +162,11 @@ class GradientRelease:
         again = left & self._stepped
         if again:
             raise RuntimeError(second_gradient(self._entries[again.pop()].name))
-        opened = None if self._now is None else stepping.open_refresh(optimizer, lambda: self._now)
+
+        def refusal() -> Exception | None:
+            return stepping.refusal_of(optimizer, params, grads, written=False, alike=alike) if left else None
+
+        opened = None if self._now is None else stepping.open_refresh(optimizer, lambda: self._now, refusal)
         now, table = opened or (None, None)
         if left:
             plan = stepping.plan_of(optimizer, params, grads, written=False, alike=alike)

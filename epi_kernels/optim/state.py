@@ -14,13 +14,11 @@ from torch import Tensor
 from epi_kernels.distributed.shards import local
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
-from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
+from epi_kernels.optim.group_masks import VERSION_KEY, left_behind, version_and_masks
+from epi_kernels.optim.masks import MASK_KEYS, load_mask, put_back_persistent, zero_mask
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.optim.sharded_state import localized
-
-STATE_VERSION = 1
-VERSION_KEY = "isolation_version"
 
 
 def shares_importance(group: Mapping[str, Any]) -> bool:
@@ -40,9 +38,13 @@ def complete_state(
             state.update(new_moment(key, param, config))
     if CORRECTION_KEY not in state:
         state.update(new_correction(param, config))
-    # a graph goes on with the mask that it was captured with
-    if "isolation_mask" not in state and (config.isolates or config.capturable):
+    if "isolation_mask" not in state and always_has_mask(config):
         state["isolation_mask"] = zero_mask(param)
+
+
+def always_has_mask(config: IsolationConfig) -> bool:
+    """A graph goes on with the mask that it was captured with."""
+    return config.isolates or config.capturable
 
 
 def read_step(value: Any, what: str) -> Tensor:
@@ -66,28 +68,39 @@ def _is_one_number(value: Any) -> bool:
 
 
 def load_param_state(
-    saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any], config: IsolationConfig, name: str
+    saved: Mapping[str, Any],
+    param: Tensor,
+    group: Mapping[str, Any],
+    config: IsolationConfig,
+    name: str,
+    left: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """One parameter's state: clones in our dtypes, checked against the parameter."""
-    saved = localized(saved, param, f"state of {name}")
+    """One parameter's state: clones in our dtypes, checked against the parameter. ``left``: masks that ``saved`` lacks; there
+    may be nothing else."""
+    only_masks, left = not saved, left or {}
+    saved = localized({**saved, **left}, param, f"state of {name}")
     known = {"step", *MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS}
     unknown = [key for key in saved if key not in known]
     if unknown:
         raise ValueError(
             f"state of {name} has keys this optimizer does not know: {', '.join(map(str, unknown))}"
         )
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in saved]
-    if missing:
-        raise ValueError(f"state of {name} lacks {', '.join(missing)}")
-    state: dict[str, Any] = {"step": read_step(saved["step"], f"state of {name}")}
-    for key in MOMENT_KEYS:
-        if key == "importance" and (key not in saved or shares_importance(group)):
-            continue
-        state.update(load_moment(saved, key, param, config, f"state of {name}"))
-    state.update(load_correction(saved, param, config, f"state of {name}"))
+    state: dict[str, Any] = {}
+    if not only_masks:
+        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in saved]
+        if missing:
+            raise ValueError(f"state of {name} lacks {', '.join(missing)}")
+        state["step"] = read_step(saved["step"], f"state of {name}")
+        for key in MOMENT_KEYS:
+            if key == "importance" and (key not in saved or shares_importance(group)):
+                continue
+            state.update(load_moment(saved, key, param, config, f"state of {name}"))
+        state.update(load_correction(saved, param, config, f"state of {name}"))
     for key in MASK_KEYS:
         if key in saved:
             state[key] = load_mask(saved[key], local(param), f"state of {name}, {key}")
+    if "persistent_mask" in left:
+        put_back_persistent(state, f"state of {name}")
     for key in MASK_KEYS:  # a sharded state dict has both, in use or not; what p asks for comes back
         if key in state and not bool(state[key].any()):
             del state[key]
@@ -140,11 +153,7 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
                         f"the state dict is of another parameter set: group {number} has {saved_name!r} "
                         f"where this optimizer has {name!r}"
                     )
-        version = saved_group.get(VERSION_KEY, STATE_VERSION)
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"the state dict has {VERSION_KEY} {version!r}; this release reads {STATE_VERSION}"
-            )
+        version_and_masks(saved_group)
         steps = saved_group.get(STEP_KEY, 0)
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{STEP_KEY} must be an int >= 0, got {steps!r}")
@@ -154,7 +163,8 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
 
 
 def _load_group(group: dict[str, Any], saved: dict[str, Any], isolation_step: int) -> dict[str, Any]:
-    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in GLOBAL_OPTIONS}
+    left_out = {*GLOBAL_OPTIONS, VERSION_KEY}
+    loaded = {key: deepcopy(value) for key, value in saved.items() if key not in left_out}
     for key, value in group.items():
         loaded.setdefault(key, value)
     loaded["params"] = group["params"]
@@ -187,9 +197,11 @@ def read_state_dict(
     if strangers:
         raise ValueError(f"the state dict holds state of parameters no group lists: {strangers[:5]}")
     state: defaultdict[Tensor, Any] = defaultdict(dict)
-    for key, entry in state_dict["state"].items():
+    left = left_behind(saved_groups, state_dict["state"])
+    for key in dict.fromkeys([*state_dict["state"], *left]):
+        entry, masks = state_dict["state"].get(key), left.get(key)
         param, group, position = owner_of[key]
         name = group["param_names"][position] if "param_names" in group else f"parameter {key}"
-        if entry:
-            state[param] = load_param_state(entry, param, group, config, name)
+        if entry or masks:
+            state[param] = load_param_state(entry or {}, param, group, config, name, masks)
     return state, groups

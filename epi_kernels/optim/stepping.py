@@ -13,7 +13,7 @@ from epi_kernels.optim import ranks, schedules
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.captured import ReplayedSteps, check_capture
 from epi_kernels.optim.layers import check_before_refresh, find_layers
-from epi_kernels.optim.plan import StepPlan
+from epi_kernels.optim.plan import StepPlan, check_step
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
 from epi_kernels.optim.report import IsolationReport, warn_after_refresh
 from epi_kernels.optim.state import load_param_state
@@ -31,8 +31,18 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     join_ranks(optimizer, params)
-    grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
-    if takes_no_step(optimizer, grads):
+    written, unread = grad_scale is not None, None
+    grads: list[Tensor | None] = [None] * len(params)
+    alike = False
+    try:
+        grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
+    except RuntimeError as error:  # the others hear of it where they meet
+        unread = error
+
+    def refusal() -> Exception | None:
+        return unread or refusal_of(optimizer, params, grads, written=written, alike=alike)
+
+    if takes_no_step(optimizer, grads, refusal):
         plan_of(optimizer, params, grads, written=False)
         return
     if optimizer._captured.graphs:  # which may have been replayed since
@@ -42,9 +52,11 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
         optimizer._settle()
         found_inf = None if found_inf is None else found_inf.cpu()  # the host waits once
         if not found_inf:
-            opened = open_refresh(optimizer, lambda: schedules.due_settings(config, first_group))
+            opened = open_refresh(optimizer, lambda: schedules.due_settings(config, first_group), refusal)
+    if unread is not None:
+        raise unread
     now, table = opened or (None, None)
-    plan = plan_of(optimizer, params, grads, written=grad_scale is not None, alike=alike)
+    plan = plan_of(optimizer, params, grads, written=written, alike=alike)
     if found_inf is not None and (may_refresh or not plan.counts_on_device):
         optimizer._settle()
         if bool(found_inf):
@@ -72,19 +84,51 @@ def captured_step(optimizer: MaskedEMAAdamW) -> None:
     optimizer._captured.keep(plan, grads)
 
 
-def takes_no_step(optimizer: MaskedEMAAdamW, grads: Sequence[Tensor | None]) -> bool:
+Refusal = Callable[[], Exception | None]  # why this rank cannot take the step at hand
+
+
+def refusal_of(
+    optimizer: MaskedEMAAdamW,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    written: bool,
+    alike: bool,
+) -> Exception | None:
+    """What a step with these gradients would refuse, for the ranks to hear where they meet; a rank by itself is refused by
+    the plan."""
+    plan, refused = optimizer._plan, None
+    if optimizer._world is None:
+        return None
+    try:
+        if plan is None or not plan.fits(params, grads, optimizer.state, alike=alike):
+            optimizer._given.check(optimizer.param_groups)
+            entries = list(optimizer._parameters())
+            check_step(entries, grads, optimizer.state, optimizer._config, written=written)
+    except Exception as error:
+        refused = error
+    return refused
+
+
+def takes_no_step(optimizer: MaskedEMAAdamW, grads: Sequence[Tensor | None], refusal: Refusal) -> bool:
     """Whether the step makes a template, on all ranks. Where they have not agreed yet they do so here, first of all."""
     world, here = optimizer._world, is_template(optimizer, grads)
-    return here if world is None else agree(optimizer, votes=here)
+    return here if world is None else agree(optimizer, votes=here, refusal=refusal)
 
 
-def agree(optimizer: MaskedEMAAdamW, *, votes: bool = False) -> bool:
-    """Before a step, a call of all ranks where they have to compare: until T is 1, and after a load. Whether all vote yes."""
+def agree(optimizer: MaskedEMAAdamW, *, votes: bool = False, refusal: Refusal = lambda: None) -> bool:
+    """Before a step, a call of all ranks where they have to compare: until T is 1, and after a load. Whether all vote yes.
+
+    Raises:
+        Exception: what ``refusal`` gives; a ValueError with its words on the other ranks.
+    """
     world = optimizer._world
     if world is not None and optimizer._isolation_step == 0:
         world.forget()
-    entries = [] if world is None or world.agreed else list(optimizer._parameters())
-    return bool(ranks.agree_once(world, entries, optimizer._config, votes=votes))
+    if world is None or world.agreed:
+        return False
+    entries = list(optimizer._parameters())
+    return bool(ranks.agree_once(world, entries, optimizer._config, votes=votes, refused=refusal()))
 
 
 def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
@@ -150,10 +194,10 @@ def plan_of(
 
 
 def open_refresh(
-    optimizer: MaskedEMAAdamW, ask: Callable[[], IsolationConfig | None]
+    optimizer: MaskedEMAAdamW, ask: Callable[[], IsolationConfig | None], refusal: Refusal = lambda: None
 ) -> tuple[IsolationConfig, LayerTable] | None:
     """The numbers of a refresh, which ``ask`` gives, and its layers; None where it gives none, on all ranks. What a
-    refresh may refuse is refused here, and heard by all ranks."""
+    refresh may refuse is refused here, and the step before it (``refusal``), and heard by all ranks."""
     entries = list(optimizer._parameters())
     join_ranks(optimizer, [entry.param for entry in entries])
     now, refused = None, None
@@ -162,11 +206,23 @@ def open_refresh(
         if now is None:
             return None
         check_before_refresh(entries, optimizer.state)
+        refused = refusal()
     except Exception as error:  # a user's function raises what it likes
         refused = error
     now = optimizer._config if now is None else now
     step, device = optimizer._isolation_step, optimizer._device()
     return now, find_layers(entries, now, optimizer._world, step, device, refused)
+
+
+def refresh_now(optimizer: MaskedEMAAdamW) -> IsolationReport:
+    """A refresh by hand, whatever T."""
+    optimizer._settle()
+    config, group = optimizer._config, optimizer.param_groups[0]
+    opened = open_refresh(optimizer, lambda: schedules.settings_at(config, group, optimizer._isolation_step))
+    assert opened is not None, "asked for by hand"
+    now, table = opened
+    stats = StatsByDevice(len(table.names), now)
+    return refresh_masks(optimizer, table, stats, now, covered=set(), due=False)
 
 
 def refresh_masks(

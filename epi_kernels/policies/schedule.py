@@ -76,14 +76,7 @@ class AdaptiveInterval:
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        initial = check_interval(f"{name}.initial", self.initial)
-        minimum = max(1, initial // 10) if self.minimum is None else self.minimum
-        maximum = 10 * initial if self.maximum is None else self.maximum
-        _set(self, "initial", initial)
-        _set(self, "minimum", check_interval(f"{name}.minimum", minimum))
-        _set(self, "maximum", check_interval(f"{name}.maximum", maximum))
-        _check_adaptive(self)
+        _complete(self, check_interval, lambda initial: (max(1, initial // 10), 10 * initial))
 
     def within(self, interval: int) -> int:
         """The nearest that the bounds allow."""
@@ -125,16 +118,11 @@ class AdaptiveRatio:
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        initial = check_ratio(f"{name}.initial", self.initial)
-        require(initial > 0, f"{name}.initial", initial, "a number in (0, 1)")  # 0 could never grow
-        minimum = initial / 10 if self.minimum is None else self.minimum
-        maximum = max(initial, min(10 * initial, 0.5)) if self.maximum is None else self.maximum
-        _set(self, "initial", initial)
-        for bound, value in (("minimum", minimum), ("maximum", maximum)):
-            _set(self, bound, check_ratio(f"{name}.{bound}", value))
-            require(value > 0, f"{name}.{bound}", value, "a number in (0, 1)")
-        _check_adaptive(self)
+        _complete(
+            self,
+            _check_positive_ratio,
+            lambda initial: (initial / 10, max(initial, min(10 * initial, 0.5))),
+        )
 
     def within(self, ratio: float) -> float:
         """The nearest that the bounds allow."""
@@ -149,8 +137,29 @@ class AdaptiveRatio:
         return self.within(ratio)
 
 
-def _set(adaptive: AdaptiveInterval | AdaptiveRatio, name: str, value: float) -> None:
-    object.__setattr__(adaptive, name, value)  # frozen, and not made yet
+def _check_positive_ratio(name: str, value: float) -> float:
+    ratio = check_ratio(name, value)
+    require(ratio > 0, name, ratio, "a number in (0, 1)")  # 0 could never grow
+    return ratio
+
+
+def _complete(
+    adaptive: AdaptiveInterval | AdaptiveRatio,
+    check: Callable[[str, float], float],
+    bounds: Callable[[float], tuple[float, float]],  # of an initial value, where none are given
+) -> None:
+    """Bounds put in, all values checked."""
+
+    def put(name: str, value: float) -> float:
+        value = check(f"{type(adaptive).__name__}.{name}", value)
+        object.__setattr__(adaptive, name, value)  # frozen, and not made yet
+        return value
+
+    initial = put("initial", adaptive.initial)
+    for name, bound in zip(("minimum", "maximum"), bounds(initial)):
+        given = getattr(adaptive, name)
+        put(name, bound if given is None else given)
+    _check_adaptive(adaptive)
 
 
 def _check_adaptive(adaptive: AdaptiveInterval | AdaptiveRatio) -> None:

@@ -49,6 +49,17 @@ class Code:
         return f"<pre>{html.escape(self.text)}</pre>"
 
 
+def scrolled(head: str, body: str, caption: str = "", kind: str = "") -> str:
+    """A table as wide as it likes. ``head``, ``body``: HTML of its cells and of its rows; ``kind``: what a style sheet
+    knows it by."""
+    named = f' class="{kind}"' if kind else ""
+    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table{named}>{told}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 @dataclass
 class Table:
     """Rows of cells (anything with a `str`). Cells after the first column are set flush right."""
@@ -63,8 +74,7 @@ class Table:
             "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
             for row in self.rows
         )
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        return scrolled(head, body, self.caption)
 
 
 @dataclass

@@ -218,8 +218,8 @@ def _bar(plan: Any, missing: list[str]) -> Any:
 
 
 def _workers(asked: int | None, device: str, runs: int, ranks: Ranks) -> int:
-    from epi_kernels.demo.pool import usable_cores
     from epi_kernels.repro.errors import ReproError
+    from epi_kernels.workers import usable_cores
 
     if asked is not None and asked < 1:
         raise ReproError(f"--workers {asked}: must be at least 1")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epi_kernels.report.page import Block, Code, Figure, Note, Section, build
+from epi_kernels.report.page import Block, Code, Figure, Note, Section, build, scrolled
 from epi_kernels.repro.describe import describe
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.preset import Preset
@@ -118,11 +118,7 @@ class _Result:
                 keys = self.rendered.runs[index] if index < len(self.rendered.runs) else ()
                 cells += f'<td class="runs">{"".join(map(self.log.link, keys))}</td>'
             body += f"<tr>{cells}</tr>"
-        caption = f"<caption>{html.escape(laid.caption)}</caption>" if laid.caption else ""
-        return (
-            f'<div class="scroll"><table class="result">{caption}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-        )
+        return scrolled(head, body, laid.caption, "result")
 
     def _cell(self, cell: Parts) -> str:
         text = html.escape(cell.main) + (f" ± {cell.sd}" if cell.sd else "")
@@ -187,8 +183,7 @@ class _Log:
         rows = "".join(self._row(key, one) for key, one in self.manifests.items())
         return (
             "<p>In the tables a run is named by its seed. A run's key is the hash of its whole description, which its "
-            "manifest states.</p>"
-            f'<div class="scroll"><table class="log"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+            "manifest states.</p>" + scrolled(head, rows, kind="log")
         )
 
     def _row(self, key: str, manifest: Manifest) -> str:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 
-from epi_kernels.demo.pool import start_worker, tick
 from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro import sharded
 from epi_kernels.repro.config import Recipe, TaskSpec
@@ -30,6 +28,7 @@ from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, paren
 from epi_kernels.repro.store import Store
 from epi_kernels.repro.train import Limits, Stopped
 from epi_kernels.repro.workshop import Workshop
+from epi_kernels.workers import processes, tick
 
 Ended = Callable[[str], None]  # told the key of a run that is finished
 
@@ -224,19 +223,8 @@ def _nothing() -> None:
 def _together(
     job: _Job, plan: Plan, missing: Sequence[str], progress: Any, ended: Ended, workers: int
 ) -> int:
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("l", 0)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, start_worker, (counter,))
-    try:
-        return _drive(pool, job, plan, missing, counter, progress, ended)
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # or shutdown waits for the runs under way
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with processes(workers) as (pool, ticks):
+        return _drive(pool, job, plan, missing, ticks, progress, ended)
 
 
 def _drive(
@@ -244,7 +232,7 @@ def _drive(
     job: _Job,
     plan: Plan,
     missing: Sequence[str],
-    counter: Any,
+    ticks: Callable[[], int],
     progress: Any,
     ended: Ended,
 ) -> int:
@@ -268,5 +256,5 @@ def _drive(
                 for needs in waiting.values():
                     needs.discard(name)
         if progress is not None:
-            progress.update(counter.value - progress.n)
+            progress.update(ticks() - progress.n)
     return done

@@ -23,22 +23,15 @@ class PublishedEPI(PlainAdamW):
         params: tensors, (name, tensor) pairs or groups, float32 or bfloat16.
         ratio: share of all elements to isolate at a refresh.
         importance_beta: decay of the moving average.
+        options: of ``PlainAdamW``.
     """
 
     moments = ("exp_avg", "exp_avg_sq", "importance")
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        ratio: float = 0.01,
-        importance_beta: float = 0.99,
+        self, params: Iterable[Any], *, ratio: float = 0.01, importance_beta: float = 0.99, **options: Any
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, **options)
         self.ratio, self.importance_beta = ratio, importance_beta
 
     def state_of(self, param: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from epi_kernels.repro.methods.config import Epi, Static
 from epi_kernels.repro.preset import Imbalance, Mixture, Preset
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
-from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
+from epi_kernels.repro.tables.base import Cell, Manifests, Rendered, Table
 from epi_kernels.repro.tables.results import ISOLATION, Results, Rows, RunOf, metrics
 from epi_kernels.repro.tables.words import INTERVALS, compared, setting
 
@@ -47,13 +47,13 @@ def budget(plan: Mixture | Imbalance) -> str:
 
 
 def score_rows(
-    results: Results, rows: Rows, model: str, methods: Mapping[str, RunOf], printed_as: Mapping[str, str]
+    rows: Rows, model: str, methods: Mapping[str, RunOf], printed_as: Mapping[str, str]
 ) -> dict[str, tuple[float, ...]]:
     """A row a method: the score on every task and the average. Returns the averages.
 
     ``printed_as``: method -> its name in `published_values.TABLE1`, of those that the paper has.
     """
-    preset = results.preset
+    results, preset = rows.results, rows.results.preset
     tasks, averages = plans.mixture_tasks(preset), {}
     for name, run_of in methods.items():
         averages[name] = results.over_seeds(lambda run: results.average(run, tasks), run_of)
@@ -64,7 +64,7 @@ def score_rows(
             cells.append(Cell(values=values, paper=beside))
         beside = paper.average(preset, model, in_paper, tasks) if in_paper else None
         average = Cell(values=averages[name], digits=2, paper=beside)
-        rows.add(model, name, *cells, average, runs=map(run_of, results.preset.seeds))
+        rows.add(model, name, *cells, average, runs=map(run_of, preset.seeds))
     return averages
 
 
@@ -100,7 +100,32 @@ def table1_names(methods: Iterable[str]) -> dict[str, str]:
     return dict(zip(methods, (printed.FULL, printed.RANDOM, printed.HEURISTIC, printed.CPIFT)))
 
 
-class Main:
+class EveryModel(Table):
+    """A row for every method on every model, those of Table 1 first."""
+
+    def methods(self, preset: Preset, model: str) -> dict[str, RunOf]:
+        raise NotImplementedError
+
+    def runs(self, preset: Preset) -> Sequence[Run]:
+        return [
+            run_of(seed)
+            for model in preset.models
+            for run_of in self.methods(preset, model).values()
+            for seed in preset.seeds
+        ]
+
+    def scored(
+        self, preset: Preset, found: Manifests
+    ) -> tuple[Rows, dict[str, dict[str, tuple[float, ...]]]]:
+        """The rows; and by model, every method's averages."""
+        rows, by_model = Rows(Results.of(self, preset, found)), {}
+        for model in preset.models:
+            methods = self.methods(preset, model)
+            by_model[model] = score_rows(rows, model, methods, table1_names(methods))
+        return rows, by_model
+
+
+class Main(EveryModel):
     name = "cpift-1"
     title = "Tasks learned together: full, multi-stage and CPI-FT fine-tuning"
     source = "CPI-FT, Table 1"
@@ -120,21 +145,9 @@ class Main:
             CPIFT: lambda seed: plans.mixture_cpift(preset, seed, model),
         }
 
-    def runs(self, preset: Preset) -> Sequence[Run]:
-        return [
-            run_of(seed)
-            for model in preset.models
-            for run_of in self.methods(preset, model).values()
-            for seed in preset.seeds
-        ]
-
     def render(self, preset: Preset, found: Manifests) -> Rendered:
-        results, plan = Results.of(self, preset, found), access.mixture_plan(preset, self.name)
-        rows = Rows(results)
-        by_model = {}
-        for model in preset.models:
-            methods = self.methods(preset, model)
-            by_model[model] = score_rows(results, rows, model, methods, table1_names(methods))
+        rows, by_model = self.scored(preset, found)
+        plan = access.mixture_plan(preset, self.name)
         names = list(next(iter(by_model.values())))
         tasks = plans.mixture_tasks(preset)
         heuristic = " | ".join(", ".join(stage) for stage in plan.heuristic)
@@ -178,10 +191,8 @@ class SingleStage:
         return [run_of(seed) for run_of in self.methods(preset).values() for seed in preset.seeds]
 
     def render(self, preset: Preset, found: Manifests) -> Rendered:
-        results, plan = Results.of(self, preset, found), access.mixture_plan(preset, self.name)
-        rows = Rows(results)
-        model = plans.first_model(preset)
-        averages = score_rows(results, rows, model, self.methods(preset), {})
+        plan, rows = access.mixture_plan(preset, self.name), Rows(Results.of(self, preset, found))
+        averages = score_rows(rows, plans.first_model(preset), self.methods(preset), {})
         tasks = plans.mixture_tasks(preset)
         prints = "; ".join(
             f"{name} {row.average:g}, {row.recomputed:.2f} by the formula"
@@ -215,7 +226,7 @@ class SingleStage:
         )
 
 
-class EpiMain:
+class EpiMain(EveryModel):
     name = "epi-main"
     title = "Tasks learned together: every arm of the mixture"
     source = "EPI, main comparison"
@@ -228,21 +239,9 @@ class EpiMain:
         }
         return Main().methods(preset, model) | arms
 
-    def runs(self, preset: Preset) -> Sequence[Run]:
-        return [
-            run_of(seed)
-            for model in preset.models
-            for run_of in self.methods(preset, model).values()
-            for seed in preset.seeds
-        ]
-
     def render(self, preset: Preset, found: Manifests) -> Rendered:
-        results, plan = Results.of(self, preset, found), access.mixture_plan(preset, self.name)
-        rows = Rows(results)
-        by_model = {}
-        for model in preset.models:
-            methods = self.methods(preset, model)
-            by_model[model] = score_rows(results, rows, model, methods, table1_names(methods))
+        rows, by_model = self.scored(preset, found)
+        plan = access.mixture_plan(preset, self.name)
         arms, tasks = plans.other_arms(plan), plans.mixture_tasks(preset)
         evolving = [name for name, one in arms.items() if isinstance(one.method, Epi)]
         rivals = [CPIFT, *(name for name, one in arms.items() if isinstance(one.method, Static))]

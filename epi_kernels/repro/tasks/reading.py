@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from epi_kernels.finetune.data import LineError, first_of, text_field
+from epi_kernels.finetune.data import LineError, first_of, lines_of, text_field
 from epi_kernels.repro.errors import ReproError
 
 Record = tuple[
@@ -73,24 +73,10 @@ def _text(path: Path) -> str:
         raise ReproError(f"{path}: is not UTF-8 (byte {error.start})") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | LineError]]:
-    """A line at a time: some of these files are larger than a memory."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ReproError(f"{path}: cannot be read ({error.strerror})") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                yield number, LineError(f"is not UTF-8 (byte {error.start})")
-
-
 def json_records(path: Path) -> Iterator[Record]:
     """Of JSON lines, or of one JSON array (its places are then "FILE[N]", counted from 1)."""
     first = True
-    for number, line in _lines(path):
+    for number, line in lines_of(path, ReproError):
         if first and isinstance(line, str) and line.startswith("["):
             yield from _array(path)
             return

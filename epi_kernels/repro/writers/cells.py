@@ -77,6 +77,26 @@ def parts(cell: Cell | str, common: int | None, numbers: dict[str, int]) -> Part
     )
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What a format puts around the parts of a cell: a template each."""
+
+    interval: str
+    n: str
+    paper: str
+    mark: str
+
+    def after(self, text: str, cell: Parts) -> str:
+        """The cell. ``text``: its mean and sd, or its text, as the format has them."""
+        if cell.difference and cell.interval:
+            text += self.interval.format(*cell.interval)
+        if cell.n is not None:
+            text += self.n.format(cell.n)
+        if cell.paper:
+            text = f"{text} {self.paper.format(cell.paper)}".strip()
+        return text if cell.mark is None else text + self.mark.format(cell.mark)
+
+
 def number(value: float, digits: int, signed: bool = False) -> str:
     """Fixed point; a value that rounds to zero has no sign."""
     if not math.isfinite(value):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from epi_kernels.repro.tables.base import Rendered
 
-from .cells import Parts, lay_out
+from .cells import Marks, Parts, lay_out
 
 # Characters with a meaning, those that the default font encoding lacks, and brackets: one after a line's end would be
 # read as that line's argument.
@@ -17,6 +17,10 @@ ESCAPES = {
     "−": "$-$", "–": "--", "→": r"$\to$", "Δ": r"$\Delta$", "δ": r"$\delta$", "θ": r"$\theta$", "τ": r"$\tau$",
     "α": r"$\alpha$", "β": r"$\beta$", "ω": r"$\omega$", "ε": r"$\varepsilon$", "·": r"$\cdot$",
 }  # fmt: skip
+
+MARKS = Marks(
+    interval=" (${}$ to ${}$)", n=", $n = {}$", paper="{{[}}${}${{]}}", mark=r"\textsuperscript{{{}}}"
+)
 
 
 def escape(text: str) -> str:
@@ -60,10 +64,4 @@ def _cell(cell: Parts) -> str:
         text = rf"${cell.main} \pm {cell.sd}$"
     else:
         text = f"${cell.main}$"
-    if cell.difference and cell.interval:
-        text += f" (${cell.interval[0]}$ to ${cell.interval[1]}$)"
-    if cell.n is not None:
-        text += f", $n = {cell.n}$"
-    if cell.paper:
-        text = f"{text} {{[}}${cell.paper}${{]}}".strip()
-    return text if cell.mark is None else rf"{text}\textsuperscript{{{cell.mark}}}"
+    return MARKS.after(text, cell)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from epi_kernels.markdown import escape, table
 from epi_kernels.repro.tables.base import Rendered
 
-from .cells import Laid, Parts, lay_out
+from .cells import Laid, Marks, Parts, lay_out
 from .findings import ordered
+
+MARKS = Marks(interval=" ({} to {})", n=", n = {}", paper="[{}]", mark="<sup>{}</sup>")
 
 
 def markdown(rendered: Rendered, heading: str = "###", images: Mapping[str, str] | None = None) -> str:
@@ -54,13 +56,5 @@ def _table(laid: Laid) -> str:
 
 
 def _cell(cell: Parts) -> str:
-    text = escape(cell.main)
-    if cell.sd:
-        text += f" ± {cell.sd}"
-    if cell.difference and cell.interval:
-        text += f" ({cell.interval[0]} to {cell.interval[1]})"
-    if cell.n is not None:
-        text += f", n = {cell.n}"
-    if cell.paper:
-        text = f"{text} [{cell.paper}]".strip()
-    return text if cell.mark is None else f"{text}<sup>{cell.mark}</sup>"
+    text = escape(cell.main) + (f" ± {cell.sd}" if cell.sd else "")
+    return MARKS.after(text, cell)

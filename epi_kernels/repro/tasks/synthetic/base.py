@@ -18,6 +18,14 @@ DRAWS_WITHOUT_NEWS = (
 )
 
 
+def set_and_reset(rng: random.Random, alphabet: str, count: int, times: int) -> tuple[list[str], list[str]]:
+    """`count` names, and the order in which they are set: each at least once, what is left of `times` sets one again."""
+    names = rng.sample(alphabet, count)
+    order = names + rng.choices(names, k=times - count)
+    rng.shuffle(order)
+    return names, order
+
+
 class Synthetic:
     """A kind draws one prompt with its answer in ``draw``; everything else is here (``tasks.base.Task``)."""
 

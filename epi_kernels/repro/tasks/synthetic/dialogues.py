@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import string
 
-from .base import Pair, Synthetic
+from .base import Pair, Synthetic, set_and_reset
 
 SLOTS = "uvwxyz"
 VALUES = string.ascii_lowercase[:10] + string.digits
@@ -23,10 +23,7 @@ class Dialogues(Synthetic):
     turns, slots, asked = 4, 3, 2
 
     def draw(self, rng: random.Random) -> Pair:
-        slots = rng.sample(SLOTS, self.slots)
-        # Every slot is set at least once; what is left of the turns sets one again.
-        said = slots + rng.choices(slots, k=self.turns - self.slots)
-        rng.shuffle(said)
+        slots, said = set_and_reset(rng, SLOTS, self.slots, self.turns)
         turns = [(slot, "".join(rng.choices(VALUES, k=2))) for slot in said]
         last, asked = dict(turns), rng.sample(slots, self.asked)
         prompt = " ".join(slot + value for slot, value in turns)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from .base import Pair, Synthetic
+from .base import Pair, Synthetic, set_and_reset
 
 NAMES = "abcdefgh"
 
@@ -20,10 +20,7 @@ class Programs(Synthetic):
     names, assignments, operations = 2, 3, 2
 
     def draw(self, rng: random.Random) -> Pair:
-        names = rng.sample(NAMES, self.names)
-        # Every name is set at least once; what is left of the assignments sets one again.
-        said = names + rng.choices(names, k=self.assignments - self.names)
-        rng.shuffle(said)
+        names, said = set_and_reset(rng, NAMES, self.names, self.assignments)
         lines = [(name, rng.randrange(10)) for name in said]
         start = rng.choice(names)
         value = dict(lines)[start]

@@ -1,0 +1,85 @@
+"""An optimizer's state goes out, comes in, and is carried into a new stage: on all ranks or on none."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.optimizer import Optimizer
+
+from epi_kernels.optim import carry, ranks, schedules, stepping
+from epi_kernels.optim.group_masks import put_in_groups
+from epi_kernels.optim.sharded_state import export_states
+from epi_kernels.optim.skipped import SkippedSteps
+from epi_kernels.optim.state import always_has_mask, read_state_dict
+
+if TYPE_CHECKING:
+    from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
+
+
+def ready(optimizer: MaskedEMAAdamW, what: str) -> None:
+    """Makes the state what the last step left, T exact; refused in the middle of one."""
+    optimizer._refuse_in_a_step(what)
+    optimizer._adopt_state()
+    optimizer._settle()
+
+
+def saved(optimizer: MaskedEMAAdamW, of_torch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``state_dict()`` gives; ``of_torch``: torch's own."""
+    ready(optimizer, "state_dict()")
+    hooks = optimizer._optimizer_state_dict_post_hooks
+    optimizer._optimizer_state_dict_post_hooks = OrderedDict()
+    try:
+        found = of_torch()
+    finally:
+        optimizer._optimizer_state_dict_post_hooks = hooks
+    export_states(found["state"], optimizer.param_groups)
+    put_in_groups(
+        found["param_groups"],
+        optimizer.param_groups,
+        optimizer.state,
+        template_has_masks=always_has_mask(optimizer._config),
+    )
+    for hook in hooks.values():  # they see what is saved
+        replaced = hook(optimizer, found)
+        found = found if replaced is None else replaced
+    return found
+
+
+def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any]) -> None:
+    """``load_state_dict()``: read whole before anything changes."""
+    state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        result = pre_hook(optimizer, state_dict)
+        state_dict = state_dict if result is None else result
+    stepping.join_ranks(optimizer, [entry.param for entry in optimizer._parameters()])
+    state, groups = ranks.all_or_none(
+        lambda: read_state_dict(state_dict, optimizer.param_groups, optimizer._config),
+        optimizer._world,
+        optimizer._device(),
+    )
+    optimizer._forget_plans()
+    optimizer.__setstate__({"state": state, "param_groups": groups})
+    optimizer._report, optimizer._skipped = None, SkippedSteps()
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def carry_from(optimizer: MaskedEMAAdamW, source: Optimizer | dict[str, Any]) -> None:
+    """``carry_importance()``: read whole before anything changes."""
+    entries = list(optimizer._parameters())
+    named = all("param_names" in group for group in optimizer.param_groups)
+    names = [entry.name for entry in entries] if named else None
+    stepping.join_ranks(optimizer, [entry.param for entry in entries])
+
+    def read() -> list[dict[str, Any]]:
+        carried = carry.match_source(source, [entry.param for entry in entries], names)
+        return carry.fresh_states(entries, carried, optimizer.state, optimizer._config)
+
+    fresh = ranks.all_or_none(read, optimizer._world, optimizer._device())
+    optimizer._forget_plans()
+    carry.put_states(entries, fresh, optimizer.state)
+    optimizer._skipped.read()
+    optimizer._set_isolation_step(0)
+    schedules.start_schedules(optimizer.param_groups, optimizer._config)
