@@ -383,6 +383,13 @@ def test_imbalance_by_hand():
     )
 
 
+def test_a_loss_that_shrinks_with_the_data_is_no_gain():
+    table = rendered("cpift-4", lambda run, kind: scarce_score(run, kind) - 30 * isinstance(run, CpiFt))
+    finding(table, "CPI-FT loses to full SFT on the task that was cut")
+    said = finding(table, "The difference of CPI-FT from full SFT is larger at 10 %")
+    assert said.startswith("The difference")  # nothing held, nothing failed
+
+
 def test_what_shrinks_with_the_data_is_said():
     steps = rendered("cpift-4", scarce_score)
     assert "The number of steps does not shrink with the data." in steps.notes
