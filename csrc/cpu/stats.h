@@ -31,6 +31,7 @@ __attribute__((noinline)) void add_extrema(StatsSums<F>& sums, const float* u, i
   F minimum = sums.minimum, maximum = sums.maximum;
   int64_t finite = 0;
   for (int64_t i = 0; i < n; i += kWidth) {
+    ahead<kWidth>(u + i, kReadAhead);
     const F x = load<F>(u + i);
     const auto good = is_finite(x);
     minimum = min(minimum, select(good, x, none_below));

@@ -93,6 +93,7 @@ EPI_INLINE void count_span(const T* u, const uint8_t* mask, int64_t start, int64
   const M all = from_bits<M>(0xFFFFu);
   int64_t i = start;
   for (; i + kWidth <= stop; i += kWidth) {
+    ahead<kWidth>(u + i, kReadAhead);
     count_lanes(load<F>(u + i), mask_word<uint16_t>(mask, i), all, brackets, a, above);
   }
   if (i < stop) {
