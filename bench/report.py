@@ -31,6 +31,8 @@ README = results.ROOT / "README.md"
 REPRODUCED = {
     "reproduce": "reproduce-small.json",
     "reproduce-tuning": "reproduce-small-tuning.json",
+    "reproduce-sweeps": "reproduce-small-sweeps.json",
+    "reproduce-imbalance": "reproduce-small-imbalance.json",
     "reproduce-search": "reproduce-beyond-search.json",
     "reproduce-beyond": "reproduce-beyond.json",
 }

@@ -35,6 +35,11 @@ def forgetting(first: str, second: str, method: dict[str, Any]) -> dict[str, Any
     }
 
 
+def two_rates(method: dict[str, Any]) -> dict[str, Any]:
+    """An arm with two tries."""
+    return {"tries": [{"method": method}, {"method": method, "lr": 5e-4}]}
+
+
 def make_preset(**changes: Any) -> Preset:
     cpift = {
         "probe": recipe(steps=10),
@@ -63,9 +68,9 @@ def make_preset(**changes: Any) -> Preset:
             "alphas": [0.5],
             "arms": {
                 "EPI": {"tries": [{"method": epi}, {"method": {**epi, "ratio": 0.1}, "lr": 5e-4}]},
-                "static": {"tries": [{"method": {"name": "static", "ratio": 0.2}}] * 2},
-                "EWC": {"tries": [{"method": {"name": "ewc"}}] * 2},
-                "published": {"tries": [{"method": {"name": "published", "ratio": 0.2}}] * 2},
+                "static": two_rates({"name": "static", "ratio": 0.2}),
+                "EWC": two_rates({"name": "ewc"}),
+                "published": two_rates({"name": "published", "ratio": 0.2}),
             },
         },
         "mixture": {
@@ -180,7 +185,7 @@ def manifest(run: Run, scores: dict[str, float], **changes: Any) -> Manifest:
         else None,
         "time": StepTime(
             optimizer_p20=1,
-            optimizer_p50={"published": 3.0, "epi": 1.0}.get(method, 0.9) + 0.01 * seed,
+            optimizer_p50={"published": 3.0, "epi": 1.0}.get(method, 0.9) * (1 + 0.01 * seed),
             optimizer_p80=4,
             training_p50=9,
             steps=10,

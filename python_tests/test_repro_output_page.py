@@ -7,13 +7,18 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from repro_fakes import make_preset
 
-from epi_kernels.repro import bundle, readme, runs, writers
+from epi_kernels.repro import bundle, output, readme, runs, writers
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.page import write_page
+from epi_kernels.repro.tables import TABLES
 from epi_kernels.repro.tables.base import Cell, Rendered
+from epi_kernels.repro.writers.markdown import rows
 from python_tests import repro_tables
 from python_tests.repro_tables import PRESET, manifests, render
 
@@ -108,14 +113,20 @@ def test_findings_come_first_in_their_order(shown):
 
 
 def test_numbers_notes_and_intervals_are_on_the_page(source, shown):
-    assert "full_sft | 100 %" in shown.text and "<b>+25.0 ± 0.0</b>" in source
+    assert "full_sft | 100 %" in shown.text and "<td>+25.0 ± 0.0" in source, "all seeds equal: not bold"
     assert "50.3 ± 10.01" in shown.text, "mean, sd and a footnote's number"
     assert "25.5 to 75.2" in shown.text, "2.4841 times the sd on both sides"
-    assert (
-        "n = 3; below it the 95 % interval" in shown.text
-        and "bold: the interval of a difference" in shown.text
-    )
+    assert "n = 3; below it the 95 % interval" in shown.text and "bold" not in shown.text
     assert '<span class="ours">ours</span>the gain is a difference.' in source
+
+
+def test_a_difference_whose_interval_excludes_zero_is_bold(tmp_path):
+    row = ("r", Cell((5.0, 5.1, 5.2), signed=True), Cell((-5.0, 5.0, 0.0), signed=True))
+    source = write_page(
+        tmp_path / "p.html", [Rendered("t", "T", ("a", "b", "c"), (row,))], {}, PRESET
+    ).read_text()
+    assert "<b>+5.1 ± 0.1</b>" in source and source.count("<b>") == 1
+    assert "bold: the interval of a difference excludes zero" in source
 
 
 def test_a_page_without_findings_or_runs_says_so(tmp_path):
@@ -239,6 +250,37 @@ def test_the_readme_is_written_once_and_then_up_to_date(page, tmp_path):
     assert f"![What is left]({PLOT})" in text and "| ours | 8.125 |" in text
 
 
+def test_rows_are_tables_without_their_notes():
+    text = rows(*render(PRESET, manifests()))
+    assert (
+        text.startswith("**What is left of A & B**\n\n| method |") and "**Memory**\n\n| optimizer |" in text
+    )
+    assert "ours" not in text.replace("| ours |", "") and "a difference" not in text
+    assert text.count("ean ± sd over seeds") == 1
+
+
+def test_a_table_more_leaves_those_that_are_there_on_the_page(tmp_path):
+    preset = make_preset()
+    done = {runs.key(run) for name in ("cpift-1", "drift") for run in TABLES[name].runs(preset)}
+    store: Any = SimpleNamespace(finished=lambda run, with_weights: runs.key(run) in done)
+    names = ["epi-ratio"]
+    assert output.with_earlier(tmp_path, preset, names, store) == names, "nothing was made before"
+    results = tmp_path / output.RESULTS
+    earlier = [
+        "cpift-1",
+        "memory",
+        "drift",
+        "vision",
+        "no longer a table",
+    ]  # memory's runs are not there, vision has no plan
+    results.write_text(json.dumps({"tables": earlier}))
+    assert output.with_earlier(tmp_path, preset, names, store) == ["cpift-1", "drift", "epi-ratio"]
+    assert output.with_earlier(tmp_path, preset, ["drift"], store) == ["cpift-1", "drift"]
+    for broken in ("", "[]", '{"tables": 3}'):
+        results.write_text(broken)
+        assert output.with_earlier(tmp_path, preset, names, store) == names
+
+
 def test_a_number_typed_by_hand_is_seen(page, tmp_path):
     results = packed(tmp_path / "b.json")
     readme.write_readme(page, results, render)
@@ -265,7 +307,7 @@ def test_markers_that_do_not_fit_are_errors(page, tmp_path):
     results = packed(tmp_path / "b.json")
     page.write_text("<!-- reproduce:begin typo -->\n<!-- reproduce:end typo -->\n")
     with pytest.raises(
-        ValueError, match="marks a block 'typo'; there are provenance, findings, retention, memory"
+        ValueError, match="marks a block 'typo'; there are provenance, findings, rows, retention, memory"
     ):
         readme.write_readme(page, results, render)
     page.write_text("<!-- reproduce:begin -->\n<!-- reproduce:end memory -->\n")

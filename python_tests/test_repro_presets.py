@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 import yaml
 
 from epi_kernels.repro import command
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.preset import PRESETS, load_preset
+from epi_kernels.repro.methods.config import Epi, Inverted, RandomMask
+from epi_kernels.repro.preset import PRESETS, Preset, load_preset
 from epi_kernels.repro.sweep import Plan
 from epi_kernels.repro.tables import TABLES, tables_of
 
@@ -33,7 +35,7 @@ def test_a_preset_plans_every_table_it_names(name):
 def test_every_arm_of_a_plan_has_the_same_number_of_tries(name):
     preset = load_preset(name)
     for plan in (preset.sequential, preset.mixture, preset.imbalance):
-        assert len({len(arm.tries) for arm in plan.arms.values()} if plan else ()) <= 1
+        assert len({len(arm.tries) for arm in plan.arms.values() if arm.tuned} if plan else ()) <= 1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in ("small", "medium", "beyond")])
@@ -74,6 +76,20 @@ def test_the_final_test_of_the_search_has_a_pair_and_seeds_of_its_own():
         ({"sweep": {"of": "EPI", "clips": [-1.0]}}, "sweep.clips.0"),
         ({"sweep": {"of": "EPI", "accumulations": [3]}}, "a batch of 40 has no 3 equal parts"),
         ({"drift": {"tasks": ["songs"], "recipe": {"lr": 1e-3, "steps": 1}}}, "songs"),
+        ({"tables": ["memory", "drift", "memory"]}, "tables: Value error, memory stands there twice"),
+        (
+            {"sweep": {"of": "EPI", "ratios": [0.1, 0.2, 0.1]}},
+            "sweep.ratios: Value error, 0.1 stands there twice",
+        ),
+        (
+            {"sweep": {"of": "EPI", "clips": [None, 1.0, None]}},
+            "sweep.clips: Value error, null stands there twice",
+        ),
+        ({"sweep": {"of": "EPI", "intervals": [5, 5]}}, "sweep.intervals: Value error, 5 stands there twice"),
+        (
+            {"drift": {"tasks": ["sums"], "recipe": {"lr": 1e-3, "steps": 1}, "ratios": [0.1, 0.1]}},
+            "drift.ratios: Value error, 0.1 stands there twice",
+        ),
     ],
 )
 def test_a_preset_that_is_wrong_is_refused_by_the_place(tmp_path, change, message):
@@ -88,6 +104,8 @@ def test_a_preset_that_is_wrong_is_refused_by_the_place(tmp_path, change, messag
     ("change", "message"),
     [
         ({"full_lrs": [0.0, 1e-3]}, "full_lrs.0: Input should be greater than 0"),
+        ({"full_lrs": [1e-3, 5e-4, 0.001]}, "sequential.full_lrs: Value error, 0.001 stands there twice"),
+        ({"alphas": [0.5, 0.5]}, "sequential.alphas: Value error, 0.5 stands there twice"),
         ({"pairs": [0, 0]}, "sequential.pairs: deductions then strings stands there twice"),
         ({"pairs": [{"second": "deductions"}]}, "deductions is both the first and the second task"),
     ],
@@ -97,13 +115,65 @@ def test_a_sequence_that_makes_no_sense_is_refused(tmp_path, change, message):
     plan = record["sequential"]
     for key, value in change.items():
         plan[key] = [
-            plan[key][one] if isinstance(one, int) else plan[key][0] | one if isinstance(one, dict) else one
+            plan[key][one] if type(one) is int else plan[key][0] | one if isinstance(one, dict) else one
             for one in value
         ]
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(record))
     with pytest.raises(ReproError, match=message):
         load_preset(str(path))
+
+
+TRY = {"method": {"name": "ewc"}, "lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"tries": [TRY, TRY]}, "tries: Value error, .* stands there twice"),
+        ({"tries": []}, "either tries or another arm"),
+        ({"tries": [TRY], "like": "EPI", "but": {"ratio": 0.1}}, "either tries or another arm"),
+        ({"tries": [TRY], "but": {"ratio": 0.1}}, "but: without an arm that it is like"),
+        ({"like": "EPI"}, "like EPI in everything"),
+        ({"like": "EPY", "but": {"ratio": 0.1}}, "new: like 'EPY', which is no arm"),
+        ({"like": "EPI, p = 1 %", "but": {"ratio": 0.1}}, "which is no arm with tries of its own"),
+        ({"like": "EPI", "but": {"ratios": 0.1}}, "new: but: epi.ratios: Extra inputs"),
+        ({"like": "EPI", "but": {"name": "randum"}}, "new: but: .*'randum'"),
+    ],
+)
+def test_an_arm_that_makes_no_sense_is_refused(tmp_path, arm, message):
+    record = yaml.safe_load((PRESETS / "small.yaml").read_text())
+    record["sequential"]["arms"]["new"] = arm
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(record))
+    with pytest.raises(ReproError, match=message) as error:
+        load_preset(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_arm_like_another_has_its_chosen_ratio_and_rate_whichever_they_are(tmp_path):
+    record = yaml.safe_load((PRESETS / "small.yaml").read_text())
+    path = tmp_path / "other.yaml"
+    for chosen in range(len(record["sequential"]["arms"]["EPI"]["tries"])):
+        record["sequential"]["arms"]["EPI"]["chosen"] = chosen
+        path.write_text(yaml.safe_dump(record))
+        arms = load_preset(str(path)).sequential.arms
+        epi = arms["EPI"].settled
+        for name, kind in (("random mask", "random"), ("inverted mask", "inverted")):
+            control = arms[f"{name} at EPI's ratio"].settled
+            assert (control.method.name, control.method.ratio, control.lr) == (kind, epi.method.ratio, epi.lr)
+            assert control.method.interval == epi.method.interval
+        assert arms["EPI, p = 1 %"].settled == epi.model_copy(
+            update={"method": epi.method.model_copy(update={"ratio": 0.01})}
+        )
+
+
+def test_arms_like_another_are_written_as_stated_and_go_with_it():
+    preset = load_preset("medium")
+    written = preset.model_dump(mode="json")
+    assert written["sequential"]["arms"]["EPI, p = 1 %"] == {"like": "EPI", "but": {"ratio": 0.01}}
+    assert Preset.model_validate(written) == preset
+    assert not [name for name, arm in preset.without(["EPI"]).sequential.arms.items() if arm.like == "EPI"]
 
 
 @pytest.mark.parametrize(
@@ -158,10 +228,23 @@ def test_a_preset_without_a_plan_makes_nothing(tmp_path):
         chosen("--preset", str(path))
 
 
-def chosen(*arguments: str):
+def arguments_of(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command._chosen(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def chosen(*arguments: str):
+    return command._chosen(arguments_of(*arguments))
+
+
+def test_every_preset_has_a_folder_of_its_own():
+    places = [
+        command._out(arguments_of(*given))
+        for given in ([], ["--preset", "medium"], ["--preset", "my/own.yaml"])
+    ]
+    assert places == [Path("reproduce_out") / name for name in ("small", "medium", "own")]
+    assert command._out(arguments_of("--preset", "medium", "--out", "here")) == Path("here")
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
@@ -171,5 +254,14 @@ def test_a_preset_that_is_not_there(name):
 
 
 def test_two_cores_can_make_every_table_of_one_model_that_no_picture_or_scarce_data_need():
-    lacking = set(TABLES) - set(tables_of(load_preset("small")))
-    assert lacking == {"cpift-4", "low-resource", "vision"}
+    made = {name for preset in ("small", "small-imbalance") for name in tables_of(load_preset(preset))}
+    assert set(TABLES) - made == {"low-resource", "vision"}
+
+
+def test_both_directions_have_the_papers_ratio_and_controls_at_epis():
+    for preset in (load_preset("small"), load_preset("medium")):
+        methods = [arm.settled.method for arm in preset.sequential.arms.values()]
+        epi = preset.sequential.arms["EPI"].settled.method
+        assert any(isinstance(one, Epi) and one.ratio == 0.01 for one in methods)
+        controls = {type(one) for one in methods if getattr(one, "ratio", None) == epi.ratio}
+        assert RandomMask in controls and (Inverted in controls or preset.name == "medium")

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="name the tables and end")
     parser.add_argument(
-        "--out", type=Path, default=Path("reproduce_out"), metavar="DIR",
-        help="for the tables, the page and the runs; a second call goes on where the first stopped (reproduce_out)",
+        "--out", type=Path, metavar="DIR",
+        help="for the tables, the page and the runs; a second call goes on where the first stopped, and its tables join"
+        " those on the page (reproduce_out/NAME, of the preset)",
     )  # fmt: skip
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="stop in time; run again to go on"
@@ -93,12 +94,13 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     preset, names = ranks.together(_chosen, args)
     if args.list:
         return _list_tables(preset)
-    store = Store(args.out / "runs")
+    out = _out(args)
+    store = Store(out / "runs")
     preset = ranks.together(with_contents, preset, ranks.first_does(contents, preset, store.folder))
     plan = ranks.together(_plan, preset, names)
     ranks.refuse_differences(
         {
-            "--out": str(args.out),
+            "--out": str(out),
             "--time-limit": args.time_limit,
             "--fsdp": args.fsdp,
             "the runs": list(plan.runs),
@@ -128,8 +130,13 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
             f"stopped at the time limit: {outcome.left} of {len(plan.runs)} runs are left; the same command goes on"
         )
         return 0
-    ranks.first_does(_write, args, preset, names, plan, store)
+    ranks.first_does(_write, args, out, preset, names, store)
     return 0
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """Where it all goes; presets do not share a folder unless they are told to."""
+    return args.out or Path("reproduce_out") / Path(args.preset).stem
 
 
 def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
@@ -155,10 +162,9 @@ def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
 
 
 def _plan(preset: Preset, names: list[str]) -> Plan:
-    from epi_kernels.repro.sweep import Plan
-    from epi_kernels.repro.tables import TABLES
+    from epi_kernels.repro.output import planned
 
-    return Plan.of(run for name in names for run in TABLES[name].runs(preset))
+    return planned(preset, names)
 
 
 def _missing(plan: Plan, store: Store) -> list[str]:
@@ -166,22 +172,23 @@ def _missing(plan: Plan, store: Store) -> list[str]:
     return plan.missing(store)
 
 
-def _write(args: argparse.Namespace, preset: Preset, names: list[str], plan: Plan, store: Store) -> None:
+def _write(args: argparse.Namespace, out: Path, preset: Preset, names: list[str], store: Store) -> None:
     from epi_kernels.repro import output
     from epi_kernels.repro.errors import ReproError
 
-    command = f"epi-kernels reproduce --preset {args.preset}" + (
-        f" --table {' '.join(args.table)}" if args.table else ""
-    )
+    names = output.with_earlier(out, preset, names, store)
+    command = f"epi-kernels reproduce --preset {args.preset} --table {' '.join(names)}"
+    if args.seeds:
+        command += f" --seeds {' '.join(map(str, args.seeds))}"
     if args.without:
         command += f" --without {shlex.join(args.without)}"
     try:
-        output.write(args.out, preset, names, plan.manifests(store), command)
+        output.write(out, preset, names, output.planned(preset, names).manifests(store), command)
     except OSError as error:
         raise ReproError(
-            f"{args.out}: cannot be written ({error}); the runs are kept: run the same command again"
+            f"{out}: cannot be written ({error}); the runs are kept: run the same command again"
         ) from None
-    print(f"The page: {args.out / output.PAGE}   Tables: {args.out / output.TABLES_FOLDER}")
+    print(f"The page: {out / output.PAGE}   Tables: {out / output.TABLES_FOLDER}")
 
 
 def _list_tables(preset: Preset) -> int:

@@ -5,14 +5,30 @@ Everything that changes a result is here and nothing else, because a run is know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """Those that stand there more than once, in their order."""
+    return [value for at, value in enumerate(values) if value in values[:at]]
+
+
+def _distinct(values: Sequence[Any]) -> Sequence[Any]:
+    if twice := repeated(values):
+        told = "null" if twice[0] is None else twice[0]
+        raise ValueError(f"{told} stands there twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)  # of a list: the same value twice would be one row twice
 
 
 class Strict(BaseModel):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from epi_kernels.repro.bundle import bundle, write_bundle
+from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.page import write_page
 from epi_kernels.repro.preset import Preset
+from epi_kernels.repro.store import Store
+from epi_kernels.repro.sweep import Plan
 from epi_kernels.repro.tables import TABLES
 from epi_kernels.repro.tables.base import Rendered
 from epi_kernels.repro.writers import write_tables
@@ -20,6 +24,28 @@ SERIES = ("conflict", "drift", "stability")  # what tables read; the course of e
 def render(preset: Preset, manifests: Mapping[str, Manifest], names: Iterable[str]) -> list[Rendered]:
     """The tables of these names. Raises ReproError when a run is missing."""
     return [TABLES[name].render(preset, manifests) for name in names]
+
+
+def planned(preset: Preset, names: Iterable[str]) -> Plan:
+    """All runs of these tables. Raises ReproError where the preset has no plan for one."""
+    return Plan.of(run for name in names for run in TABLES[name].runs(preset))
+
+
+def with_earlier(out: Path, preset: Preset, names: Iterable[str], store: Store) -> list[str]:
+    """The names of these tables after those that `out`/results.json holds already, as far as the preset still plans
+    them and their runs are there: a table more does not take the others from the page."""
+    try:
+        earlier = [name for name in json.loads((out / RESULTS).read_bytes())["tables"] if name in TABLES]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not a file of ours
+        earlier = []
+    return list(dict.fromkeys([*(one for one in earlier if _whole(preset, one, store)), *names]))
+
+
+def _whole(preset: Preset, name: str, store: Store) -> bool:
+    try:
+        return all(store.finished(run, with_weights=False) for run in TABLES[name].runs(preset))
+    except ReproError:
+        return False
 
 
 def write(

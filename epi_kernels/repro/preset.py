@@ -9,45 +9,28 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from epi_kernels.repro.config import Count, ModelSpec, Recipe, Schedule, Share, Strict, TaskSpec
+from epi_kernels.repro.arms import Arm, Arms, Rate, Try
+from epi_kernels.repro.config import (
+    Count,
+    Distinct,
+    ModelSpec,
+    Recipe,
+    Schedule,
+    Share,
+    Strict,
+    TaskSpec,
+    repeated,
+)
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.methods.config import Epi, Full, Method
+from epi_kernels.repro.methods.config import Epi, Full
 from epi_kernels.repro.strict_yaml import read_yaml
 from epi_kernels.repro.tasks import KINDS
 
 PRESETS = Path(__file__).parent / "presets"
-Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
+Similarity = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
 Some = Field(min_length=1)
-
-
-def repeated(values: Sequence[Any]) -> list[Any]:
-    """Those that stand there more than once, in their order."""
-    return [value for at, value in enumerate(values) if value in values[:at]]
-
-
-class Try(Strict):
-    """One setting of a method; lr None is the recipe's."""
-
-    method: Method
-    lr: Rate | None = None
-
-
-class Arm(Strict):
-    """A row: the settings tried on the tuning seed, and which of them the table's seeds are run with."""
-
-    tries: tuple[Try, ...] = Some
-    chosen: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _in_range(self) -> Arm:
-        if self.chosen >= len(self.tries):
-            raise ValueError(f"chosen is {self.chosen}, there are {len(self.tries)} tries, counted from 0")
-        return self
-
-    @property
-    def settled(self) -> Try:
-        return self.tries[self.chosen]
 
 
 class Pair(Strict):
@@ -69,9 +52,13 @@ class Sequential(Strict):
     """Forgetting: CPI-FT's Table 2, EPI's forgetting table, and dA@B against full fine-tuning's frontier."""
 
     pairs: tuple[Pair, ...]
-    full_lrs: tuple[Rate, ...] = Field(min_length=2)  # full fine-tuning's frontier
-    alphas: tuple[Share, ...] = (0.3, 0.5, 0.7)  # WiSE-FT's frontier, from each of full fine-tuning's runs
-    arms: dict[str, Arm]
+    full_lrs: Annotated[tuple[Rate, ...], Distinct, Field(min_length=2)]  # full fine-tuning's frontier
+    alphas: Annotated[tuple[Share, ...], Distinct] = (
+        0.3,
+        0.5,
+        0.7,
+    )  # WiSE-FT's frontier, from each of full fine-tuning's runs
+    arms: Arms
     tuning_seed: int = 0  # never among the seeds of a table
 
 
@@ -79,12 +66,12 @@ class CpiFtPlan(Strict):
     probe: Recipe
     stage: Recipe
     consolidation: Recipe
-    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    share: Part = 0.1
     core_ratio: Share = 0.01
-    tau: Annotated[float, Field(ge=0, le=1)] = 0.1
+    tau: Similarity = 0.1
     omega: Share | None = None
-    taus: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()  # the sensitivity figures; tau 0 is one group
-    ratios: tuple[Share, ...] = ()
+    taus: Annotated[tuple[Similarity, ...], Distinct] = ()  # the sensitivity figures; tau 0 is one group
+    ratios: Annotated[tuple[Share, ...], Distinct] = ()
 
 
 class Mixture(Strict):
@@ -92,7 +79,7 @@ class Mixture(Strict):
 
     tasks: tuple[str, ...] = Some
     recipe: Recipe  # its steps are the budget; staged methods divide them by the number of stages
-    arms: dict[str, Arm]
+    arms: Arms
     random_stages: Count = 3
     heuristic: tuple[tuple[str, ...], ...] = ()  # the two stages of the heuristic grouping
     cpift: CpiFtPlan
@@ -102,9 +89,9 @@ class Imbalance(Strict):
     """Each task in turn cut to a share of its data: CPI-FT's Table 4."""
 
     tasks: tuple[str, ...] = Some
-    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.5, 0.2, 0.1)
+    shares: Annotated[tuple[Part, ...], Distinct, Some] = (1.0, 0.5, 0.2, 0.1)
     recipe: Recipe
-    arms: dict[str, Arm]
+    arms: Arms
     cpift: CpiFtPlan
 
 
@@ -112,13 +99,13 @@ class Sweep(Strict):
     """EPI's ablations: one value after the other about the arm `of` of `sequential`, on its first pair."""
 
     of: str
-    ratios: tuple[Share, ...] = ()
-    intervals: tuple[Count, ...] = ()
-    betas: tuple[Decay, ...] = ()
-    windows: tuple[Count, ...] = ()
-    schedules: tuple[Schedule, ...] = ()
-    accumulations: tuple[Count, ...] = ()
-    clips: tuple[Rate | None, ...] = ()
+    ratios: Annotated[tuple[Share, ...], Distinct] = ()
+    intervals: Annotated[tuple[Count, ...], Distinct] = ()
+    betas: Annotated[tuple[Decay, ...], Distinct] = ()
+    windows: Annotated[tuple[Count, ...], Distinct] = ()
+    schedules: Annotated[tuple[Schedule, ...], Distinct] = ()
+    accumulations: Annotated[tuple[Count, ...], Distinct] = ()
+    clips: Annotated[tuple[Rate | None, ...], Distinct] = ()
 
 
 class DriftPlan(Strict):
@@ -126,7 +113,7 @@ class DriftPlan(Strict):
 
     tasks: tuple[str, ...] = Some
     recipe: Recipe
-    ratios: tuple[Share, ...] = (0.01, 0.1)
+    ratios: Annotated[tuple[Share, ...], Distinct, Some] = (0.01, 0.1)
     every: Count = 50  # steps between snapshots
 
 
@@ -148,7 +135,9 @@ class Setting(Strict):
 
 class Preset(Strict):
     name: str
-    tables: tuple[str, ...] = ()  # what is made where --table names none; empty: all that there are plans for
+    tables: Annotated[
+        tuple[str, ...], Distinct
+    ] = ()  # what is made where --table names none; empty: all that there are plans for
     seeds: tuple[int, ...] = Field(min_length=1)
     models: dict[str, ModelSpec] = Field(min_length=1)  # the first is the one of tables with one model
     pretrain: Recipe | None = None  # for models made from configs
@@ -236,7 +225,8 @@ class Preset(Strict):
         return self.model_copy(update={"seeds": tuple(seeds)})
 
     def without(self, arms: Sequence[str]) -> Preset:
-        """The same without some arms, in whichever plans they are: those that a device has no room for, say.
+        """The same without some arms and those that are like them, in whichever plans they are: those that a device has
+        no room for, say.
 
         Raises ReproError for an arm that is nowhere, or that the sweep is of.
         """
@@ -254,7 +244,7 @@ class Preset(Strict):
             raise ReproError(f"--without {self.sweep.of}: the sweep is of that arm")
 
         def less(plan: Any) -> Any:
-            kept = {arm: one for arm, one in plan.arms.items() if arm not in arms}
+            kept = {arm: one for arm, one in plan.arms.items() if not {arm, one.like} & {*arms}}
             return plan.model_copy(update={"arms": kept})
 
         left = {name: less(plan) for name, plan in plans.items()}

@@ -1,8 +1,8 @@
 """The README's part on the reproduction: generated from a committed bundle, between markers, never typed.
 
 <!-- reproduce:begin -->            everything: where the numbers come from, findings, all tables and figures
-<!-- reproduce:begin provenance --> or one of these: provenance, findings, the name of a table, its name and -findings
-                                   or -figures
+<!-- reproduce:begin provenance --> or one of these: provenance, findings, rows (of all tables, without notes), the name
+                                   of a table, its name and -findings, -figures or -rows
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from epi_kernels.markdown import rewrite_blocks
 from epi_kernels.repro.bundle import Bundle, digest, read_bundle
 from epi_kernels.repro.preset import Preset
 from epi_kernels.repro.tables.base import Figure, Manifests, Rendered
-from epi_kernels.repro.writers.markdown import figures, findings, markdown
+from epi_kernels.repro.writers.markdown import figures, findings, markdown, rows
 from epi_kernels.repro.writers.plots import shows, write_png
 
 TOOL = "reproduce"
@@ -65,8 +65,10 @@ def _made(readme: Path, results: Path, render: Render, tool: str) -> tuple[str, 
     makers: dict[str, Callable[[], str]] = {
         "provenance": lambda: provenance(found),
         "findings": lambda: findings(*tables),
+        "rows": lambda: rows(*tables),
         **{one.name: lambda one=one: markdown(one, "####", images) for one in tables},
         **{f"{one.name}-findings": lambda one=one: findings(one) for one in tables},
+        **{f"{one.name}-rows": lambda one=one: rows(one) for one in tables},
         **{f"{one.name}-figures": lambda one=one: figures(one, images) for one in tables},
     }
     makers[""] = lambda: "\n\n".join(

@@ -10,6 +10,10 @@ from typing import NamedTuple
 from epi_kernels.scores import Comparison, Point, compare, spread
 
 LEVEL = 0.95  # of every interval in the tables
+FEWEST = (
+    3  # seeds of which something is claimed: two may agree by chance, and their interval says nothing then
+)
+_ROUNDING = 1e-9  # of the mean: an sd below it is rounding
 
 
 class Interval(NamedTuple):
@@ -26,8 +30,16 @@ class Summary(NamedTuple):
     interval: Interval | None  # of the mean, Student's t; None for n = 1
 
     @property
+    def all_equal(self) -> bool:
+        """Whether all seeds gave the same: the interval has no width then, which is no certainty."""
+        return self.n > 1 and self.sd <= _ROUNDING * abs(self.mean)
+
+    @property
     def excludes_zero(self) -> bool:
-        return self.interval is not None and (self.interval.low > 0 or self.interval.high < 0)
+        """Whether the interval claims a sign: of at least `FEWEST` seeds that are not all equal."""
+        if self.interval is None or self.n < FEWEST or self.all_equal:
+            return False
+        return self.interval.low > 0 or self.interval.high < 0
 
 
 def summary(values: Sequence[float], level: float = LEVEL) -> Summary:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from epi_kernels.report import figures
-from epi_kernels.repro.methods.config import Epi, Method
-from epi_kernels.repro.preset import Pair, Preset
+from epi_kernels.repro.methods.config import Epi, Inverted, RandomMask
+from epi_kernels.repro.preset import Pair, Preset, Try
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.statistics import summary
 from epi_kernels.repro.tables import access, plans
@@ -17,6 +17,7 @@ from epi_kernels.repro.tables.results import (
     Results,
     Rows,
     RunOf,
+    alike,
     full_of,
     gains,
     learned,
@@ -40,6 +41,7 @@ OVER_WISE = (
     "Over WiSE-FT: the same against the better of full SFT's runs and the interpolations between the weights before and"
     " after each of them (arXiv 2109.01903), the model before the second stage included."
 )
+CONTROLS = (RandomMask, Inverted)
 LEARNED = 50.0  # percent of the full mark, before the second stage; below it there is little to keep
 
 
@@ -62,15 +64,23 @@ def unlearned(results: Results, pair: Pair) -> list[str]:
 
 
 def against_rivals(
-    methods: Mapping[str, Method], over_full: Mapping[str, Mapping[str, Sequence[float]]], directions: str
+    arms: Mapping[str, Try], over_full: Mapping[str, Mapping[str, Sequence[float]]], directions: str
 ) -> list[str]:
     """The first EPI arm against every rival and control: better than full SFT alone may be the moments that it keeps,
-    or no more than others reach. What EPI does not win counts against it; a win claims nothing, since ratios, rates
-    and how well the tries suit a method differ."""
-    epi = next((name for name, method in methods.items() if isinstance(method, Epi)), None)
-    rivals = [name for name, method in methods.items() if not isinstance(method, ISOLATION)]
+    or no more than others reach. What EPI does not win counts against it. A win claims nothing, since ratios, rates
+    and how well the tries suit a method differ, but over a control of its own ratio and rate, which then stands for
+    its kind."""
+    epi = next((name for name, one in arms.items() if isinstance(one.method, Epi)), None)
     if epi is None:
         return []
+    controls = {name: one for name, one in arms.items() if isinstance(one.method, CONTROLS)}
+    equal = [name for name, one in controls.items() if alike(one, arms[epi])]
+    told = {type(controls[name].method) for name in equal}
+    rivals = [
+        name
+        for name, one in arms.items()
+        if not isinstance(one.method, ISOLATION) and (name in equal or type(one.method) not in told)
+    ]
     sentences = []
     for rival in rivals:
         places = {
@@ -87,7 +97,7 @@ def against_rivals(
                 versus=rival,
                 everywhere=directions,
                 measure="difference of dA@B",
-                claim=not all(one.excludes_zero and one.mean > 0 for one in found),
+                claim=rival in equal or not all(one.excludes_zero and one.mean > 0 for one in found),
             )
         )
     return sentences
@@ -175,9 +185,7 @@ class Frontier:
                 for rival, places in (("full SFT", over_full), ("WiSE-FT", over_wise))
                 for arm in plan.arms
             ]
-            + against_rivals(
-                {name: arm.settled.method for name, arm in plan.arms.items()}, over_full, directions
-            ),
+            + against_rivals({name: arm.settled for name, arm in plan.arms.items()}, over_full, directions),
         )
 
     def _add(

@@ -10,7 +10,7 @@ from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.methods.config import Epi, PublishedEpi, Static, Window
-from epi_kernels.repro.preset import Pair, Preset
+from epi_kernels.repro.preset import Pair, Preset, Try
 from epi_kernels.repro.runs import Run, Tasks, base_of, key
 from epi_kernels.repro.statistics import Frontiers, normalised_average
 from epi_kernels.repro.tables import access, plans
@@ -156,6 +156,11 @@ def settled_run(preset: Preset, pair: Pair, arm: str) -> RunOf:
     """The run of an arm with its chosen setting."""
     chosen = access.sequential_plan(preset, "frontier").arms[arm].settled
     return lambda seed: plans.adapt(preset, pair, chosen, seed)
+
+
+def alike(one: Try, other: Try) -> bool:
+    """Two masks of one ratio, learned at one rate."""
+    return (one.lr, getattr(one.method, "ratio", None)) == (other.lr, getattr(other.method, "ratio", None))
 
 
 def full_of(preset: Preset, pair: Pair, lr: float | None) -> RunOf:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from epi_kernels.repro import published_values as printed
 from epi_kernels.repro.methods.config import Epi, Ewc, PcGrad, Replay, Static
-from epi_kernels.repro.preset import Pair, Preset, Try
+from epi_kernels.repro.preset import Pair, Preset
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
@@ -15,6 +15,7 @@ from epi_kernels.repro.tables.results import (
     Results,
     Rows,
     RunOf,
+    alike,
     full_of,
     learned,
     metrics,
@@ -48,7 +49,9 @@ def arms_note(preset: Preset) -> str:
     used = [arm.settled.method for arm in arms.values()]
     fisher = FISHER if any(isinstance(one, Ewc) for one in used) else ""
     replayed = REPLAYED if any(isinstance(one, Replay | PcGrad) for one in used) else ""
-    return f"Arms, what is no default: {told}.{fisher}{replayed}"
+    alike = "; ".join(f"{name} like {arm.like}" for name, arm in arms.items() if not arm.tuned)
+    untuned = f" Not tuned, all else as the chosen setting of another arm: {alike}." if alike else ""
+    return f"Arms, what is no default: {told}.{untuned}{fisher}{replayed}"
 
 
 def methods(preset: Preset, pair: Pair) -> dict[str, RunOf]:
@@ -240,16 +243,11 @@ class ForgettingRate:
                 f"forgets more than {rival}",
                 versus=rival,
                 measure="points fewer lost",
-                claim=rival in static and _alike(arms[name].settled, arms[rival].settled),
+                claim=rival in static and alike(arms[name].settled, arms[rival].settled),
             )
             for name in evolving
             for rival in [*full, *static]
         )
-
-
-def _alike(one: Try, other: Try) -> bool:
-    """Two masks of one ratio, learned at one rate."""
-    return (one.lr, getattr(one.method, "ratio", None)) == (other.lr, getattr(other.method, "ratio", None))
 
 
 TABLE2_MODEL = "LLaMA-2-7B"

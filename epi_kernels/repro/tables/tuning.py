@@ -47,7 +47,8 @@ class Tuning:
         return seed
 
     def arms(self, preset: Preset) -> dict[str, dict[str, Arm]]:
-        """By plan. Mixtures come in where an arm was tuned on them at all. Raises ReproError."""
+        """By plan, those with tries of their own. Mixtures come in where an arm was tuned on them at all. Raises
+        ReproError."""
         found = {"sequential": preset.sequential.arms} if preset.sequential else {}
         for plan, arms in (
             ("mixture", preset.mixture.arms if preset.mixture else {}),
@@ -57,7 +58,7 @@ class Tuning:
                 found[plan] = arms
         if not any(found.values()):
             raise NoPlan(f"--table {self.name}: preset {preset.name} has no arm that was tuned")
-        return found
+        return {plan: {name: arm for name, arm in arms.items() if arm.tuned} for plan, arms in found.items()}
 
     def tried(self, preset: Preset) -> Iterator[Tried]:
         for plan, arms in self.arms(preset).items():

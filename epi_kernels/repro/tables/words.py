@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from epi_kernels.repro.methods.config import Method
 from epi_kernels.repro.preset import Try
-from epi_kernels.repro.statistics import Interval, Summary, summary
+from epi_kernels.repro.statistics import FEWEST, Interval, Summary, summary
 from epi_kernels.repro.writers.findings import failed, held
 
-SAME, ONE_SEED = "no difference shown", "nothing claimed"
+SAME, NOTHING = "no difference shown", "nothing claimed"
+FEW = {1: "one seed", 2: "two seeds"}
 INTERVALS = (
     "Intervals are 95 % Student t-intervals of the mean over seeds, of paired differences where two methods are"
-    " compared; they are not corrected for how many comparisons are made. All seeds of a model start from one base model:"
+    " compared; they are not corrected for how many comparisons are made. Of fewer than three seeds, and where all seeds"
+    " are equal, nothing is claimed. All seeds of a model start from one base model:"
     " another one is not in the intervals."
 )
 
@@ -37,17 +39,17 @@ def compared(
 
     "EPI keeps more than full SFT in both directions (dA@B: a → b +12.3 [+3.1, +21.5]; ...; 95 % intervals, n = 5)."
     Places whose intervals say different things are named apart. ``claim``: `better` is what a paper, or this package,
-    would have; the sentence says then whether it held, which takes every place, and nothing of one seed.
+    would have; the sentence says then whether it held, which takes every place. Nothing is claimed of fewer than
+    three seeds, nor of a difference that all seeds share to the last digit.
     """
     found = {place: summary(values) for place, values in places.items()}
     n = next(iter(found.values())).n
-    groups: dict[str, list[str]] = {better: [], worse: [], SAME: []}
+    groups: dict[str, list[str]] = {better: [], worse: [], SAME: [], NOTHING: []}
     for place, one in found.items():
-        said = (better if one.mean > 0 else worse) if one.excludes_zero else SAME
-        groups[said].append(place)
+        groups[_said(one, better, worse)].append(place)
     told = {said: where for said, where in groups.items() if where}
     lead = f"{measure}: " if measure else ""
-    close = f"95 % intervals, n = {n}" if n > 1 else "one seed"
+    close = FEW.get(n, f"95 % intervals, n = {n}")
 
     def numbers(where: Sequence[str]) -> str:
         return "; ".join(f"{place} {_number(found[place], digits)}".strip() for place in where)
@@ -55,10 +57,9 @@ def compared(
     if len(told) == 1:
         ((said, where),) = told.items()
         scope = f" {everywhere}" if everywhere and len(where) > 1 else ""
-        nothing = SAME if n > 1 else ONE_SEED
-        head = f"{subject} and {versus}: {nothing}" if said == SAME else f"{subject} {said}{scope}"
+        head = f"{subject} and {versus}: {said}" if said in (SAME, NOTHING) else f"{subject} {said}{scope}"
         sentence = f"{head} ({lead}{numbers(where)}; {close})."
-        if not claim or n == 1:
+        if not claim or said == NOTHING:
             return sentence
         return held(sentence) if said == better else failed(sentence)
     parts = [f"{said} on {', '.join(where)} ({lead}{numbers(where)})" for said, where in told.items()]
@@ -66,8 +67,17 @@ def compared(
     return failed(sentence) if claim else sentence
 
 
+def _said(one: Summary, better: str, worse: str) -> str:
+    if one.n < FEWEST or (one.all_equal and one.mean != 0):
+        return NOTHING
+    return (better if one.mean > 0 else worse) if one.excludes_zero else SAME
+
+
 def _number(one: Summary, digits: int) -> str:
-    return f"{one.mean:+.{digits}f}" + (f" {bracket(one.interval, digits)}" if one.interval else "")
+    mean = f"{one.mean:+.{digits}f}"
+    if one.all_equal:
+        return f"{mean} (all {one.n} seeds equal)"
+    return f"{mean} {bracket(one.interval, digits)}" if one.interval and one.n >= FEWEST else mean
 
 
 def everywhere(pairs: Sequence[tuple[str, str]]) -> str:
