@@ -301,16 +301,21 @@ def test_backend_without_its_device():
         train(optimizer, params, 1)
 
 
-def test_unsupported_device_names_every_backend(monkeypatch):
-    """No device is foreign to the reference, so it is taken away to see what `auto` says."""
-    from epi_kernels.backends import dispatch
-    from epi_kernels.backends.reference import ReferenceBackend
-
-    monkeypatch.setattr(ReferenceBackend, "refuses", lambda self, device, dtype: "taken away")
-    with pytest.raises(RuntimeError) as caught:
-        dispatch.choose("auto", torch.device("meta"), torch.float64)
-    for name in ("triton", "cuda", "cpu", "reference"):
-        assert f"{name}:" in str(caught.value)
+def test_unsupported_device_names_every_backend():
+    """Parameters without values are refused where they join, with the reason of each backend; nothing has changed."""
+    params = small_model()
+    optimizer = make(params, backend="auto")
+    groups = len(optimizer.param_groups)
+    empty = torch.zeros(3, device="meta", requires_grad=True)
+    for attempt in (
+        lambda: make({"w": empty}, backend="auto"),
+        lambda: optimizer.add_param_group({"params": [("x", empty)]}),
+    ):
+        with pytest.raises(RuntimeError, match="materialise with to_empty first") as caught:
+            attempt()
+        for name in ("triton", "cuda", "cpu", "reference"):
+            assert f"{name}:" in str(caught.value)
+    assert len(optimizer.param_groups) == groups
 
 
 def resize(optimizer, p):

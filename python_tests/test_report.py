@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -209,6 +211,17 @@ def test_the_page_can_be_written_elsewhere_and_repeats(tmp_path, capsys):
     assert command(report, folder, "--out", tmp_path / "two.html") == 0
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
     assert capsys.readouterr().out.split() == [str(tmp_path / "one.html"), str(tmp_path / "two.html")]
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl"]
+
+
+def test_a_full_disk_is_said_with_the_page_that_has_no_room(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = write(tmp_path / "run", events())
+    monkeypatch.setattr(os, "fsync", full)
+    assert command(report, folder) == 1
+    assert capsys.readouterr().err == f"epi-kernels report: no space left for {folder / 'report.html'}\n"
     assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl"]
 
 

@@ -1,4 +1,4 @@
-"""The reference stages behind the backend interface: any device, float64 included."""
+"""The reference stages behind the backend interface: any device that holds values, float64 included."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class ReferenceBackend:
     places_runs = True
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "meta":
+            return "tensors on meta hold no values: materialise with to_empty first"
         if dtype in (torch.float32, torch.bfloat16, torch.float64):
             return None
         return f"the reference backend has no {dtype} path"

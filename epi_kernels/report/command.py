@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from epi_kernels.finetune import log
+from epi_kernels.finetune.checkpoint import is_disk_full
 
 from . import page, sections
 
@@ -17,17 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 written, 2 there is no log or it cannot be read."""
+    """Exit status: 0 written, 1 the disk is full, 2 there is no log, or it cannot be read, or the page not written."""
     directory = Path(args.dir)
+    out = Path(args.out) if args.out else directory / "report.html"
     try:
         runs = read_runs(directory)
-        out = Path(args.out) if args.out else directory / "report.html"
         page.build(out, *sections.describe(directory.resolve().name, runs))
     except KeyError as error:
         lack = f"{directory}: its log has no {error} where the page needs it"
         print(f"epi-kernels report: {lack}; another version wrote it?", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_disk_full(error, out.parent):
+            print(f"epi-kernels report: no space left for {out}", file=sys.stderr)
+            return 1
         print(f"epi-kernels report: {error}", file=sys.stderr)
         return 2
     print(out)
