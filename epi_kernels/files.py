@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """One process at a time is at work in a directory, which is made here and goes again if nothing was put into it.
+
+    A lock on the directory itself: a killed process leaves nothing behind. A file system without such locks has none.
+    Raises BlockingIOError where another process holds it, another OSError where the directory cannot be made.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # it holds something
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager

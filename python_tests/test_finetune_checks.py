@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import epi_kernels.backends
+from epi_kernels.files import held
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune import plan
 from epi_kernels.finetune.options import Options
@@ -245,3 +246,16 @@ def test_a_loss_that_is_no_number_stops_the_run(files, tmp_path, refused):
         "--no-packing",
     ]
     assert "step 1: loss nan" in refused(*more, status=1)
+
+
+@pytest.mark.parametrize("how", [[], ["--overwrite"], ["--resume"]])
+def test_two_processes_do_not_train_in_one_directory(tmp_path, files, refused, how):
+    out = tmp_path / "out"
+    if how:
+        assert command(finetune, *arguments(files, out, "--max-steps", 1)) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with held(out):
+        said = refused("--out", out, *how) if how == ["--resume"] else refused(*arguments(files, out, *how))
+    assert "another process is training there" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert out.exists() == bool(how)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from epi_kernels.files import held
 
 from . import checkpoint, compare, frozen, model, plan
 from .arguments import add_arguments
@@ -57,6 +61,30 @@ def _run(args, ranks: Ranks) -> int:
     if options.dry_run:
         return 0
 
+    with contextlib.ExitStack() as stack:
+        ranks.first_does(stack.enter_context, _alone_in(options, saved))
+        return _train(prepared, dtype, memory, saved, ranks)
+
+
+@contextlib.contextmanager
+def _alone_in(options: Options, saved: dict | None) -> Iterator[None]:
+    """Nobody else trains in the output directory meanwhile. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(Path(options.out)))
+        except BlockingIOError:
+            raise UserError(
+                f"--out {options.out}: another process is training there; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--out {options.out}: cannot be made ({error.strerror})") from None
+        if saved is None:  # while the data were read another run may have begun and ended there
+            check_out(options)
+        yield
+
+
+def _train(prepared: Prepared, dtype: torch.dtype, memory, saved: dict | None, ranks: Ranks) -> int:
+    job, options = prepared.job, prepared.job.options
     out = Path(options.out)
     labels = ("isolation", "adamw") if options.compare else ("isolation",)
     for label in labels:

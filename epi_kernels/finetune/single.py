@@ -173,10 +173,7 @@ def _begin(job: Job, model_weights: str, directory: Path, fresh: bool) -> None:
 
 def _begin_fresh(job: Job, model_weights: str) -> None:
     options, out = job.options, Path(job.options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
+    out.mkdir(parents=True, exist_ok=True)  # the --compare run's own
     if options.overwrite:
         # What it holds: `out` itself may be a link, or a mount. Its mark last: cut short, it can be done again.
         for path in sorted(out.iterdir(), key=lambda path: path.name == "run.json"):
