@@ -65,12 +65,15 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     assert_same_end(out, undisturbed)
 
 
-def test_a_disk_full_at_the_end_loses_nothing(files, undisturbed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("room", ["for the model", "for nothing"])
+def test_a_disk_full_at_the_end_keeps_the_checkpoint_before_and_the_model(
+    files, undisturbed, tmp_path, monkeypatch, capsys, room
+):
     out = tmp_path / "out"
     sync = checkpoint.sync
 
     def full(path):
-        if f"{STEPS:08d}" in str(path):
+        if f"{STEPS:08d}" in str(path) or (room == "for nothing" and "-model" in str(path)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(path)
 
@@ -82,6 +85,12 @@ def test_a_disk_full_at_the_end_loses_nothing(files, undisturbed, tmp_path, monk
         "the checkpoint of step 6 is whole" in text and "free some space, then continue with --resume" in text
     )
     assert [checkpoint.load_state(path)["step"] for path in checkpoint.list_checkpoints(out)] == [3, 6]
+    assert ("the trained model is in" in text) == (room == "for the model")
+    if room == "for the model":
+        assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert not list(out.rglob("*partial*")) and (out / "model.safetensors").exists() == (
+        room == "for the model"
+    )
     assert resume(out) == 0
     assert_same_end(out, undisturbed)
 

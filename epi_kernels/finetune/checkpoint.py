@@ -169,6 +169,19 @@ def save_pretrained(model, tokenizer, folder: Path, weights: dict[str, torch.Ten
     tokenizer.save_pretrained(folder)
 
 
+def export_model(model, tokenizer, out: Path, weights: dict[str, torch.Tensor] | None) -> bool:
+    """Puts a model into `out` without a checkpoint, whose optimizer has no room there; whether the model has."""
+    folder = out / "checkpoints" / (TEMPORARY + "model")
+    try:
+        write_directory(folder, lambda temporary: save_pretrained(model, tokenizer, temporary, weights))
+        export(folder, out)
+    except DiskFull:
+        return False
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
 def export(checkpoint: Path, out: Path) -> None:
     """Puts a checkpoint's model and tokenizer into `out` itself, by hard links where the file system has them."""
     for source in sorted(checkpoint.iterdir()):

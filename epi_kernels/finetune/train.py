@@ -188,6 +188,10 @@ class Run:
                 else "there is no earlier checkpoint"
             )
             after = "" if final else "; the run goes on and tries again at the next one"
+            if step == self.job.steps and checkpoint.export_model(
+                self.model, self.job.tokenizer, self.directory, weights
+            ):
+                after = f"; the trained model is in {self.directory} all the same"
             self.log.write("checkpoint_failed", step=step, reason=str(error))
             print(f"\ncheckpoint of step {step} not written: {error}; {kept}{after}", file=sys.stderr)
             return False
