@@ -99,6 +99,9 @@ CONTENDERS = [
         REFRESH,
     ),
     Contender(
+        "ours, float32, 8-bit states", F32, _ours(state_dtype="int8"), True, "float32 weights", REFRESH
+    ),
+    Contender(
         "EPI as published, float32",
         F32,
         _published,
@@ -118,6 +121,30 @@ CONTENDERS = [
         "isolates nothing; states round to nearest",
     ),
     Contender("ours, bfloat16", BF16, _ours(), True, "stochastic rounding", REFRESH),
+    Contender(
+        "ours, bfloat16, float32 states",
+        BF16,
+        _ours(state_dtype=F32),
+        True,
+        "stochastic rounding of weights",
+        REFRESH,
+    ),
+    Contender(
+        "ours, bfloat16, own importance",
+        BF16,
+        _ours(importance_beta=0.99, importance_dtype=BF16),
+        True,
+        "stochastic rounding; one more bfloat16 EMA",
+        REFRESH,
+    ),
+    Contender(
+        "ours, bfloat16, 32-bit weights",
+        BF16,
+        _ours(master_weight_bits=32),
+        True,
+        "stochastic rounding of states; 16-bit weight correction",
+        REFRESH,
+    ),
     Contender(
         "ours, bfloat16, 8-bit states", BF16, _ours(state_dtype="int8"), True, "stochastic rounding", REFRESH
     ),

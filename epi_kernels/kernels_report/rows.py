@@ -13,6 +13,7 @@ MAX_INSTRUCTIONS = 100
 # Where a state is 8-bit. On sm_90 bfloat16 weights and states take 88; codes instead of bfloat16 add 21, an importance
 # of codes of its own 18 more, zscore's float64 sums 19.
 MAX_INSTRUCTIONS_INT8 = 135
+MAX_INSTRUCTIONS_BF16 = 110  # sm_90 has 73 to 104 with bfloat16 states
 MAX_INSTRUCTIONS_CORRECTION = 10  # what weights with a correction beside them may add to it
 FULL_WIDTH = 128  # bits
 MASK_WIDTH = 8  # a packed mask is read byte by byte; nothing else here has an element of 8 bits

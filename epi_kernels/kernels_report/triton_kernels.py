@@ -18,6 +18,7 @@ from typing import Any
 
 from epi_kernels.kernels_report.rows import (
     MAX_INSTRUCTIONS,
+    MAX_INSTRUCTIONS_BF16,
     MAX_INSTRUCTIONS_CORRECTION,
     MAX_INSTRUCTIONS_INT8,
     Expectation,
@@ -151,8 +152,10 @@ def _limit(variant) -> int:
     if not variant.full:
         return 0
     if INT8 in variant.kinds:
-        return MAX_INSTRUCTIONS_INT8 + (MAX_INSTRUCTIONS_CORRECTION if variant.correction else 0)
-    return MAX_INSTRUCTIONS if variant.state == FLOAT32 else 0
+        limit = MAX_INSTRUCTIONS_INT8
+    else:
+        limit = MAX_INSTRUCTIONS if variant.state == FLOAT32 else MAX_INSTRUCTIONS_BF16
+    return limit + (MAX_INSTRUCTIONS_CORRECTION if variant.correction else 0)
 
 
 def _refresh() -> Iterator[Entry]:
