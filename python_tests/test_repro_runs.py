@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from dataclasses import replace
-from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
-from repro_runs import BASE, MODEL, RECIPE, STRINGS, SUMS, cpift, first, halfway, second
-from safetensors.torch import load_file
+from repro_runs import BASE, MODEL, RECIPE, SUMS, cpift, first, halfway, second
 
 from epi_kernels.finetune.chat import Encoded
-from epi_kernels.isolation.core_file import CoreFile, union_mask
-from epi_kernels.repro import cpift as cpift_
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import REPLAYED, Batches
-from epi_kernels.repro.describe import describe
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import ensure, execute
 from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
-from epi_kernels.repro.models import tokenizer_of
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
-from epi_kernels.repro.stages import _replayed, _sampled
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
 from epi_kernels.repro.train import Limits, Stopped, lr_factor
-from epi_kernels.repro.weights import core_of
-from epi_kernels.repro.workshop import Workshop, encoded
-
-CPU = torch.device("cpu")
-
-
-def shop(folder, keep=(), limits=None) -> Workshop:
-    return Workshop(Store(folder), CPU, limits or Limits(), frozenset(map(key, keep)))
-
-
-def weights(folder, run):
-    return load_file(folder / key(run) / "model.safetensors")
-
-
-def same(left, right) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
+from python_tests.run_shop import CPU, same, shop, weights
 
 # ---------------------------------------------------------------- descriptions
 
@@ -232,192 +206,3 @@ def test_weights_are_discarded_once_nothing_left_starts_from_them(tmp_path):
     assert plan.missing(store) == [
         name for name in plan.runs if name in map(key, ancestry(halfway(second())))
     ]
-
-
-# ---------------------------------------------------------------- CPI-FT
-
-
-@pytest.mark.parametrize(
-    ("options", "stages"),
-    [({"tau": 0.0}, 1), ({"tau": 1.0}, 3), ({"tau": 1.0, "reading": "all"}, 3),
-     ({"tau": 1.0, "reading": "all", "single_stage": True}, 1)],
-    ids=["one-group", "each-alone", "all-frozen", "single-stage"],
-)  # fmt: skip
-def test_cpift_freezes_the_cores_it_says(tmp_path, options, stages):
-    run = cpift(**options)
-    bench = shop(tmp_path, [*ancestry(run)])
-    manifest = ensure(run, bench)
-    groups, _ = cpift_.groups_of(run, bench)
-    last = cpift_.unfold(run, groups)
-    consolidated = [one for one in ancestry(last) if isinstance(one, Train) and one.sampled < 1]
-    assert len(consolidated) == stages and manifest.notes["last"] == key(last)
-    assert sum(len(group) for group in manifest.notes["groups"]) == 3
-    # the last stage is a leaf without weights; made again with them, to compare
-    kept = replace(bench, keep=bench.keep | {key(one) for one in ancestry(last)})
-    ensure(last, kept)
-    for one in consolidated:
-        before, after = weights(tmp_path, one.before), weights(tmp_path, one)
-        cores = [CoreFile(core_of(probe, run.core_ratio, bench)) for probe in one.frozen]
-        for name in before:
-            frozen = (
-                union_mask(cores, name).view(before[name].shape)
-                if cores
-                else torch.zeros_like(before[name]).bool()
-            )
-            assert torch.equal(before[name][frozen], after[name][frozen])
-            assert not torch.equal(before[name][~frozen], after[name][~frozen])
-
-
-def test_cpift_consolidates_on_the_same_examples_in_stages_and_in_one():
-    run = cpift(tau=1.0, reading="all")
-    unequal = (run.tasks[0].model_copy(update={"train": 40}), *run.tasks[1:])
-    run = run.model_copy(update={"tasks": unequal})
-    single = cpift_.unfold(run.model_copy(update={"single_stage": True}), [[2], [0, 1]])
-    last = cpift_.unfold(run, [[2], [0, 1]])
-    tokenizer = tokenizer_of(MODEL)
-
-    def learned(one: Train) -> dict[str, list[list[int]]]:
-        found = zip(one.tasks, _sampled(one, tokenizer), strict=True)
-        return {task.kind: sorted(row.input_ids for row in rows) for task, rows in found}
-
-    assert learned(single) == learned(last) | learned(last.before)
-    assert {kind: len(rows) for kind, rows in learned(single).items()} == {
-        "sums": 40,
-        "strings": 47,
-        "topics": 47,
-    }
-
-
-def test_a_curriculum_compares_scores_by_their_full_marks(tmp_path, monkeypatch):
-    """9 of a judge's 10 points are easier than 60 %."""
-    scores = {"sums": 60.0, "strings": 9.0, "topics": 95.0}
-    marks = {"sums": 100.0, "strings": 10.0, "topics": 100.0}
-    run = cpift(order="curriculum")
-    bench = shop(tmp_path)
-    known = {key(probe): {task.kind: scores[task.kind]} for probe, task in zip(run.probes, run.tasks)}
-    monkeypatch.setattr(
-        Store, "manifest", lambda self, one: SimpleNamespace(key=key(one), scores=known[key(one)])
-    )
-    monkeypatch.setattr(cpift_, "make_task", lambda task: SimpleNamespace(full_mark=marks[task.kind]))
-    monkeypatch.setattr(cpift_, "core_of", lambda *_: None)
-    monkeypatch.setattr(cpift_, "CoreFile", lambda _: None)
-    monkeypatch.setattr(cpift_, "jaccard_matrix", lambda _: [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    assert cpift_.groups_of(run, bench)[0] == [[2], [1], [0]]
-    known[key(run.probes[1])] = {"sums": 1.0}
-    with pytest.raises(ReproError, match="not scored on strings"):
-        cpift_.groups_of(run, bench)
-    assert len(cpift_.groups_of(cpift(), bench)[0]) == 3, "no other order needs a score"
-
-
-def test_a_single_stage_freezes_all_cores():
-    with pytest.raises(ValidationError, match='needs reading "all"'):
-        cpift(single_stage=True)
-
-
-def test_who_waited_for_a_run_holds_the_lock_that_others_see(tmp_path):
-    """A lock's file goes with its holder: one that waited on it must not hold a file that nobody finds."""
-    store, run, order = Store(tmp_path), first(), []
-
-    def hold(name: str) -> None:
-        with store.claim(run):
-            order.append(f"{name} in")
-            time.sleep(0.05)
-            order.append(f"{name} out")
-
-    threads = [Thread(target=hold, args=(name,)) for name in "abcdef"]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.02)
-    for thread in threads:
-        thread.join()
-    assert [one.split()[0] for one in order[::2]] == [one.split()[0] for one in order[1::2]]
-    assert [one.split()[1] for one in order] == ["in", "out"] * 6 and not list(tmp_path.glob("*.lock"))
-
-
-def test_replayed_examples_are_those_that_the_stage_before_learned():
-    run = second(Replay(), seed=2).model_copy(update={"before": first(seed=7)})
-    tokenizer = tokenizer_of(MODEL)
-    found = [row.input_ids for row in _replayed(run, tokenizer)]
-    assert found == [row.input_ids for row in encoded(tokenizer, SUMS, 7, RECIPE.max_length).examples]
-
-
-def test_people_read_what_a_share_is_of():
-    assert describe(second(Replay(share=0.05))).startswith(
-        "replay (replayed rows of every batch 0.05) on strings"
-    )
-    assert describe(second(Static())).startswith("static on strings")
-
-
-def test_a_share_is_of_data_that_the_stage_has_too():
-    with pytest.raises(ValidationError, match="must hold the tasks of this stage"):
-        Train(before=BASE, tasks=(SUMS,), sampled=0.5, sampled_of=(STRINGS,), evaluate=(), recipe=RECIPE)
-
-
-# ---------------------------------------------------------------- sweeps
-
-
-def test_a_sweep_on_two_processes_makes_each_run_once_and_never_again(tmp_path):
-    leaves = [second(seed=seed) for seed in (1, 2)] + [second(Full(), seed=1)]
-    plan, store = Plan.of(leaves), Store(tmp_path)
-    assert len(plan.runs) == 6  # one base, a stage A a seed
-    outcome = sweep(plan, store, device=CPU, workers=2, discard=True)
-    assert (outcome.finished, outcome.left) == (6, 0)
-    assert not list(tmp_path.glob("*/*.safetensors"))
-    written = {name: (tmp_path / name / MANIFEST).stat().st_mtime_ns for name in plan.runs}
-    assert sweep(plan, store, device=CPU, workers=2).finished == 0
-    assert written == {name: (tmp_path / name / MANIFEST).stat().st_mtime_ns for name in plan.runs}
-    assert set(plan.manifests(store)) == set(plan.runs)
-
-
-def test_a_sweep_out_of_time_leaves_the_rest(tmp_path):
-    plan, store = Plan.of([second()]), Store(tmp_path)
-    outcome = sweep(plan, store, device=CPU, workers=1, time_limit_s=0.0)
-    assert (outcome.finished, outcome.left) == (0, 3)
-    assert sweep(plan, store, device=CPU, workers=1).finished == 3
-
-
-def test_two_sweeps_in_one_folder(tmp_path):
-    store = Store(tmp_path)
-    with store.lock(), pytest.raises(ReproError, match="another sweep"):
-        sweep(Plan.of([BASE]), Store(tmp_path), device=CPU, workers=1)
-
-
-def test_a_manifest_cut_off_in_the_middle_is_named(tmp_path):
-    store = Store(tmp_path)
-    execute(BASE, shop(tmp_path))
-    path = tmp_path / key(BASE) / MANIFEST
-    path.write_text(path.read_text()[:100])
-    with pytest.raises(ReproError, match=key(BASE)):
-        store.manifest(BASE)
-
-
-def test_a_folder_of_another_run_is_named(tmp_path):
-    store, other = Store(tmp_path), BASE.model_copy(update={"seed": 7})
-    execute(BASE, shop(tmp_path))
-    (tmp_path / key(BASE)).rename(tmp_path / key(other))
-    with pytest.raises(ReproError, match=f"is of the run {key(BASE)}"):
-        store.manifest(other)
-
-
-def test_a_run_that_diverged_can_be_read_back(tmp_path):
-    execute(BASE, shop(tmp_path))
-    found = Store(tmp_path).manifest(BASE)
-    lost = found.model_copy(update={"losses": {"sums": float("nan")}, "series": {"loss": [float("inf")]}})
-    Store(tmp_path).write(BASE, lost, None)
-    back = Store(tmp_path).manifest(BASE)
-    assert math.isnan(back.losses["sums"]) and back.series["loss"] == [float("inf")]
-
-
-def test_an_unknown_kind_of_task_stops_the_sweep_and_keeps_what_is_done(tmp_path):
-    wrong = Train(before=BASE, tasks=(SUMS.model_copy(update={"kind": "sumz"}),), evaluate=(), recipe=RECIPE)
-    with pytest.raises(ReproError, match="sumz"):
-        sweep(Plan.of([wrong]), Store(tmp_path), device=CPU, workers=1)
-    assert Store(tmp_path).manifest(BASE) is not None
-
-
-def test_the_model_of_a_wrong_config():
-    from epi_kernels.repro.models import new_model
-
-    with pytest.raises(ReproError, match="config"):
-        new_model(MODEL.model_copy(update={"config": {"model_type": "nothing"}}), 0)
-    assert STRINGS.kind == "strings"
