@@ -30,7 +30,9 @@ from epi_kernels.distributed.world import by_all, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.group_masks import VERSION_KEY, version_and_masks
+from epi_kernels.optim.home import home
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
 MARK = ".metadata"  # written last, by torch
@@ -114,7 +116,8 @@ def _template(
     names, weights = _names(model, optimizer), get_model_state_dict(model)
     _check_model(weights, stored, folder)
     template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
-    _lay_out(template[OPTIMIZER], stored, {name: param for param, name in names.items()}, folder)
+    params = {name: param for param, name in names.items()}
+    _lay_out(template[OPTIMIZER], stored, params, optimizer._config, folder)
     return folder, names, template
 
 
@@ -174,7 +177,11 @@ def _check_same(wanted: Iterable[str], found: Iterable[str], folder: Path) -> No
 
 
 def _lay_out(
-    optimizer: dict[str, Any], stored: Mapping[tuple, Any], params: Mapping[str, Tensor], folder: Path
+    optimizer: dict[str, Any],
+    stored: Mapping[tuple, Any],
+    params: Mapping[str, Tensor],
+    config: IsolationConfig,
+    folder: Path,
 ) -> None:
     """Room for what the checkpoint holds of the optimizer: this rank's part of what is shaped like its parameter, all
     of the rest (packed masks beside parameters that are sharded here)."""
@@ -193,7 +200,7 @@ def _lay_out(
         if isinstance(one, TensorStorageMetadata):
             alike = key != "step" and one.size == param.shape
             size = local(param).shape if alike else one.size
-            value = torch.empty(size, dtype=one.properties.dtype, device=param.device)
+            value = torch.empty(size, dtype=one.properties.dtype, device=home(param, config))
             value = wrap(value, param) if alike else value
         optimizer[STATE].setdefault(name, {})[key] = value
     optimizer[GROUPS] = [groups[number] for number in sorted(groups)]

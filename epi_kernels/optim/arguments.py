@@ -24,6 +24,7 @@ BACKENDS = ("auto", *dispatch.NAMES)
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
+OFFLOADS = (None, "cpu")
 
 # what a param group may set; everything else the constructor takes is one value for the whole optimizer
 GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "isolate", "importance_beta")
@@ -46,6 +47,7 @@ GLOBAL_OPTIONS = (
     "stochastic_rounding",
     "seed",
     "backend",
+    "offload",
 )
 
 
@@ -67,6 +69,7 @@ class IsolationConfig:
     seed: int
     backend: str
     capturable: bool = False
+    offload: str | None = None
     ratio_schedule: RatioSchedule | None = None
     interval_schedule: IntervalSchedule | None = None
 
@@ -181,6 +184,7 @@ def make_config(
     seed: int,
     backend: str,
     capturable: bool,
+    offload: str | None,
 ) -> IsolationConfig:
     """Validates the global options."""
     ratio, ratio_schedule = _ratio(isolation_ratio)
@@ -209,6 +213,13 @@ def make_config(
     _choice("normalization", normalization, NORMALIZATIONS)
     _choice("scope", scope, SCOPES)
     _choice("backend", backend, BACKENDS)
+    _choice("offload", offload, OFFLOADS)
+    _require(
+        not (offload and capturable),
+        "offload",
+        offload,
+        "None with capturable=True (a graph replays kernels, and the host steps what is offloaded)",
+    )
     _require(layer_key is None or callable(layer_key), "layer_key", layer_key, "None or a callable of a name")
     _require(
         stochastic_rounding is None or isinstance(stochastic_rounding, bool),
@@ -238,6 +249,7 @@ def make_config(
         seed=int(seed),
         backend=backend,
         capturable=bool(capturable),
+        offload=offload,
         ratio_schedule=ratio_schedule,
         interval_schedule=interval_schedule,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epi_kernels.distributed.shards import local, wrap
 from epi_kernels.optim.arguments import IsolationConfig
-from epi_kernels.optim.pages import zeros
+from epi_kernels.optim.home import home_zeros
 from epi_kernels.reference import master
 
 CORRECTION_KEY = "weight_correction"
@@ -23,7 +23,7 @@ def new_correction(param: Tensor, config: IsolationConfig) -> dict[str, Tensor]:
     dtype = master.CORRECTION_DTYPES[config.master_weight_bits]
     # row-major whatever the parameter's strides, as the moments are
     weight = local(param)
-    return {CORRECTION_KEY: wrap(zeros(weight.shape, dtype, weight.device), param)}
+    return {CORRECTION_KEY: wrap(home_zeros(weight.shape, dtype, param, config), param)}
 
 
 def load_correction(
@@ -56,4 +56,5 @@ def master_weight(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     if correction is None:
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         return wrap(weight.to(wide, copy=True), param)
-    return wrap(master.join(weight.reshape(-1), local(correction).reshape(-1)).view(weight.shape), param)
+    low = local(correction).to(weight.device).reshape(-1)  # offloaded, it lies on the host
+    return wrap(master.join(weight.reshape(-1), low).view(weight.shape), param)

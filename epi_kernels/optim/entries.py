@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from epi_kernels.backends import choose
 from epi_kernels.distributed import shards
-from epi_kernels.optim.arguments import check_parameter
+from epi_kernels.optim.arguments import IsolationConfig, check_parameter
 from epi_kernels.optim.corrections import CORRECTION_KEY
+from epi_kernels.optim.home import home, offload_refusal
 from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import INT8, MOMENT_KEYS, SCALE_OF
 from epi_kernels.optim.state import shares_importance
@@ -59,22 +60,22 @@ def entry_of(param: Tensor, param_groups: Iterable[dict[str, Any]]) -> Entry:
     raise ValueError("this parameter is not in any of the optimizer's groups")
 
 
-def check_parameters(
-    params: Any, names: dict[str, Tensor], *, requested_backend: str, needs_names: bool, capturable: bool
-) -> None:
+def check_parameters(params: Any, names: dict[str, Tensor], config: IsolationConfig) -> None:
     """What a group brings, before it joins: tensors or (name, tensor) pairs. ``names``: those taken.
 
     Raises:
         ValueError: a dtype that no backend steps, a name that is taken, or missing where names are needed.
-        NotImplementedError: a parameter is sharded in an unsupported way, or its backend cannot be captured.
+        NotImplementedError: a parameter is sharded in an unsupported way, its states cannot be offloaded, or its backend
+            cannot be captured.
     """
     for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
         named = isinstance(entry, tuple) and len(entry) == 2
         name, param = entry if named else (f"param_{position}", entry)
         if isinstance(param, Tensor):  # torch itself refuses what is not
             check_parameter(param, str(name))
-            backend = choose(requested_backend, param.device, param.dtype).backend
-            if capturable and not backend.captures:
+            _check_offload(param, str(name), config)
+            backend = choose(config.backend, home(param, config), param.dtype).backend
+            if config.capturable and not backend.captures:
                 raise NotImplementedError(
                     f"capturable=True: the {backend.name} backend, which steps {name}, cannot be captured in a CUDA graph; "
                     "the triton backend can, on a CUDA device"
@@ -84,10 +85,16 @@ def check_parameters(
                     f"two parameters are named {name!r}: names choose layers, random numbers and what importance "
                     "is carried; prefix the names of one model"
                 )
-        if needs_names and not named:
+        if config.layer_key is not None and not named:
             raise ValueError(
                 "layer_key needs names: pass (name, tensor) pairs, e.g. model.named_parameters()"
             )
+
+
+def _check_offload(param: Tensor, name: str, config: IsolationConfig) -> None:
+    refusal = None if config.offload is None else offload_refusal(param)
+    if refusal is not None:
+        raise NotImplementedError(f"{name} {refusal}")
 
 
 class Given:
@@ -140,7 +147,7 @@ def _shape(param: Tensor) -> torch.Size | None:
     return None if is_lazy(param) else param.shape
 
 
-def check_gradient(entry: Entry, grad: Tensor, requested_backend: str) -> None:
+def check_gradient(entry: Entry, grad: Tensor, config: IsolationConfig) -> None:
     """Refuses what no backend steps, before anything changes. ``grad``: what of it lies on this rank."""
     param, name = entry.weight, entry.name
     if grad.layout != torch.strided:
@@ -158,7 +165,8 @@ def check_gradient(entry: Entry, grad: Tensor, requested_backend: str) -> None:
             f"{name} is expanded (several elements share one place in memory), so they cannot take steps of their own: "
             "use .contiguous() on it"
         )
-    choose(requested_backend, param.device, param.dtype)
+    _check_offload(entry.param, name, config)
+    choose(config.backend, home(entry.param, config), param.dtype)
 
 
 def _is_expanded(tensor: Tensor) -> bool:
@@ -179,32 +187,32 @@ def check_written_gradient(entry: Entry, grad: Tensor) -> None:
 _MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.float64, INT8)
 
 
-def check_state(entry: Entry, state: Mapping[str, Any]) -> None:
+def check_state(entry: Entry, state: Mapping[str, Any], config: IsolationConfig) -> None:
     """Refuses state that does not fit its parameter: kernels trust sizes and addresses.
 
     It happens when a parameter is resized or moved after the first step.
     """
-    param, state = entry.weight, local_state(state)
+    param, state, device = entry.weight, local_state(state), home(entry.param, config)
     for key in (*MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS):
         if key in state and not isinstance(state[key], Tensor):
             _refuse_state(entry, key, state[key])
     for key in MOMENT_KEYS:
         value = state.get(key)
-        if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, param)):
+        if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, param, device)):
             _refuse_state(entry, key, value)
         n_scales = scale_bytes(param.numel()) if value is not None and value.dtype == INT8 else None
-        _check_bytes(entry, state, SCALE_OF[key], n_scales)
+        _check_bytes(entry, state, SCALE_OF[key], n_scales, device)
     if state and state["exp_avg"].dtype != state["exp_avg_sq"].dtype:
         _refuse_state(entry, "exp_avg", state["exp_avg"])
     correction = state.get(CORRECTION_KEY)
     if correction is not None and not (
         param.dtype == torch.bfloat16
         and correction.dtype in CORRECTION_DTYPES.values()
-        and _lies_beside(correction, param)
+        and _lies_beside(correction, param, device)
     ):
         _refuse_state(entry, CORRECTION_KEY, correction)
     for key in MASK_KEYS:
-        _check_bytes(entry, state, key, packed_bytes(param.numel()) if key in state else None)
+        _check_bytes(entry, state, key, packed_bytes(param.numel()) if key in state else None, device)
 
 
 def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -212,17 +220,19 @@ def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: shards.local(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _lies_beside(value: Tensor, param: Tensor) -> bool:
-    return value.shape == param.shape and value.device == param.device and value.is_contiguous()
+def _lies_beside(value: Tensor, param: Tensor, device: torch.device) -> bool:
+    return value.shape == param.shape and value.device == device and value.is_contiguous()
 
 
-def _check_bytes(entry: Entry, state: Mapping[str, Any], key: str, expected: int | None) -> None:
-    """``state[key]`` is uint8 [expected] on the parameter's device; absent where that is None."""
+def _check_bytes(
+    entry: Entry, state: Mapping[str, Any], key: str, expected: int | None, device: torch.device
+) -> None:
+    """``state[key]`` is uint8 [expected] on ``device``; absent where that is None."""
     value = state.get(key)
     if value is None and expected is None:
         return
     if value is None or not (
-        value.shape == (expected,) and value.device == entry.weight.device and value.dtype == torch.uint8
+        value.shape == (expected,) and value.device == device and value.dtype == torch.uint8
     ):
         _refuse_state(entry, key, value)
 

@@ -15,7 +15,9 @@ from epi_kernels.optim.entries import Entry, check_state
 from epi_kernels.policies.layers import LayerTable, Share, build_layers
 
 
-def check_before_refresh(entries: Sequence[Entry], state_of: Mapping[Tensor, Mapping[str, Any]]) -> None:
+def check_before_refresh(
+    entries: Sequence[Entry], state_of: Mapping[Tensor, Mapping[str, Any]], config: IsolationConfig
+) -> None:
     """What a refresh would stumble over.
 
     Raises:
@@ -24,7 +26,7 @@ def check_before_refresh(entries: Sequence[Entry], state_of: Mapping[Tensor, Map
     """
     for entry in entries:
         check_group_options({"isolate": entry.group["isolate"]})
-        check_state(entry, state_of.get(entry.param, {}))
+        check_state(entry, state_of.get(entry.param, {}), config)
 
 
 def find_layers(

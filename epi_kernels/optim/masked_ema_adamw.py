@@ -16,7 +16,9 @@ from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured, ste
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
 from epi_kernels.optim.group_masks import STATE_VERSION, VERSION_KEY
+from epi_kernels.optim.home import HOST
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
+from epi_kernels.optim.offload import HostPipeline, OffloadedPlan
 from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.skipped import SkippedSteps
@@ -81,6 +83,11 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
+        offload: None, or "cpu": states, and the corrections of ``master_weight_bits`` (32: with the weights an exact float32
+            copy of them), lie in pinned host memory and are stepped there, parameter by parameter, with the bits of a step
+            on the device. Gradients and weights are copied there and weights back, on streams of their own; under
+            ``enable_gradient_release`` during the backward pass. ``step()`` waits until they are back, and for
+            ``found_inf`` of a GradScaler. Not with ``capturable`` or DTensor parameters (FSDP2).
 
     Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
     together, and ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all of them; else each
@@ -94,9 +101,10 @@ class MaskedEMAAdamW(Optimizer):
     """
 
     # never copied or pickled
-    _plan: StepPlan | None = None  # kept from step to step
+    _plan: StepPlan | OffloadedPlan | None = None  # kept from step to step
     _replayed: ReplayedSteps | None = None  # beside it, with capturable=True
     _release: GradientRelease | None = None  # set by enable_gradient_release
+    _pipeline: HostPipeline | None = None  # with offload
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         backend: str = "auto",
+        offload: str | None = None,
     ) -> None:
         arguments.check_torch_options(
             amsgrad=amsgrad,
@@ -158,6 +167,7 @@ class MaskedEMAAdamW(Optimizer):
             seed=seed,
             backend=backend,
             capturable=capturable,
+            offload=offload,
         )
         self._world: World | None = None
         self._report: IsolationReport | None = None
@@ -184,9 +194,7 @@ class MaskedEMAAdamW(Optimizer):
         check_parameters(
             group["params"],
             {entry.name: entry.param for entry in self._parameters()},
-            requested_backend=self._config.backend,
-            needs_names=self._config.layer_key is not None,
-            capturable=self._config.capturable,
+            self._config,
         )
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[VERSION_KEY] = STATE_VERSION
@@ -264,6 +272,8 @@ class MaskedEMAAdamW(Optimizer):
 
     def _device(self) -> torch.device:
         """Where what is reduced over devices and ranks lies."""
+        if self._config.offload is not None and self._world is None:
+            return HOST
         return next((entry.param.device for entry in self._parameters()), torch.device("cpu"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -330,7 +340,7 @@ class MaskedEMAAdamW(Optimizer):
         self._adopt_state()
         state = self.state[param]
         state_.complete_state(state, param, group, self._config)
-        install_mask(state, param, mask, persistent=persistent)
+        install_mask(state, param, mask, self._config, persistent=persistent)
 
     @uncompiled
     @torch.no_grad()
@@ -362,12 +372,17 @@ class MaskedEMAAdamW(Optimizer):
         entry = entry_of(param, self.param_groups)
         self._adopt_state()
         state = self.state.get(param, {})
-        check_state(entry, state)
+        check_state(entry, state, self._config)
         return master_weight(param, state)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters."""
-        return state_.bytes_by_kind(self.state.values())
+        """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters.
+
+        With ``offload`` they are bytes of host memory, and ``staging``, once there is any, is what gradients and weights
+        pass through.
+        """
+        staging = 0 if self._pipeline is None else self._pipeline.staging_bytes
+        return state_.bytes_by_kind(self.state.values(), staging)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import is_sharded, local, shard_of, wrap
-from epi_kernels.optim.pages import zeros
+from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.home import home_zeros
 from epi_kernels.reference.bits import pack, packed_bytes, unpack
 
 MASK_KEYS = ("isolation_mask", "persistent_mask")
 
 
-def zero_mask(param: Tensor) -> Tensor:
-    """Of what lies on this rank."""
-    weight = local(param)
-    return zeros((packed_bytes(weight.numel()),), torch.uint8, weight.device)
+def zero_mask(param: Tensor, config: IsolationConfig | None = None) -> Tensor:
+    """Of what lies on this rank; without ``config`` beside it."""
+    return home_zeros((packed_bytes(local(param).numel()),), torch.uint8, param, config)
 
 
 def unpacked_mask(state: Mapping[str, Any], param: Tensor) -> Tensor:
@@ -27,23 +27,23 @@ def unpacked_mask(state: Mapping[str, Any], param: Tensor) -> Tensor:
     if packed is None:
         mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     else:
-        mask = unpack(packed, weight.numel()).view(weight.shape)
+        mask = unpack(packed.to(weight.device), weight.numel()).view(weight.shape)
     return wrap(mask, param)
 
 
-def load_mask(value: Any, weight: Tensor, what: str) -> Tensor:
-    """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of weight's shape."""
+def load_mask(value: Any, weight: Tensor, what: str, config: IsolationConfig | None = None) -> Tensor:
+    """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of weight's shape; packed, a copy."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{what}: a mask is a tensor, got {type(value).__name__}")
     if value.dtype == torch.bool and value.shape == weight.shape:
-        return pack(value.to(weight.device))
+        return zero_mask(weight, config).copy_(pack(value))
     expected = packed_bytes(weight.numel())
     if value.dtype != torch.uint8 or value.shape != (expected,):
         raise ValueError(
             f"{what}: a packed mask of {weight.numel()} elements is uint8 [{expected}], "
             f"got {value.dtype} {list(value.shape)}; the state is truncated or not ours"
         )
-    mask = value.detach().to(weight.device, copy=True)
+    mask = zero_mask(weight, config).copy_(value.detach())
     spare = -weight.numel() % 8
     if spare and int(mask[-1]) >> (8 - spare):
         raise ValueError(f"{what}: padding bits past element {weight.numel()} are set; the state is damaged")
@@ -79,10 +79,12 @@ def _part(mask: Tensor, param: Tensor) -> Tensor:
     return local(mask)
 
 
-def install_mask(state: dict[str, Any], param: Tensor, mask: Tensor, *, persistent: bool) -> None:
+def install_mask(
+    state: dict[str, Any], param: Tensor, mask: Tensor, config: IsolationConfig, *, persistent: bool
+) -> None:
     """Until the next refresh, beside persistent bits; or as the persistent bits, beside the others."""
-    packed = pack(_part(mask, param))
-    current = state.setdefault("isolation_mask", zero_mask(param))
+    packed = zero_mask(param, config).copy_(pack(_part(mask, param)))
+    current = state.setdefault("isolation_mask", zero_mask(param, config))
     lasting = state.pop("persistent_mask", None)
     # in place: a captured graph goes on reading there
     if persistent:

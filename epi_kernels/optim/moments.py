@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epi_kernels.distributed.shards import local, wrap
 from epi_kernels.optim.arguments import IsolationConfig
-from epi_kernels.optim.pages import zeros
+from epi_kernels.optim.home import home_zeros
 from epi_kernels.reference import codec
 
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "importance")
@@ -33,10 +33,10 @@ def new_moment(key: str, param: Tensor, config: IsolationConfig) -> dict[str, Te
     dtype = moment_dtype(key, param, config)
     # row-major whatever the parameter's strides: masks, blocks and random numbers count logical positions
     weight = local(param)
-    made = {key: wrap(zeros(weight.shape, dtype, weight.device), param)}
+    made = {key: wrap(home_zeros(weight.shape, dtype, param, config), param)}
     if dtype == INT8:
         n_scales = codec.scale_bytes(weight.numel())
-        made[SCALE_OF[key]] = zeros((n_scales,), torch.uint8, param.device)
+        made[SCALE_OF[key]] = home_zeros((n_scales,), torch.uint8, param, config)
     return made
 
 

@@ -18,10 +18,10 @@ LEAST_BYTES = 1 << 22  # less than two large pages gain nothing
 _MADV_HUGEPAGE = 14  # <sys/mman.h> of Linux
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, pinned: bool = False) -> Tensor:
     """As ``torch.zeros``."""
-    made = torch.empty(shape, dtype=dtype, device=device)
-    if made.device.type == "cpu" and made.nbytes >= LEAST_BYTES and sys.platform == "linux":
+    made = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+    if not pinned and made.device.type == "cpu" and made.nbytes >= LEAST_BYTES and sys.platform == "linux":
         _ask_for_large_pages(made)
     return made.zero_()
 

@@ -245,10 +245,10 @@ def check_step(
     """
     stepped = [entry for entry, grad in zip(entries, grads, strict=True) if grad is not None]
     for entry, grad in zip(stepped, _present(grads), strict=True):
-        check_gradient(entry, grad, config.backend)
+        check_gradient(entry, grad, config)
         if written:
             check_written_gradient(entry, grad)
-        check_state(entry, state_of.get(entry.param, {}))
+        check_state(entry, state_of.get(entry.param, {}), config)
         check_index(entry, config)
     groups = list({id(entry.group): entry.group for entry in stepped}.values())
     return stepped, groups, {id(group): _hyper_parameters(group, config) for group in groups}

@@ -15,8 +15,8 @@ from epi_kernels.optim.schedules import STEP_KEY
 
 T = TypeVar("T")
 
-# layers are compared one by one; which backend steps is each rank's own affair, for all give the same bits
-_OWN = ("layer_key", "backend")
+# layers are compared one by one; which backend steps, and where, is each rank's own affair, for all give the same bits
+_OWN = ("layer_key", "backend", "offload")
 
 
 def check_named(param_groups: Sequence[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import World
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.entries import Entry, param_tensors
+from epi_kernels.optim.home import home
 from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.state import complete_state
 from epi_kernels.policies import selection
@@ -55,8 +56,9 @@ def partition(
             stateless[row] += shards.local(param).numel() if counted else 0
             continue
         complete_state(state, param, group, config)
-        backend = choose(config.backend, param.device, param.dtype).backend
-        part = partitions.setdefault((backend.name, param.device), Partition(param.device, backend))
+        device = home(param, config)
+        backend = choose(config.backend, device, param.dtype).backend
+        part = partitions.setdefault((backend.name, device), Partition(device, backend))
         tensors = param_tensors(param, state, group, row)
         (part.counted if param in layers.counted else part.repeated).append(tensors)
         if group["isolate"] and param in layers.counted and param not in covered:
@@ -86,6 +88,20 @@ class StatsByDevice:
                 total.nonfinite += other.nonfinite.to(device)
                 total.moments += other.moments.to(device)
         return total
+
+
+def reduce_stats(
+    entries: Sequence[Entry],
+    state_of: Mapping[Tensor, dict[str, Any]],
+    layers: LayerTable,
+    stats: StatsByDevice,
+    config: IsolationConfig,
+) -> None:
+    """Stats of parameters that were stepped one by one: in their order, as in the kernels of one step over all of them, for
+    sums of float64 (zscore) depend on it."""
+    entries = [entry for entry in entries if entry.param.numel() > 0]
+    for part in partition(entries, state_of, layers, set(), config)[0]:
+        part.backend.accumulate(part.stats_pending, stats.on(part.device))
 
 
 def refresh(

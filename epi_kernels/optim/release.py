@@ -21,8 +21,9 @@ from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_gr
 from epi_kernels.optim.captured import is_captured
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
+from epi_kernels.optim.offload import OffloadedPlan
 from epi_kernels.optim.plan import StepPlan
-from epi_kernels.optim.refresh import StatsByDevice, partition
+from epi_kernels.optim.refresh import StatsByDevice, reduce_stats
 from epi_kernels.optim.release_checks import NO_SCALER, check_model, check_processwide, second_gradient
 from epi_kernels.optim.uncompiled import uncompiled
 from epi_kernels.policies.checks import is_int, require
@@ -92,7 +93,7 @@ class GradientRelease:
         self._backwards = Backwards(accumulation_steps)
         self._lock = threading.Lock()  # autograd runs a thread a device
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
-        self._plans: dict[Tensor, StepPlan] = {}
+        self._plans: dict[Tensor, StepPlan | OffloadedPlan] = {}
         self._entries: dict[Tensor, Entry] = {}
         self._groups: list[dict] = []  # those of the entries
         self._looked_around = False
@@ -171,6 +172,7 @@ class GradientRelease:
         if left:
             plan = stepping.plan_of(optimizer, params, grads, written=False, alike=alike)
             plan.run(grads, grad_scale=None, found_inf=None, layers=None, stats=None)
+        stepping.drain(optimizer)
         if len(optimizer.state) > self._n_states:  # in the order of one step over all of them
             new = set(list(optimizer.state)[self._n_states :])
             for param in params:
@@ -180,12 +182,8 @@ class GradientRelease:
         if now is not None and table is not None:
             covered = self._stepped | left
             stats = StatsByDevice(len(table.names), now)
-            # those that were stepped first and in their order, as in the kernels of one step over all of them:
-            # sums of float64 (zscore) depend on it
             entries = [entry for entry in optimizer._parameters() if entry.param in covered]
-            entries = [entry for entry in entries if entry.param.numel() > 0]
-            for part in partition(entries, optimizer.state, table, set(), now)[0]:
-                part.backend.accumulate(part.stats_pending, stats.on(part.device))
+            reduce_stats(entries, optimizer.state, table, stats, now)
             stepping.refresh_masks(optimizer, table, stats, now, covered=covered, due=True)
 
     # ---------------------------------------------------------------- hooks
@@ -244,7 +242,7 @@ class GradientRelease:
             optimizer._settle()
             now = schedules.due_settings(optimizer._config, groups[0])
         if now is not None:
-            layers.check_before_refresh(entries, optimizer.state)
+            layers.check_before_refresh(entries, optimizer.state, optimizer._config)
         stepping.agree(optimizer)
         self._now, self._n_states = now, len(optimizer.state)
 
@@ -261,14 +259,14 @@ class GradientRelease:
         self._stepped.add(param)
         param.grad = None
 
-    def _plan(self, entry: Entry, grads: list[Tensor | None], alike: bool) -> StepPlan:
+    def _plan(self, entry: Entry, grads: list[Tensor | None], alike: bool) -> StepPlan | OffloadedPlan:
         """The parameter's plan of the last step while it fits."""
         param, states = entry.param, self._optimizer.state
         held = {param: states[param] if param in states else {}}
         plan = self._plans.get(param)
         if plan is None or not plan.fits([param], grads, held, alike=alike):
             self._plans.pop(param, None)
-            plan = StepPlan([entry], grads, held, self._optimizer._config, written=False)
+            plan = stepping.make_plan(self._optimizer, [entry], grads, held, written=False)
             self._plans[param] = plan
             states.setdefault(param, held[param])
         return plan

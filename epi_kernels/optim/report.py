@@ -91,6 +91,11 @@ class IsolationReport:
         self._threshold, self._count_ge, self._drift, self._nonfinite = threshold, count_ge, drift, nonfinite
 
     @property
+    def on_host(self) -> bool:
+        """Reading waits for no device."""
+        return self._nonfinite.device.type == "cpu"
+
+    @property
     def selects_nothing(self) -> bool:
         """k is 0 everywhere: the ratio asks for less than one element."""
         return not any(self._k)
@@ -182,6 +187,6 @@ def warn_after_refresh(report: IsolationReport, table: LayerTable, *, warned_bef
     if warns:
         warn_nothing_selected(report.ratio, table.total_eligible)
     # reading the count warns; on a GPU it stays there until somebody reads it
-    if all(param.device.type == "cpu" for param in table.row_of):
+    if report.on_host:
         _ = report.nonfinite
     return warned_before or warns

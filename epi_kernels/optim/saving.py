@@ -59,6 +59,7 @@ def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any]) -> None:
         optimizer._world,
         optimizer._device(),
     )
+    stepping.drain(optimizer)  # of a backward that was broken off
     optimizer._forget_plans()
     optimizer.__setstate__({"state": state, "param_groups": groups})
     optimizer._report, optimizer._skipped = None, SkippedSteps()

@@ -39,7 +39,7 @@ def complete_state(
     if CORRECTION_KEY not in state:
         state.update(new_correction(param, config))
     if "isolation_mask" not in state and always_has_mask(config):
-        state["isolation_mask"] = zero_mask(param)
+        state["isolation_mask"] = zero_mask(param, config)
 
 
 def always_has_mask(config: IsolationConfig) -> bool:
@@ -98,7 +98,7 @@ def load_param_state(
         state.update(load_correction(saved, param, config, f"state of {name}"))
     for key in MASK_KEYS:
         if key in saved:
-            state[key] = load_mask(saved[key], local(param), f"state of {name}, {key}")
+            state[key] = load_mask(saved[key], local(param), f"state of {name}, {key}", config)
     if "persistent_mask" in left:
         put_back_persistent(state, f"state of {name}")
     for key in MASK_KEYS:  # a sharded state dict has both, in use or not; what p asks for comes back
@@ -108,10 +108,10 @@ def load_param_state(
     return state
 
 
-def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def bytes_by_kind(states: Iterable[Mapping[str, Any]], staging: int = 0) -> dict[str, int]:
     """Bytes of these states, scales with what they scale; ``other`` are the step counters.
 
-    ``weight_correction`` is listed where there is one.
+    ``weight_correction`` and ``staging`` are listed where there is one.
     """
     kinds = [*MOMENT_KEYS, *MASK_KEYS]
     states = list(states)
@@ -123,6 +123,8 @@ def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 sizes[kind_of.get(key, "other")] += local(value).nbytes
+    if staging:
+        sizes["staging"] = staging
     sizes["total"] = sum(sizes.values())
     return sizes
 

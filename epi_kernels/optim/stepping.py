@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from epi_kernels.distributed.world import World
 from epi_kernels.optim import ranks, schedules
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.captured import ReplayedSteps, check_capture
+from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.layers import check_before_refresh, find_layers
+from epi_kernels.optim.offload import HostPipeline, OffloadedPlan
 from epi_kernels.optim.plan import StepPlan, check_step
 from epi_kernels.optim.refresh import StatsByDevice, partition, refresh
 from epi_kernels.optim.report import IsolationReport, warn_after_refresh
@@ -65,6 +67,7 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
 
     stats = None if table is None else StatsByDevice(len(table.names), config)
     plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=table, stats=stats)
+    drain(optimizer)
     optimizer._set_isolation_step(optimizer._isolation_step + 1)
     if found_inf is not None:  # the device knows whether it was a step
         optimizer._skipped.note(found_inf)
@@ -79,7 +82,7 @@ def captured_step(optimizer: MaskedEMAAdamW) -> None:
     grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
     plan = optimizer._plan
     check_capture(plan, plan is not None and plan.fits(params, grads, optimizer.state, alike=alike))
-    assert plan is not None
+    assert isinstance(plan, StepPlan), "offload and capturable are refused together"
     plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=None, stats=None)
     optimizer._captured.keep(plan, grads)
 
@@ -177,7 +180,7 @@ def plan_of(
     *,
     written: bool,
     alike: bool = False,
-) -> StepPlan:
+) -> StepPlan | OffloadedPlan:
     """The last plan while it fits: building one costs milliseconds where there are hundreds of tensors."""
     plan = optimizer._plan
     if plan is None or not plan.fits(params, grads, optimizer.state, alike=alike):
@@ -186,11 +189,34 @@ def plan_of(
         entries = list(optimizer._parameters())
         if optimizer._config.capturable:
             optimizer._settle()
-        plan = StepPlan(entries, grads, optimizer.state, optimizer._config, written=written)
-        step = plan.a_step() if optimizer._config.capturable else None
+        plan = make_plan(optimizer, entries, grads, optimizer.state, written=written)
+        step = plan.a_step() if isinstance(plan, StepPlan) and optimizer._config.capturable else None
         optimizer._plan = plan
         optimizer._replayed = None if step is None else ReplayedSteps(step, optimizer._isolation_step)
     return plan
+
+
+def make_plan(
+    optimizer: MaskedEMAAdamW,
+    entries: Sequence[Entry],
+    grads: Sequence[Tensor | None],
+    state_of: Mapping[Tensor, dict[str, Any]],
+    *,
+    written: bool,
+) -> StepPlan | OffloadedPlan:
+    """Raises as ``StepPlan`` does."""
+    config = optimizer._config
+    if config.offload is None:
+        return StepPlan(entries, grads, state_of, config, written=written)
+    if optimizer._pipeline is None:
+        optimizer._pipeline = HostPipeline(entry.weight for entry in optimizer._parameters())
+    return OffloadedPlan(entries, grads, state_of, config, optimizer._pipeline, written=written)
+
+
+def drain(optimizer: MaskedEMAAdamW) -> None:
+    """Waits for the steps that are on their way through the host."""
+    if optimizer._pipeline is not None:
+        optimizer._pipeline.drain()
 
 
 def open_refresh(
@@ -205,7 +231,7 @@ def open_refresh(
         now = ask()
         if now is None:
             return None
-        check_before_refresh(entries, optimizer.state)
+        check_before_refresh(entries, optimizer.state, optimizer._config)
         refused = refusal()
     except Exception as error:  # a user's function raises what it likes
         refused = error
