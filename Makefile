@@ -26,11 +26,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality tables gpu gpu-large env lint format typecheck clean
+.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality tables gpu gpu-large gpu-offload env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | gpu | gpu-large | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | gpu | gpu-large | gpu-offload | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -90,7 +90,7 @@ tables: build
 # Needs no network and makes no environment: the interpreter of a GPU machine brings its own torch.
 # VENV's python serves where PYTHON has no torch.
 GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
-GPU_TARGETS := gpu gpu-large reproduce-medium
+GPU_TARGETS := gpu gpu-large gpu-offload reproduce-medium
 SLICE = $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
 $(GPU_TARGETS): export PYTHONPATH := .
 $(GPU_TARGETS): export EPI_KERNELS_CUDA_ARCHS ?= native
@@ -100,7 +100,7 @@ gpu-build:
 	  { echo "make $(MAKECMDGOALS): neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
-gpu gpu-large: gpu-build
+gpu gpu-large gpu-offload: gpu-build
 	$(GPU_PYTHON) -m bench.$(subst -,_,$@) $(strip $(SLICE) $(GPU_ARGS))
 
 # Both papers' tables on one GPU: 25 minutes at most, TIME_LIMIT=540 for slices of 9; the same command goes on.

@@ -31,6 +31,7 @@ OUTSIDE = {
     "normalization": ["min-max", None],
     "scope": ["tensor", None],
     "backend": ["gpu", None],
+    "offload": ["cuda", "disk", True, torch.device("cpu")],
 }
 CASES = [(name, value) for name, values in OUTSIDE.items() for value in values]
 # What a message must offer in place of the value given.
@@ -50,6 +51,7 @@ ALLOWED = {
     "normalization": "zscore",
     "scope": "layer",
     "backend": "triton",
+    "offload": "'cpu'",
 }
 GROUP_ARGUMENTS = ("lr", "eps", "weight_decay", "betas", "importance_beta")
 

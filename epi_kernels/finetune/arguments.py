@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import BACKENDS, DTYPES, MASTER_WEIGHT_BITS, STATE_DTYPES, Options
+from .options import BACKENDS, DTYPES, MASTER_WEIGHT_BITS, OFFLOADS, STATE_DTYPES, Options
 from .packing import ATTENTION
 from .trackers import CHOICES as TRACKERS
 
@@ -149,6 +149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
     )
     add(group, "--backend", "which implementation steps", choices=BACKENDS)
+    add(
+        group,
+        "--offload",
+        "cpu: optimizer states lie in host memory and are stepped there, with the same bits [on the device]",
+        choices=OFFLOADS,
+    )
     group = parser.add_argument_group("training")
     add(group, "--epochs", "passes over the data", type=int, metavar="N")
     add(group, "--max-steps", "stop after this many steps (the schedule ends there)", type=int, metavar="N")

@@ -51,6 +51,7 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
             state_dtype=named[options.state_dtype] if options.state_dtype else None,
             master_weight_bits=options.master_weight_bits,
             stochastic_rounding=options.stochastic_rounding, seed=options.seed, backend=options.backend,
+            offload=options.offload,
         )  # fmt: skip
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
         raise UserError(f"the optimizer refuses: {error}") from None

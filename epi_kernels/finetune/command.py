@@ -148,7 +148,7 @@ def _planned(options: Options, saved: dict | None, ranks: Ranks) -> tuple[Prepar
     if options.compare and dtype == torch.bfloat16 and options.stochastic_rounding is not False:
         print("note: torch.optim.AdamW rounds bf16 weights to nearest, this run's optimizer stochastically")
     if options.dry_run:
-        print(plan.describe_memory(memory))
+        print(plan.describe_memory(memory, options.offload))
         if job.sharded:
             print(f"all of these lie over the {ranks.size} ranks, about 1/{ranks.size} on each")
     caution = plan.warning(options, job.steps)

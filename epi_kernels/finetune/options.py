@@ -18,6 +18,7 @@ DTYPES = ("fp32", "bf16")
 STATE_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+OFFLOADS = ("cpu",)
 # These change how a run is watched, kept and computed; the weights it ends with at most in the last bits (--fsdp).
 FREE_ON_RESUME = (
     "checkpoint_every",
@@ -26,6 +27,7 @@ FREE_ON_RESUME = (
     "log_to",
     "quiet",
     "backend",
+    "offload",
     "fsdp",
     "resume",
     "overwrite",
@@ -88,6 +90,7 @@ class Options:
     master_weight_bits: int = 16
     stochastic_rounding: bool | None = None
     backend: str = "auto"
+    offload: str | None = None
     fsdp: bool = False
     log_every: int = 1
     log_to: list[str] | None = None
@@ -189,6 +192,10 @@ class Options:
             raise UserError("--protect with --isolation-ratio 0 protects nothing: give a ratio above 0")
         if self.protect_steps is not None and self.protect is None:
             raise UserError("--protect-steps says how much --protect weighs: give --protect too")
+        if self.offload is not None and self.fsdp:
+            raise UserError(
+                "--offload keeps whole parameters' states: not with --fsdp, where each rank holds its share of them"
+            )
         trackers.chosen(self.log_to)
         if self.resume and self.overwrite:
             raise UserError("--resume continues what --overwrite deletes: give one of them")

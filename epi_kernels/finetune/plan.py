@@ -83,9 +83,10 @@ def warning(options: Options, steps: int) -> str:
     )
 
 
-def describe_memory(one: Memory) -> str:
+def describe_memory(one: Memory, offload: str | None = None) -> str:
     per = max(1, one.parameters)
-    rows = [("weights", one.weights), ("gradients", one.gradients), ("optimizer state, this run", one.ours)]
+    state = "optimizer state, this run" + (" (host memory)" if offload else "")
+    rows = [("weights", one.weights), ("gradients", one.gradients), (state, one.ours)]
     rows += [("  beside torch AdamW's", one.adamw), ("  beside EPI's as published", one.epi_as_published)]
     header = ("memory (without activations)", "bytes", "a parameter")
     return columns([header, *((name, human_bytes(count), f"{count / per:.3f}") for name, count in rows)])

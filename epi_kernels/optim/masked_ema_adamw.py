@@ -86,8 +86,9 @@ class MaskedEMAAdamW(Optimizer):
         offload: None, or "cpu": states, and the corrections of ``master_weight_bits`` (32: with the weights an exact float32
             copy of them), lie in pinned host memory and are stepped there, parameter by parameter, with the bits of a step
             on the device. Gradients and weights are copied there and weights back, on streams of their own; under
-            ``enable_gradient_release`` during the backward pass. ``step()`` waits until they are back, and for
-            ``found_inf`` of a GradScaler. Not with ``capturable`` or DTensor parameters (FSDP2).
+            ``enable_gradient_release`` during the backward pass. They pass through 512 MiB of pinned memory, or what the
+            largest weight and its gradient take. ``step()`` waits until they are back, and for ``found_inf`` of a
+            GradScaler. Not with ``capturable`` or DTensor parameters (FSDP2).
 
     Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
     together, and ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all of them; else each
@@ -376,13 +377,11 @@ class MaskedEMAAdamW(Optimizer):
         return master_weight(param, state)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes this optimizer owns, by kind, scales with what they scale; ``other`` are the step counters.
+        """Bytes of the state, by kind, scales with what they scale; ``other`` are the step counters.
 
-        With ``offload`` they are bytes of host memory, and ``staging``, once there is any, is what gradients and weights
-        pass through.
+        With ``offload`` they are bytes of host memory.
         """
-        staging = 0 if self._pipeline is None else self._pipeline.staging_bytes
-        return state_.bytes_by_kind(self.state.values(), staging)
+        return state_.bytes_by_kind(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.

@@ -108,10 +108,10 @@ def load_param_state(
     return state
 
 
-def bytes_by_kind(states: Iterable[Mapping[str, Any]], staging: int = 0) -> dict[str, int]:
+def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Bytes of these states, scales with what they scale; ``other`` are the step counters.
 
-    ``weight_correction`` and ``staging`` are listed where there is one.
+    ``weight_correction`` is listed where there is one.
     """
     kinds = [*MOMENT_KEYS, *MASK_KEYS]
     states = list(states)
@@ -123,8 +123,6 @@ def bytes_by_kind(states: Iterable[Mapping[str, Any]], staging: int = 0) -> dict
         for key, value in state.items():
             if isinstance(value, Tensor):
                 sizes[kind_of.get(key, "other")] += local(value).nbytes
-    if staging:
-        sizes["staging"] = staging
     sizes["total"] = sum(sizes.values())
     return sizes
 

@@ -1,0 +1,109 @@
+"""A device in the host's memory, as slow as a device may be: nothing is copied before somebody waits for it.
+
+What a copy is to write is NaN until then, and what it reads is read then: a wait too few, a buffer lent out too early,
+a gradient let go too early each show in the bits.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from epi_kernels.optim import home
+from epi_kernels.optim.offload import links, pipeline
+
+NAN_BYTE = 255  # float32, bfloat16 and float64 of these bytes are NaN
+
+
+class _Queue:
+    """Copies of one direction. Waiting for one makes it and those before it."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._lock = lock
+        self._waiting: list[list[tuple[weakref.ref[Tensor], Tensor]]] = []
+        self._done = 0
+
+    def add(self, pairs: links.Pairs) -> Callable[[], None]:
+        with self._lock:
+            pairs = [(weakref.ref(source), plain(target)) for source, target in pairs]
+            for _, target in pairs:
+                target.fill_(torch.nan)
+            self._waiting.append(pairs)
+            number = self._done + len(self._waiting)
+        return lambda: self._make(number)
+
+    def _make(self, number: int) -> None:
+        with self._lock, torch.no_grad():
+            while self._done < number:
+                for source, target in self._waiting.pop(0):
+                    alive = source()
+                    if alive is not None:  # else its memory is somebody else's by now
+                        target.copy_(plain(alive))
+                self._done += 1
+
+
+class SimulatedLink:
+    """``links.Link``; counts what it was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        lock = threading.RLock()
+        self.out, self.back = _Queue(lock), _Queue(lock)
+        self.fetched = self.put_back = 0
+
+    def memory(self, n_bytes: int) -> Tensor:
+        return torch.full((n_bytes,), NAN_BYTE, dtype=torch.uint8)
+
+    def fetch(self, pairs: links.Pairs) -> links.Wait:
+        self.fetched += 1
+        return self.out.add(pairs)
+
+    def put(self, pairs: links.Pairs) -> links.Wait:
+        self.put_back += 1
+        return self.back.add(pairs)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(Tensor)
+
+
+@pytest.fixture
+def simulated(monkeypatch) -> list[SimulatedLink]:
+    """CPU parameters lie on simulated devices; the links that were made. The ring is as small as the largest allows."""
+    made: list[SimulatedLink] = []
+
+    def link_to(device: torch.device) -> SimulatedLink:
+        made.append(SimulatedLink(device))
+        return made[-1]
+
+    monkeypatch.setattr(links, "link_to", link_to)
+    monkeypatch.setattr(pipeline, "STAGING_BYTES", 0)
+    return made
+
+
+class OnDevice(torch.Tensor):
+    """Says that it is on a GPU: whoever makes state beside it fails where there is none."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def pinned(monkeypatch) -> list[torch.Size]:
+    """Shapes of what was asked for in pinned memory, which there is none of without a driver."""
+    shapes: list[torch.Size] = []
+
+    def zeros(shape, dtype, device, *, pinned=False):
+        if pinned:
+            shapes.append(torch.Size(shape))
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(home, "zeros", zeros)
+    return shapes

@@ -1,0 +1,169 @@
+"""offload="cpu" on simulated devices: the bits of the un-offloaded run, whatever is offloaded and however it is released."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW, enable_gradient_release
+from python_tests.released_net import Net, assert_same, loss_of, optimizer_of, train
+from python_tests.simulated_device import simulated  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("simulated")
+
+
+def halves(name: str) -> str:
+    return "one" if name < "first.bias" else "other"
+
+
+LONG = {
+    "float32": (torch.float32, {}),
+    "bfloat16, exact copy of the weights": (torch.bfloat16, {"master_weight_bits": 32}),
+    "8-bit": (torch.bfloat16, {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"}),
+}
+OPTIONS = {
+    "zscore over several parameters": {"normalization": "zscore", "layer_key": halves},
+    "none, by layer": {"normalization": "none", "scope": "layer", "hysteresis": 0.3},
+    "own importance": {"importance_beta": 0.9, "importance_dtype": torch.bfloat16, "mask_warmup": 5},
+    "24-bit weights": {"master_weight_bits": 24, "state_dtype": torch.float32},
+    "schedules": {
+        "isolation_ratio": AdaptiveRatio(0.1, 0.02, 0.3),
+        "mask_interval": AdaptiveInterval(2, 1, 4),
+    },
+    "plain AdamW": {"isolation_ratio": 0.0},
+    "reference backend": {"backend": "reference"},
+}
+BOTH = pytest.mark.parametrize("released", [False, True], ids=["at once", "released"])
+
+
+def pair(dtype, steps, *, released, backwards=1, **options):
+    """A run on the device and an offloaded one, which must agree. Returns the latter's optimizer and reports."""
+    runs = []
+    for offload in (None, "cpu"):
+        net = Net(dtype)
+        optimizer = optimizer_of(net, offload=offload, **options)
+        if released:
+            enable_gradient_release(net, optimizer, accumulation_steps=backwards)
+        runs.append((optimizer, train(net, optimizer, steps, backwards=backwards)))
+    (resident, reports), (offloaded, its_reports) = runs
+    assert_same(resident, offloaded)
+    assert reports == its_reports
+    return offloaded, its_reports
+
+
+@BOTH
+@pytest.mark.parametrize(("dtype", "options"), LONG.values(), ids=LONG.keys())
+def test_two_hundred_steps(dtype, options, released):
+    _, reports = pair(dtype, 200, released=released, mask_interval=7, isolation_ratio=0.2, **options)
+    assert len(reports) > 25 and all(report["isolated"] for report in reports)
+
+
+@BOTH
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options(options, released):
+    _, reports = pair(torch.bfloat16, 9, released=released, **options)
+    assert reports or options == OPTIONS["plain AdamW"]
+
+
+@BOTH
+def test_accumulated_gradients(released):
+    pair(torch.float32, 7, released=released, backwards=3)
+
+
+def test_float64_weights_step_on_the_reference_backend():
+    pair(torch.float64, 5, released=True, backend="auto")
+
+
+def test_several_groups_with_a_scheduler_and_a_closure():
+    runs = []
+    for offload in (None, "cpu"):
+        net = Net(torch.bfloat16)
+        named = list(net.named_parameters())
+        groups = [
+            {"params": named[:3], "lr": torch.tensor(1e-2)},
+            {"params": named[3:5], "isolate": False, "betas": (0.8, 0.9), "maximize": True},
+            {"params": named[5:], "weight_decay": 0.0},
+        ]
+        optimizer = MaskedEMAAdamW(groups, mask_interval=2, isolation_ratio=0.2, offload=offload)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 4)
+        for step in range(7):
+
+            def closure(step=step, net=net, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = loss_of(net, step)
+                loss.backward()
+                return loss
+
+            assert optimizer.step(closure).item() > 0
+            scheduler.step()
+        runs.append(optimizer)
+    assert_same(*runs)
+
+
+def test_awkward_layouts():
+    """Weights and gradients that are not row-major, a lazily negated gradient, a parameter without one."""
+    runs = []
+    for offload in (None, "cpu"):
+        torch.manual_seed(0)
+        params = {
+            "transposed": torch.nn.Parameter(torch.randn(6, 50).t()),
+            "plain": torch.nn.Parameter(torch.randn(33)),
+            "never": torch.nn.Parameter(torch.randn(5)),
+            "scalar": torch.nn.Parameter(torch.randn(())),
+        }
+        optimizer = MaskedEMAAdamW(params.items(), mask_interval=2, isolation_ratio=0.2, offload=offload)
+        for _ in range(5):
+            params["transposed"].grad = torch.randn(50, 6)
+            params["plain"].grad = torch._neg_view(torch.randn(33))
+            params["scalar"].grad = torch.randn(())
+            optimizer.step()
+        runs.append(optimizer)
+    assert_same(*runs)
+
+
+def test_loss_scaling():
+    """Steps that found_inf skips count nothing, and the unscaled gradient comes back to .grad."""
+    runs, grads = [], []
+    for offload in (None, "cpu"):
+        net = Net()
+        optimizer = optimizer_of(net, offload=offload)
+        for step in range(8):
+            loss_of(net, step).backward()
+            for param in net.parameters():
+                if param.grad is not None:
+                    param.grad *= 1024
+            optimizer.grad_scale = torch.tensor(1024.0)
+            optimizer.found_inf = torch.tensor(float(step in (1, 4)))
+            optimizer.step()
+            grads.append([None if p.grad is None else p.grad.clone() for p in net.parameters()])
+            optimizer.zero_grad()
+        assert optimizer.param_groups[0]["isolation_step"] == 6
+        runs.append(optimizer)
+    assert_same(*runs)
+    for one, other in zip(grads[:8], grads[8:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_weights_that_the_user_sets_are_heard():
+    runs = []
+    for offload in (None, "cpu"):
+        net = Net()
+        optimizer = optimizer_of(net, offload=offload)
+        train(net, optimizer, 3)
+        with torch.no_grad():
+            net.first.weight.data.mul_(0.5)  # no version counter sees it
+        train(net, optimizer, range(3, 5))
+        runs.append(optimizer)
+    assert_same(*runs)
+
+
+def test_a_saved_weight_that_is_stepped_is_noticed():
+    """autograd's own check, as of a step on the device."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = MaskedEMAAdamW([weight], offload="cpu")
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
