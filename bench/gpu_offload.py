@@ -135,7 +135,7 @@ def _steps(arm: Arm, model: nn.Module, device: Device, vocabulary: int, n_tokens
         "training_step_ms": results.percentiles(step_ms[WARM_UP:]),
         "until_backward_returns_ms": results.percentiles(backward_ms[WARM_UP:]),
         "tokens_per_s": n_tokens / (results.percentiles(step_ms[WARM_UP:])["p50"] / 1e3),
-        "state_bytes": stored_bytes(optimizer.state),
+        "state_bytes": stored_bytes(optimizer.state_dict()),
         "losses": losses,
         **_peaks(device),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -25,15 +25,15 @@ class _Queue:
 
     def __init__(self, lock: threading.RLock) -> None:
         self._lock = lock
-        self._waiting: list[list[tuple[weakref.ref[Tensor], Tensor]]] = []
+        self._waiting: list[list[tuple[Callable[[], Tensor | None], Tensor]]] = []
         self._done = 0
 
-    def add(self, pairs: links.Pairs) -> Callable[[], None]:
+    def add(self, pairs: Iterable[tuple[Callable[[], Tensor | None], Tensor]]) -> links.Wait:
         with self._lock:
-            pairs = [(weakref.ref(source), plain(target)) for source, target in pairs]
-            for _, target in pairs:
+            copies = [(source, plain(target)) for source, target in pairs]
+            for _, target in copies:
                 target.fill_(torch.nan)
-            self._waiting.append(pairs)
+            self._waiting.append(copies)
             number = self._done + len(self._waiting)
         return lambda: self._make(number)
 
@@ -42,7 +42,7 @@ class _Queue:
             while self._done < number:
                 for source, target in self._waiting.pop(0):
                     alive = source()
-                    if alive is not None:  # else its memory is somebody else's by now
+                    if alive is not None:
                         target.copy_(plain(alive))
                 self._done += 1
 
@@ -61,11 +61,12 @@ class SimulatedLink:
 
     def fetch(self, pairs: links.Pairs) -> links.Wait:
         self.fetched += 1
-        return self.out.add(pairs)
+        # a tensor that nobody holds is gone when it is read, and its memory somebody else's
+        return self.out.add((weakref.ref(source), target) for source, target in pairs)
 
     def put(self, pairs: links.Pairs) -> links.Wait:
         self.put_back += 1
-        return self.back.add(pairs)
+        return self.back.add((lambda source=source: source, target) for source, target in pairs)
 
 
 def plain(tensor: Tensor) -> Tensor:

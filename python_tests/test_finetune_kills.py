@@ -9,7 +9,9 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
@@ -19,11 +21,10 @@ from python_tests.fork_server import Server, serving
 from python_tests.stopped_runs import STEPS, arguments, assert_same_end, story, write_inputs
 from python_tests.tracked_runs import assert_same, of_tensorboard, of_the_log
 
-KILLS = 20
 SEED = 20261
 STARTING, STEPPING = "starting", "between checkpoints"
 WRITING, ENDING = "writing a checkpoint", "putting the model in place"
-NEEDED = {STARTING, STEPPING, WRITING}
+PHASES = {STARTING, STEPPING, WRITING}
 
 
 def written(out: Path) -> dict[str, int]:
@@ -68,14 +69,15 @@ def step_before_the_last_begun(out: Path) -> int:
 class Killer:
     """Runs the command over and over, each time killed at a random moment, until it ends by itself."""
 
-    def __init__(self, server: Server, output: Path, seed: int, life_s: float):
-        self.server, self.random, self.life_s = server, random.Random(seed), life_s
-        self.output = output
+    def __init__(self, server: Server, output: Path, life_s: float, kills: int, phases: set[str]):
+        self.server, self.random, self.life_s = server, random.Random(SEED), life_s
+        self.output, self.wanted, self.phases = output, kills, phases
         self.kills: Counter[str] = Counter()
         self.progressed = 0  # kills that found a later checkpoint than the kill before, yet not the last
 
     def satisfied(self) -> bool:
-        return self.kills.total() >= KILLS and self.kills.keys() >= NEEDED and self.progressed >= 3
+        enough = self.kills.total() >= self.wanted and self.kills.keys() >= self.phases
+        return enough and self.progressed >= len(self.phases)
 
     def _wait(self, out: Path, before: dict[str, int]) -> str:
         """Returns at a random moment: of a whole life, a little after a line of the log, or around the writing of a
@@ -135,34 +137,63 @@ class Killer:
             reached = step
 
 
-@pytest.mark.timeout(300)
-def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path):
-    files = tmp_path / "inputs"
+class Undisturbed(NamedTuple):
+    """A run that nobody killed, and what it takes to begin another one."""
+
+    server: Server
+    output: Path
+    files: Path
+    out: Path
+    life_s: float
+
+
+MORE = ["--checkpoint-every", 2, "--keep-checkpoints", 1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Iterator[Undisturbed]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    files, out, output = folder / "inputs", folder / "out", folder / "output.txt"
     files.mkdir()
     write_inputs(files)
-    undisturbed = tmp_path / "undisturbed"
-    more = ["--checkpoint-every", 2, "--keep-checkpoints", 1]
-    output = tmp_path / "output.txt"
     with open(output, "wb") as file, serving(file) as server:
+        life_s = 0.0
         for _ in range(2):  # the first one imports what is imported late
             began = time.perf_counter()
-            server.start(["finetune", *arguments(files, undisturbed, *more, "--overwrite")])
+            server.start(["finetune", *arguments(files, out, *MORE, "--overwrite")])
             assert server.wait() == 0, output.read_text()[-2000:]
             life_s = time.perf_counter() - began
-        killer = Killer(server, output, SEED, life_s)
-        runs = 0
-        while runs < 100 and not killer.satisfied():
-            out = tmp_path / f"out-{runs}"
-            runs += 1
-            killer.drive(["finetune", *arguments(files, out, *more)], out)
-            assert_same_end(out, undisturbed)
-            assert story(out) == story(undisturbed)
-            assert (out / "done.json").read_bytes() == (undisturbed / "done.json").read_bytes()
-            names = [
-                sorted(path.name for path in one.rglob("*") if "tfevents" not in path.name)
-                for one in (out, undisturbed)
-            ]
-            assert names[0] == names[1]  # event files are named by their time
-            assert_same(of_tensorboard(out), of_the_log(out))
-        print(f"seed {SEED}: {killer.kills.total()} kills in {runs} runs: {dict(killer.kills)}")
+        yield Undisturbed(server, output, files, out, life_s)
+
+
+def kill_and_compare(undisturbed: Undisturbed, folder: Path, kills: int, phases: set[str], *more) -> None:
+    killer = Killer(undisturbed.server, undisturbed.output, undisturbed.life_s, kills, phases)
+    runs = 0
+    while runs < 100 and not killer.satisfied():
+        out = folder / f"out-{runs}"
+        runs += 1
+        killer.drive(["finetune", *arguments(undisturbed.files, out, *MORE, *more)], out)
+        assert_same_end(out, undisturbed.out)
+        assert story(out) == story(undisturbed.out)
+        assert (out / "done.json").read_bytes() == (undisturbed.out / "done.json").read_bytes()
+        names = [
+            sorted(path.name for path in one.rglob("*") if "tfevents" not in path.name)
+            for one in (out, undisturbed.out)
+        ]
+        assert names[0] == names[1]  # event files are named by their time
+        assert_same(of_tensorboard(out), of_the_log(out))
+    print(f"seed {SEED}: {killer.kills.total()} kills in {runs} runs: {dict(killer.kills)}")
     assert killer.satisfied(), (killer.kills, killer.progressed)
+
+
+@pytest.mark.timeout(300)
+def test_twenty_kills_at_random_moments_leave_no_trace(undisturbed, tmp_path):
+    kill_and_compare(undisturbed, tmp_path, 20, PHASES)
+
+
+@pytest.mark.timeout(300)
+def test_kills_of_an_offloaded_run_leave_no_trace(undisturbed, tmp_path):
+    """Beside the run that was not offloaded."""
+    kill_and_compare(undisturbed, tmp_path, 4, {STEPPING}, "--offload", "cpu")
+    for run in tmp_path.glob("out-*/run.json"):
+        assert json.loads(run.read_text())["options"]["offload"] == "cpu"
