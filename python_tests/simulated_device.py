@@ -27,6 +27,7 @@ class _Queue:
         self._lock = lock
         self._waiting: list[list[tuple[Callable[[], Tensor | None], Tensor]]] = []
         self._done = 0
+        self.most_bytes = 0  # that waited at once
 
     def add(self, pairs: Iterable[tuple[Callable[[], Tensor | None], Tensor]]) -> links.Wait:
         with self._lock:
@@ -34,6 +35,8 @@ class _Queue:
             for _, target in copies:
                 target.fill_(torch.nan)
             self._waiting.append(copies)
+            waiting = sum(target.nbytes for copies in self._waiting for _, target in copies)
+            self.most_bytes = max(self.most_bytes, waiting)
             number = self._done + len(self._waiting)
         return lambda: self._make(number)
 

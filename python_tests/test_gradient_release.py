@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW, enable_gradient_release
-from epi_kernels.optim import release as release_module
+from epi_kernels.optim import stepping
 from python_tests.released_net import Net, assert_same, loss_of, optimizer_of, train
 
 
@@ -111,12 +111,12 @@ def test_one_gradient_is_alive_at_a_time(released):
 def test_plans_are_kept_from_step_to_step(monkeypatch):
     made = []
 
-    class Counted(release_module.StepPlan):
+    class Counted(stepping.StepPlan):
         def __init__(self, entries, *arguments, **options):
             made.append([entry.name for entry in entries])
             super().__init__(entries, *arguments, **options)
 
-    monkeypatch.setattr(release_module, "StepPlan", Counted)
+    monkeypatch.setattr(stepping, "StepPlan", Counted)
     net = Net()
     optimizer = optimizer_of(net)
     enable_gradient_release(net, optimizer)
