@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import pytest
 import torch
 
 from bench import registry
+from bench.one_rank import one_rank, under_fsdp2
 from bench.registry import Case, Plan
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.backends import choose
@@ -46,6 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             *registry.tensors_cases(plan),
         ]
         metafunc.parametrize("step_pair", cases, ids=lambda case: case.name, indirect=True)
+    if "host_pair" in fixtures:
+        cases = registry.host_cases(plan)
+        metafunc.parametrize("host_pair", cases, ids=lambda case: case.name, indirect=True)
     if "refresh_pair" in fixtures:
         cases = [*registry.refresh_cases(plan), *registry.linear_refresh_cases(plan)]
         metafunc.parametrize("refresh_pair", cases, ids=lambda case: case.name, indirect=True)
@@ -68,40 +71,6 @@ def parameters(case: Case) -> list[torch.nn.Parameter]:
         param.grad = torch.randn(n, generator=generator).mul_(scale).to(case.dtype)
         params.append(param)
     return params
-
-
-class OfSquares(torch.nn.Module):
-    """A model of these parameters, whose gradients are they themselves."""
-
-    def __init__(self, params: list[torch.nn.Parameter]) -> None:
-        super().__init__()
-        self.params = torch.nn.ParameterList(params)
-
-    def forward(self) -> torch.Tensor:
-        return sum((0.5 * param.square().sum() for param in self.params), torch.zeros(()))
-
-
-def under_fsdp2(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """Shards with gradients, as FSDP2 leaves them on its only rank."""
-    from torch.distributed.fsdp import fully_shard
-
-    model = OfSquares(params)
-    for param in params:
-        param.grad = None
-    fully_shard(model)
-    model().backward()
-    return list(model.parameters())
-
-
-@contextlib.contextmanager
-def one_rank() -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{folder}/store"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()
 
 
 def our_optimizer(
@@ -146,6 +115,38 @@ def made_pair(case: Case, plan: Plan) -> Pair:
             assert torchs.state[param][key].dtype == ours.state[param][key].dtype
             torchs.state[param][key] = ours.state[param][key]
     return Pair(case, ours, torchs, isolated_share(ours, case.elements))
+
+
+class HostPair(NamedTuple):
+    ours: Pair
+    beside: Callable[[], Any]
+
+
+@pytest.fixture(scope="module")
+def host_pair(request: pytest.FixtureRequest, plan: Plan) -> HostPair:
+    """Ours with no refresh due, and DeepSpeed's step over the same weights or a copy of as many bytes."""
+    case: Case = request.param
+    params = parameters(case)
+    if case.beside == registry.CPU_ADAM:
+        if not plan.judged:
+            pytest.skip("a smoke run waits for no peer's compiler")
+        peer = pytest.importorskip("deepspeed.ops.adam", reason="DeepSpeed is not installed")
+        beside = peer.DeepSpeedCPUAdam(params, **HYPER).step
+        beside()
+    else:
+        source = torch.ones(case.elements)
+        target, copied = (
+            torch.zeros_like(source),
+            int(case.elements * case.step_bytes / 8),
+        )  # read and written
+        sizes = [case.elements] * (copied // case.elements) + [copied % case.elements]
+
+        def beside() -> None:
+            for size in sizes:
+                target[:size].copy_(source[:size])
+
+    ours = our_optimizer(case, params, plan.backend, mask_interval=None)
+    return HostPair(Pair(case, ours, None, isolated_share(ours, case.elements)), beside)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +237,16 @@ def test_step(benchmark: Any, plan: Plan, step_pair: Pair, evict: Callable[[], N
     benchmark.group = case.group
     measured = measure(benchmark, plan, ours.step, torchs.step, evict if case.cold else None)
     facts = describe(case, plan, step_pair, bytes_per_element=case.step_bytes)
-    facts["beside"] = registry.TORCH
+    facts["beside"] = case.beside
     facts["beside_bytes_per_element"] = case.torch_step_bytes
+    benchmark.extra_info.update(facts, **measured)
+
+
+def test_host_step(benchmark: Any, plan: Plan, host_pair: HostPair) -> None:
+    pair, beside = host_pair
+    benchmark.group = pair.case.group
+    measured = measure(benchmark, plan, pair.ours.step, beside)
+    facts = describe(pair.case, plan, pair, bytes_per_element=pair.case.step_bytes, beside=pair.case.beside)
     benchmark.extra_info.update(facts, **measured)
 
 

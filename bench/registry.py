@@ -19,6 +19,8 @@ MANY_TENSORS, ELEMENTS_OF_EACH, ELEMENTS_OF_TINY = 300, 1_000, 16
 
 TORCH = "torch.optim.AdamW(fused=True)"
 PLAIN_STEP = "the step it follows, no refresh due"
+CPU_ADAM = "deepspeed.ops.adam.DeepSpeedCPUAdam"
+COPY = "a copy of as many bytes"
 
 
 class Target(NamedTuple):
@@ -50,6 +52,8 @@ STEP_INT8 = Target("ratio.p50", 0.9)
 HOST = Target("ours_ms.p50", 0.4)  # of tensors so small that nothing else is left
 HOST_FSDP2 = Target("ratio.p50", 0.2)
 REFRESH = Target("ratio.p50", 1.0)
+# The step of offloaded parameters: ahead of the peer's, and at 80 % of the bandwidth of a copy.
+HOST_STEP = {CPU_ADAM: Target("ratio.p50", 1.0), COPY: Target("ratio.p50", 1.25)}
 # Linear cost: every timed call finds cold caches, so that no size profits from them.
 LINE = Target("line.deviation", 0.3)
 LARGEST_TO_TENTH = Target("cost_ratio", 1.3)
@@ -61,7 +65,7 @@ class Case:
     """One list of parameters, one optimizer over it, and what is measured of it."""
 
     name: str
-    group: str  # step | refresh | linear | tensors
+    group: str  # step | refresh | linear | tensors | host
     dtype: torch.dtype  # of weights and gradients, and of exp_avg and exp_avg_sq unless the options say int8
     elements: int
     tensors: int
@@ -69,6 +73,7 @@ class Case:
     target: Target | None = None
     cold: bool = False  # caches are emptied before every timed call
     sharded: bool = False  # under FSDP2, on one rank
+    beside: str = TORCH  # of a step
 
     def tensor_sizes(self) -> list[int]:
         share, rest = divmod(self.elements, self.tensors)
@@ -213,3 +218,20 @@ def tensors_cases(plan: Plan) -> list[Case]:
     plain = Case(name, "tensors", torch.float32, n, MANY_TENSORS)
     tiny = replace(plain, name=f"{name}-tiny", elements=MANY_TENSORS * ELEMENTS_OF_TINY, target=HOST)
     return [tiny, plain, replace(plain, name=f"{name}-fsdp2", target=HOST_FSDP2, sharded=True)]
+
+
+def host_cases(plan: Plan) -> list[Case]:
+    """The float32 step in host memory beside what it is held against, round by round."""
+    return [
+        Case(
+            f"host-step-f32-{name}",
+            "host",
+            torch.float32,
+            plan.elements,
+            STEP_LAYERS,
+            {},
+            target,
+            beside=beside,
+        )
+        for name, (beside, target) in zip(("cpu-adam", "bandwidth"), HOST_STEP.items(), strict=True)
+    ]

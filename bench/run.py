@@ -26,7 +26,7 @@ from bench import bench_memory, registry, results
 from bench.registry import Plan, Target
 
 CASES = Path(__file__).with_name("bench_cpu.py")
-GROUPS = ("step", "refresh", "linear", "tensors", "memory")
+GROUPS = ("step", "refresh", "linear", "tensors", "host", "memory")
 # what a refresh may need memory for: moments, a table a layer, masks that keep, states of two bytes
 MEMORY_CASES = [
     ("memory-f32-minmax-global", "float32", {}),

@@ -171,6 +171,7 @@ def test_quick_run_produces_every_row(tmp_path):
     expected = {"copy", *(case.name for case in steps), *(name for name, _, _ in run.MEMORY_CASES)}
     expected |= {f"{case.name}-{kind}" for case in refreshes for kind in ("after-step", "stand-alone")}
     expected |= {f"linear-{what}-f32-{fit}" for what in ("step", "refresh") for fit in ("line", "cost-ratio")}
+    expected |= {case.name for case in registry.host_cases(plan) if case.beside == registry.COPY}
     assert set(rows) == expected
     assert not any(row["complete"] for row in rows.values())
     assert all(row["met"] is None for row in rows.values())

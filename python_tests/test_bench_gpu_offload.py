@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ def in_process(monkeypatch):
         "in_subprocess",
         lambda arm, args: gpu_offload.train(arm, TINY, CpuDevice(), SMOKE_TOKENS, args.card),
     )
+    tested = {"run": 1, "failures": [], "skipped": {}}
+    monkeypatch.setattr(gpu_offload, "run_pytest", lambda arguments: {"arguments": arguments, **tested})
 
 
 def test_a_run_in_slices_is_one_file_in_the_end(in_process, tmp_path, capsys):
@@ -33,7 +37,7 @@ def test_a_run_in_slices_is_one_file_in_the_end(in_process, tmp_path, capsys):
     assert gpu_offload.main(run) == 0
     (path,) = tmp_path.glob("*")
     written = json.loads(path.read_text())
-    assert written["smoke"] and written["card_gb"] == 24 and written["tests"]["run"] == 1
+    assert written["smoke"] and written["card_gb"] == 24 and "cpu" in written["tests"]["arguments"]
     rows = {row["arm"]: row for row in written["rows"]}
     assert list(rows) == [arm.name for arm in gpu_offload.ARMS]
     ours, exact, resident = (rows[arm.name] for arm in (OFFLOADED, EXACT, RESIDENT))
@@ -45,17 +49,18 @@ def test_a_run_in_slices_is_one_file_in_the_end(in_process, tmp_path, capsys):
     assert "skipped" in rows[TORCHAO.name], "it wants a GPU"
 
 
-def test_one_arm_in_a_process_of_its_own():
-    parsed = [*SMOKE, "--one", OFFLOADED.name]
-    done = gpu_offload.subprocess.run(
-        [gpu_offload.sys.executable, "-m", "bench.gpu_offload", *parsed],
-        cwd=gpu_offload.results.ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    row = json.loads(done.stdout.splitlines()[-1])
-    assert gpu_offload.ran(row) and row["peak_bytes"] is None
+def test_one_arm_in_a_process_of_its_own(monkeypatch, capsys):
+    """Its command, run here."""
+
+    def run(command, **options):
+        assert command[1:3] == ["-m", "bench.gpu_offload"] and options["cwd"] == gpu_offload.results.ROOT
+        status = gpu_offload.main(command[3:])
+        return subprocess.CompletedProcess(command, status, capsys.readouterr().out, "")
+
+    monkeypatch.setattr(gpu_offload.subprocess, "run", run)
+    args = argparse.Namespace(model="Llama-3-8B", card=24.0, device="cpu", smoke=True)
+    row = gpu_offload.in_subprocess(OFFLOADED, args)
+    assert gpu_offload.ran(row) and row["parameters"] > 0 and row["peak_bytes"] is None
 
 
 def test_ours_offloaded_has_to_fit(in_process, monkeypatch, tmp_path, capsys):
@@ -63,7 +68,6 @@ def test_ours_offloaded_has_to_fit(in_process, monkeypatch, tmp_path, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 29.90 GiB.\nMore.")
 
     monkeypatch.setattr(gpu_offload, "build", too_large)
-    monkeypatch.setattr(gpu_offload, "tests", lambda *_: {"run": 1, "failures": [], "skipped": {}})
     assert gpu_offload.main([*SMOKE, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert said.count(f"{OFFLOADED.name}: out of memory") == 1 and f"{RESIDENT.name}: out" not in said

@@ -192,11 +192,8 @@ class MaskedEMAAdamW(Optimizer):
             RuntimeError: the backend asked for cannot step a parameter.
         """
         group = arguments.checked_param_group(param_group)
-        check_parameters(
-            group["params"],
-            {entry.name: entry.param for entry in self._parameters()},
-            self._config,
-        )
+        names = {entry.name: entry.param for entry in self._parameters()}
+        check_parameters(group["params"], names, self._config)
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
         group[VERSION_KEY] = STATE_VERSION
         schedules.join_schedules(group, self.param_groups, self._config)

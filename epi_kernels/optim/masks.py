@@ -35,15 +35,16 @@ def load_mask(value: Any, weight: Tensor, what: str, config: IsolationConfig | N
     """A mask from a state dict, packed (uint8 [ceil(n / 8)]) or as bools of weight's shape; packed, a copy."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{what}: a mask is a tensor, got {type(value).__name__}")
-    if value.dtype == torch.bool and value.shape == weight.shape:
-        return zero_mask(weight, config).copy_(pack(value))
     expected = packed_bytes(weight.numel())
+    mask = home_zeros((expected,), torch.uint8, weight, config)
+    if value.dtype == torch.bool and value.shape == weight.shape:
+        return mask.copy_(pack(value))
     if value.dtype != torch.uint8 or value.shape != (expected,):
         raise ValueError(
             f"{what}: a packed mask of {weight.numel()} elements is uint8 [{expected}], "
             f"got {value.dtype} {list(value.shape)}; the state is truncated or not ours"
         )
-    mask = zero_mask(weight, config).copy_(value.detach())
+    mask.copy_(value.detach())
     spare = -weight.numel() % 8
     if spare and int(mask[-1]) >> (8 - spare):
         raise ValueError(f"{what}: padding bits past element {weight.numel()} are set; the state is damaged")

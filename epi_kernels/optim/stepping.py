@@ -81,8 +81,9 @@ def captured_step(optimizer: MaskedEMAAdamW) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads, alike = shards.gradients(params, any_sharded=optimizer._world is not None)
     plan = optimizer._plan
+    assert not isinstance(plan, OffloadedPlan), "offload and capturable are refused together"
     check_capture(plan, plan is not None and plan.fits(params, grads, optimizer.state, alike=alike))
-    assert isinstance(plan, StepPlan), "offload and capturable are refused together"
+    assert plan is not None
     plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=None, stats=None)
     optimizer._captured.keep(plan, grads)
 
