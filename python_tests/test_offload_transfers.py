@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import threading
@@ -46,6 +47,10 @@ def no_wait(queue: str):
     return Impatient
 
 
+NAN = pytest.mark.filterwarnings("ignore:.*non-finite importance")  # what was not waited for
+
+
+@NAN
 @pytest.mark.parametrize("released", [False, True], ids=["at once", "released"])
 @pytest.mark.parametrize("queue", ["out", "back"])
 def test_a_missing_wait_is_seen(simulated, monkeypatch, queue, released):  # noqa: F811
@@ -55,6 +60,7 @@ def test_a_missing_wait_is_seen(simulated, monkeypatch, queue, released):  # noq
     assert not same(right, weights_after(released=released))
 
 
+@NAN
 def test_a_gradient_let_go_too_early_is_seen(simulated, monkeypatch):  # noqa: F811
     right = weights_after(offload=None)
     make = pipeline._Job
@@ -66,6 +72,7 @@ def test_a_gradient_let_go_too_early_is_seen(simulated, monkeypatch):  # noqa: F
     assert not same(right, weights_after())
 
 
+@NAN
 def test_room_lent_out_too_early_is_seen(simulated, monkeypatch):  # noqa: F811
     right = weights_after(offload=None)
 
@@ -99,6 +106,48 @@ def test_without_drain_the_weights_are_not_back(simulated, monkeypatch):  # noqa
     Later.gate.set()
     thread.join(30)
     assert ended.is_set() and all(torch.isfinite(param).all() for param in net.parameters())
+
+
+class Recorded:
+    """Stands for a stream, an event or a tensor of CUDA: writes down what is asked of it, in order."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def __getattr__(self, method):
+        def call(*arguments, **options):
+            told = [one.name if isinstance(one, Recorded) else one for one in arguments]
+            self.log.append((self.name, method, *told, *options.values()))
+
+        return call
+
+
+def test_what_the_cuda_link_asks_for(monkeypatch):
+    """A GPU's own tests are python_tests/gpu/test_gpu_offload.py; here the calls and their order."""
+    log, names = [], iter(["out", "in"])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorded(log, next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorded(log, "computing"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: Recorded(log, f"event, blocking {blocking}"))
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append((stream.name, "begins"))
+        yield
+        log.append((stream.name, "ends"))
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    link = links.link_to(torch.device("cuda", 0))
+    on_device, on_host, event = Recorded(log, "device"), Recorded(log, "host"), "event, blocking True"
+    wait = link.fetch([(on_device, on_host)])
+    fetched = [("host", "copy_", "device", True), (event, "record", "out")]
+    assert log == [("out", "wait_stream", "computing"), ("out", "begins"), *fetched, ("out", "ends")]
+    log.clear()
+    wait()
+    assert log == [(event, "synchronize")]
+    log.clear()
+    link.put([(on_host, on_device)])
+    put = [("device", "copy_", "host", True), (event, "record", "in")]
+    assert log == [("in", "begins"), *put, ("in", "ends")]
 
 
 # ---------------------------------------------------------------- memory

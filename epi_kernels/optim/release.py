@@ -51,10 +51,13 @@ def enable_gradient_release(
     optimizer that shares a parameter finds no gradient. A model under ``torch.compile`` works, but hands over the
     gradients of each compiled graph together.
 
+    With ``offload="cpu"`` weights are on their way to and from the host from ``backward()`` until ``step()`` returns: they
+    are not to be read before it.
+
     After a backward that was broken off by an exception, those parameters that had their gradients are stepped.
     ``optimizer.step()`` ends that step, as in torch: parameters without a gradient are skipped; ``load_state_dict`` (and
-    the model's) goes back to a checkpoint. A further ``backward()`` before either is refused at the first parameter that
-    was stepped: where it takes the same way, before it changes anything.
+    the model's, after it) goes back to a checkpoint. A further ``backward()`` before either is refused at the first
+    parameter that was stepped: where it takes the same way, before it changes anything.
 
     Raises:
         TypeError: ``optimizer`` is no MaskedEMAAdamW.

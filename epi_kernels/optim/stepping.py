@@ -66,8 +66,10 @@ def step_at_once(optimizer: MaskedEMAAdamW) -> None:
         found_inf = None
 
     stats = None if table is None else StatsByDevice(len(table.names), config)
-    plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=table, stats=stats)
-    drain(optimizer)
+    try:
+        plan.run(grads, grad_scale=grad_scale, found_inf=found_inf, layers=table, stats=stats)
+    finally:
+        drain(optimizer)
     optimizer._set_isolation_step(optimizer._isolation_step + 1)
     if found_inf is not None:  # the device knows whether it was a step
         optimizer._skipped.note(found_inf)
@@ -210,7 +212,8 @@ def make_plan(
     if config.offload is None:
         return StepPlan(entries, grads, state_of, config, written=written)
     if optimizer._pipeline is None:
-        optimizer._pipeline = HostPipeline(entry.weight for entry in optimizer._parameters())
+        trained = (entry.weight for entry in optimizer._parameters() if entry.param.requires_grad)
+        optimizer._pipeline = HostPipeline(trained)
     return OffloadedPlan(entries, grads, state_of, config, optimizer._pipeline, written=written)
 
 
