@@ -38,7 +38,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
     assert float(ours) == pytest.approx(8.125, abs=0.001)
     assert "beside torch AdamW's" in text and "8.000" in text
     assert "beside EPI's as published" in text and "13.000" in text
-    assert "refreshes of the mask due: " in text
+    assert "refreshes of the mask due: " in text and "host memory" not in text
+    assert command(finetune, *arguments(files, out, *more, "--offload", "cpu", model="config-tiny.json")) == 0
+    assert "optimizer state, this run (host memory)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,7 @@ def test_everything_is_checked_before_anything_is_written(files, tmp_path, refus
     assert "not with --normalization zscore" in refused(
         *arguments(files, out, "--hysteresis", 0.1, "--normalization", "zscore")
     )
+    assert "not with --fsdp" in refused(*arguments(files, out, "--offload", "cpu", "--fsdp"))
     assert "protects nothing" in refused(*arguments(files, out, "--protect", "x", "--isolation-ratio", 0))
     assert "no such file" in refused(*arguments(files, out, "--protect", tmp_path / "none"))
     assert "holds no checkpoint" in refused(*arguments(files, out, "--protect", files))
