@@ -101,7 +101,7 @@ def _summary(found: Tensor, base: Tensor) -> dict[str, float]:
         "sd": float(times.std()),
         "first": int(times.min()),
         "last": int(times.max()),
-        "never": int((found == 0).sum()),
+        "later": int((found == 0).sum()),  # than the run lasts; not in the figures above
         "apart": float(((found - base).abs() > 1).double().mean()),
     }
 
@@ -137,7 +137,7 @@ def text(folder: Path = results.RESULTS) -> str:
             t = row[side]
             line += [
                 f"{t['mean']:.1f} ± {t['sd']:.1f}",
-                f"{t['first']} to {t['last']}",
+                f"{t['first']} to {t['last']}" + (f", {count(t['later'])} later" if t["later"] else ""),
                 "-" if row["configuration"] == BASE else f"{100 * t['apart']:.0f} %",
             ]
         lines.append(line)
