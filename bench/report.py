@@ -5,7 +5,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
-                                   from real optimizers, here and now), gpu-status and
+                                   from real optimizers, here and now), exactness and stopped
+                                   (of bench.exactness and bench.stopped), gpu-status and
                                    reproduce-medium-status (bench.status)
 
 <!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from the bundles in REPRODUCED (epi_kernels.repro.readme)
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import memory_table, plots, quality_record, results, side_by_side_table
+from bench import exactness, memory_table, plots, quality_record, results, side_by_side_table, stopped
 from bench.markdown import Row, count, ratio
 from epi_kernels.markdown import rewrite_blocks, table
 from epi_kernels.repro import readme as repro_readme
@@ -221,6 +222,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "memory": memory_table.text,
     "quality": quality_record.section,
     "side-by-side": side_by_side_table.text,
+    "exactness": exactness.text,
+    "stopped": stopped.text,
     "gpu-status": gpu_status,
     "reproduce-medium-status": medium_status,
 }

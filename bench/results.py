@@ -152,6 +152,22 @@ def write_new(folder: Path, stem: str, text: str) -> Path:
     raise FileExistsError(f"{folder} holds 999 runs named {stem}")
 
 
+def write_record(record: dict[str, Any], folder: Path, stem: str, lists: Sequence[str]) -> Path:
+    """A record that is one object at a new path; what ``lists`` names is written an entry a line."""
+    head = json.dumps({key: value for key, value in record.items() if key not in lists}, indent=1)
+    tail = [f'"{key}": [\n' + ",\n".join(json.dumps(line) for line in record[key]) + "\n]" for key in lists]
+    return write_new(folder, stem, ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n")
+
+
+def newest_record(folder: Path, prefix: str) -> dict[str, Any] | None:
+    """Of the files that write_record made."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{prefix}-*.json"))]
+    for record in records:
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"a {prefix} file of schema {record['schema']}, this reads {SCHEMA}")
+    return max(records, key=lambda record: record["date"], default=None)
+
+
 # A refresh reads only, which may be faster than a copy, but not by more.
 READS_OVER_COPY = 2.0
 
