@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from epi_kernels import MaskedEMAAdamW
+from epi_kernels.optim.group_text import Fingerprint
 from python_tests.harness import snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "error:the states of this")
@@ -108,10 +109,10 @@ def refused(says: str, folder, net, optimizer, *, flat: bool = False) -> None:
 def test_in_another_order_without_names_it_is_refused(flat, ratio, tmp_path):
     saved(tmp_path, *trained("abcd", ratio=ratio), flat=flat)
     other, fresh = made("cbad", ratio=ratio)
-    says = "masks that would come to c are another parameter's: .* in the order of the one that was saved"
+    says = "a mask of another parameter would come to c: .* in the order of the one that was saved"
     refused(says, tmp_path, other, fresh, flat=flat)
     other, fresh = made("dabc", ratio=ratio)  # of another shape
-    refused("masks that would come to d are another parameter's", tmp_path, other, fresh, flat=flat)
+    refused("a mask of another parameter would come to d", tmp_path, other, fresh, flat=flat)
 
 
 @FLAT
@@ -201,6 +202,18 @@ def test_a_mask_removed_from_a_state_stays_away_and_a_warning_says_so():
     assert [place for place, found in told.items() if "persistent_mask" in found] == ["1"]
 
 
+def test_a_mask_of_another_parameter_does_not_stand_for_one_that_was_lost(tmp_path):
+    """Where the optimizer that loads has one of its own, which the checkpoint lacks."""
+    net, optimizer = trained("abcd", ratio=0.2)
+    saved(tmp_path, net, optimizer)
+    other, fresh = trained("abcd", masked="b", ratio=0.2)
+    state = get_optimizer_state_dict(other, fresh)
+    dcp.load(state, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    fresh.state[other.b]["isolation_mask"] |= fresh.state[other.b]["persistent_mask"]
+    set_optimizer_state_dict(other, fresh, state)
+    assert set(lasting(other, fresh)) == set("ab")
+
+
 def test_a_text_of_an_earlier_release_brings_its_masks_by_place():
     net, optimizer = trained("abcd")
     state = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
@@ -213,6 +226,21 @@ def test_a_text_of_an_earlier_release_brings_its_masks_by_place():
     other, fresh = made("abcd")
     set_optimizer_state_dict(other, fresh, state)
     assert lasting(other, fresh) == lasting(net, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (7, 3), (130, 100)], ids=str)
+def test_a_fingerprint_is_of_the_bytes_that_are_stored(dtype, shape):
+    moment = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+    found = Fingerprint.of({"exp_avg_sq": moment})
+    assert found == Fingerprint.of({"exp_avg_sq": moment.clone()}) and found.shape == shape
+    assert found != Fingerprint.of(
+        {"exp_avg_sq": moment.float() if dtype != torch.float32 else moment.double()}
+    )
+    if moment.numel():
+        moment.view(-1)[0] += 1
+        assert found.crc != Fingerprint.of({"exp_avg_sq": moment}).crc
+    assert Fingerprint.of({"exp_avg_sq": moment.to("meta")}) is None and Fingerprint.of({}) is None
 
 
 # --- through torch.optim.AdamW: T ----------------------------------------------------------------------------

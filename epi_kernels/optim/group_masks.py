@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import is_sharded
@@ -72,8 +73,8 @@ def left_behind(
 ) -> dict[Any, Masks]:
     """Of the masks in the groups those that the states have lost, by the states' keys.
 
-    Where the states have as many of a kind as the groups, they are taken at their word: who reorders unnamed parameters
-    reorders the states, and no group's masks.
+    One whose parameter has changed places is not lost: who reorders unnamed parameters reorders the states, and no group's
+    masks.
 
     Args:
         params: this optimizer's, with their names where they have some, by the states' keys.
@@ -90,21 +91,27 @@ def left_behind(
         return {}
     _check_grouping(saved_groups, told)
     _check_in_states(saved_groups, told, states)
-    masks = {
-        group["params"][place]: dict(found)
-        for group, one in zip(saved_groups, told, strict=True)
-        for place, found in one.masks.items()
-    }
-    for kind in MASK_KEYS:
-        own = {key for key, one in states.items() if one and kind in one and not is_sharded(one[kind])}
-        of_kind = {key for key, found in masks.items() if kind in found}
-        for key in of_kind if len(own) >= len(of_kind) else of_kind & own:
-            del masks[key][kind]
-    masks = {key: found for key, found in masks.items() if found}
+    masks: dict[Any, Masks] = {}
+    owners: dict[Any, str | Fingerprint] = {}
     for group, one in zip(saved_groups, told, strict=True):
-        for place, owner in one.owners.items():
-            if group["params"][place] in masks:
-                _check_owner(group["params"][place], owner, masks, states, params)
+        masks |= {group["params"][place]: dict(found) for place, found in one.masks.items()}
+        owners |= {group["params"][place]: owner for place, owner in one.owners.items()}
+    for kind in MASK_KEYS:
+        own = {
+            key: one[kind] for key, one in states.items() if one and kind in one and not is_sharded(one[kind])
+        }
+        moved = own.keys() - {key for key, found in masks.items() if kind in found}
+        for key in [key for key, found in masks.items() if kind in found]:
+            mask, owner = masks[key][kind], owners.get(key)
+            if key in own or any(
+                _equal(own[other], mask) and (owner is None or _may_be(owner, other, params, states))
+                for other in moved
+            ):
+                del masks[key][kind]
+    masks = {key: found for key, found in masks.items() if found}
+    for key, owner in owners.items():
+        if key in masks:
+            _check_owner(key, owner, masks, states, params)
     return masks
 
 
@@ -167,39 +174,49 @@ def _check_owner(
     params: Mapping[Any, tuple[Tensor, str | None]],
 ) -> None:
     """Refuses a mask that is another parameter's, or may be."""
-    param, name = params[key]
-    if isinstance(owner, str):
-        here = str(key) if name is None else name
-        if bare_name(here) != bare_name(owner):
-            raise ValueError(f"a mask of {owner} would come to {here}: {_ORDER}")
-        return
-    may_be = [other for other, (one, _) in params.items() if _may_be(owner, one, states.get(other))]
+    here = _name(key, params)
+    may_be = [other for other in params if _may_be(owner, other, params, states)]
     if key not in may_be:
-        raise ValueError(f"the masks that would come to {name or key} are another parameter's: {_ORDER}")
-    alike = [other for other in may_be if not _same(masks.get(other, {}), masks[key])]
+        whose = owner if isinstance(owner, str) else "another parameter"
+        raise ValueError(
+            f"a mask of {whose} would come to {here}: give this optimizer its parameters in the order of the one that was "
+            "saved, or make that one with names (model.named_parameters())"
+        )
+    alike = [_name(other, params) for other in may_be if not _same(masks.get(other, {}), masks[key])]
     if alike:
         raise ValueError(
-            f"whether masks are of {name or key} or of {_some(alike)} cannot be told: of parameters without names they go by "
+            f"whether masks are of {here} or of {_some(alike)} cannot be told: of parameters without names they go by "
             f"shape and exp_avg_sq. Make the optimizer that saves with names (model.named_parameters()), or use {OURS}"
         )
 
 
-_ORDER = (
-    "give this optimizer its parameters in the order of the one that was saved, or make that one with names "
-    "(model.named_parameters())"
-)
-
-
-def _may_be(owner: Fingerprint, param: Tensor, state: Mapping[str, Any] | None) -> bool:
+def _may_be(
+    owner: str | Fingerprint,
+    key: Any,
+    params: Mapping[Any, tuple[Tensor, str | None]],
+    states: Mapping[Any, Any],
+) -> bool:
     """Whether nothing says that a parameter is another one. A state that came to another dtype says nothing."""
-    if tuple(param.shape) != owner.shape:
+    if isinstance(owner, str):
+        return bare_name(_name(key, params)) == bare_name(owner)
+    if tuple(params[key][0].shape) != owner.shape:
         return False
-    here = Fingerprint.of(state or {})
+    here = Fingerprint.of(states.get(key) or {})
     return here is None or here.dtype != owner.dtype or here.crc == owner.crc
 
 
+def _name(key: Any, params: Mapping[Any, tuple[Tensor, str | None]]) -> str:
+    """Where this optimizer's parameters have none, the model's."""
+    name = params[key][1]
+    return str(key) if name is None else name
+
+
 def _same(one: Masks, other: Masks) -> bool:
-    return one.keys() == other.keys() and all(bool(one[key].equal(other[key])) for key in one)
+    return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+
+
+def _equal(one: Any, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one.cpu(), other)
 
 
 def _some(words: Sequence[Any]) -> str:

@@ -43,11 +43,13 @@ class Fingerprint(NamedTuple):
     def of(state: Mapping[str, Any]) -> Fingerprint | None:
         """Of ``exp_avg_sq`` as it is stored, some elements of it; None where there is none in one piece."""
         moment = state.get("exp_avg_sq")
-        if not isinstance(moment, Tensor) or is_sharded(moment) or moment.layout != torch.strided:
+        if not isinstance(moment, Tensor) or is_sharded(moment):
+            return None
+        if moment.layout != torch.strided or moment.is_meta:  # refused where states are read
             return None
         flat = moment.detach().reshape(-1)
         sample = flat[:: max(1, -(-flat.numel() // _SAMPLE))].cpu().contiguous()
-        stored = sample.view(torch.uint8).numpy() if sample.numel() else b""
+        stored = sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b""
         return Fingerprint(tuple(moment.shape), str(moment.dtype), zlib.crc32(stored))
 
 

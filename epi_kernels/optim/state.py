@@ -104,10 +104,9 @@ def load_param_state(
             state[key] = load_mask(saved[key], local(param), f"state of {name}, {key}")
     if "persistent_mask" in left:
         put_back_persistent(state, f"state of {name}")
-    for key in MASK_KEYS:  # a sharded state dict has both, in use or not; what p asks for comes back
-        if key in given and not bool(
-            local(given[key]).any()
-        ):  # where it was whole, all ranks keep their parts or none
+    # a sharded state dict has both, in use or not; what p asks for comes back. Of a whole mask all ranks keep their parts
+    for key in MASK_KEYS:
+        if key in given and not bool(local(given[key]).any()):
             del state[key]
     complete_state(state, param, group, config)
     return state
