@@ -9,7 +9,8 @@ refused.
 
 Whoever asks for a state dict asks for it in the same way: that it will go through such a load shows only where it
 comes back, by names for the numbers of its parameters. So the masks are in the groups of every state dict of a plain
-optimizer that has some, a sixth of a byte a parameter, and one that is loaded by numbers is taken at its states' word.
+optimizer that has some, a sixth of a byte a parameter (with flatten_optimizer_state_dict torch repeats what a group
+has for each of its parameters), and one that is loaded by numbers is taken at its states' word.
 """
 
 from __future__ import annotations
