@@ -14,7 +14,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import epi_kernels
 
@@ -86,6 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _flush(stream: TextIO | None) -> None:
+    """A process that was started without the stream has None."""
+    if stream is not None:
+        stream.flush()
+
+
 def _reader_left() -> bool:
     """Whether nobody reads stdout any more: a broken pipe may be another one, which is an error to be seen."""
     poll = select.poll()
@@ -106,8 +112,7 @@ def program() -> NoReturn:
             status = main()
         except SystemExit as end:  # --help, or what the user can mend
             ended = end
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here: the interpreter's own last flush prints a traceback
+        _flush(sys.stdout)  # here: the interpreter's own last flush prints a traceback
     except BrokenPipeError:
         if not _reader_left():
             raise
