@@ -65,10 +65,11 @@ def parameters(case: Case) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     params = []
     for layer, n in enumerate(case.tensor_sizes()):
-        param = torch.nn.Parameter(torch.randn(n, generator=generator).mul_(0.02).to(case.dtype))
+        dtype = torch.bfloat16 if case.mixed and layer % 2 else case.dtype
+        param = torch.nn.Parameter(torch.randn(n, generator=generator).mul_(0.02).to(dtype))
         # layers whose gradients differ by powers of ten, as a transformer's do
         scale = 10.0 ** -(2 + layer % 4)
-        param.grad = torch.randn(n, generator=generator).mul_(scale).to(case.dtype)
+        param.grad = torch.randn(n, generator=generator).mul_(scale).to(dtype)
         params.append(param)
     return params
 
@@ -110,10 +111,13 @@ def made_pair(case: Case, plan: Plan) -> Pair:
     ours = our_optimizer(case, params, plan.backend, mask_interval=None)
     torchs = torch.optim.AdamW(params, **HYPER, fused=True)
     torchs.step()
-    for param in params if not case.has_codes else ():  # one set of moments for both, where they are alike
+    coded = case.options.get("state_dtype") is not None
+    for param in params:  # one set of moments for both, where they are alike
         for key in ("exp_avg", "exp_avg_sq"):
-            assert torchs.state[param][key].dtype == ours.state[param][key].dtype
-            torchs.state[param][key] = ours.state[param][key]
+            moment = ours.state[param][key]
+            assert coded or torchs.state[param][key].dtype == moment.dtype
+            if torchs.state[param][key].dtype == moment.dtype:
+                torchs.state[param][key] = moment
     return Pair(case, ours, torchs, isolated_share(ours, case.elements))
 
 
@@ -209,7 +213,7 @@ def describe(case: Case, plan: Plan, pair: Pair | None = None, **facts: Any) -> 
     return {
         "name": case.name,
         "group": case.group,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": "mixed" if case.mixed else str(case.dtype).removeprefix("torch."),
         "elements": case.elements,
         "tensors": case.tensors,
         "options": case.options,

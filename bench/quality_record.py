@@ -7,7 +7,6 @@ Files are added, never edited.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,22 +97,11 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def write_new(record: dict[str, Any], folder: Path) -> Path:
     """The whole record at a new path in ``folder``; a file that exists is never written to."""
     stem = f"quality-{results.machine_slug(record['machine'])}-{record['date'][:10]}-{record['commit']}"
-    lists = {key: record[key] for key in ("runs", "rows")}
-    head = json.dumps({key: value for key, value in record.items() if key not in lists}, indent=1)
-    tail = [
-        f'"{key}": [\n' + ",\n".join(json.dumps(line) for line in lines) + "\n]"
-        for key, lines in lists.items()
-    ]
-    text = ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n"  # a run a line
-    return results.write_new(folder, stem, text)
+    return results.write_record(record, folder, stem, ("runs", "rows"))
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("quality-*.json"))]
-    for record in records:
-        if record["schema"] != results.SCHEMA:
-            raise ValueError(f"a quality file of schema {record['schema']}, this reads {results.SCHEMA}")
-    return max(records, key=lambda record: record["date"], default=None)
+    return results.newest_record(folder, "quality")
 
 
 # ---------------------------------------------------------------- README

@@ -17,6 +17,8 @@ from epi_kernels.reference import codec
 STEP_LAYERS = 10
 MANY_TENSORS, ELEMENTS_OF_EACH, ELEMENTS_OF_TINY = 300, 1_000, 16
 
+INT8: dict[str, Any] = {"state_dtype": "int8"}
+
 TORCH = "torch.optim.AdamW(fused=True)"
 PLAIN_STEP = "the step it follows, no refresh due"
 CPU_ADAM = "deepspeed.ops.adam.DeepSpeedCPUAdam"
@@ -74,18 +76,22 @@ class Case:
     cold: bool = False  # caches are emptied before every timed call
     sharded: bool = False  # under FSDP2, on one rank
     beside: str = TORCH  # of a step
+    mixed: bool = False  # every other tensor is bfloat16, whatever dtype says
 
     def tensor_sizes(self) -> list[int]:
         share, rest = divmod(self.elements, self.tensors)
         return [share + (i < rest) for i in range(self.tensors)]
 
     @property
-    def has_codes(self) -> bool:
-        return self.options.get("state_dtype") == "int8"
+    def itemsize(self) -> float:
+        """Bytes of a weight and of a gradient's element; the mean where they are mixed."""
+        return 3.0 if self.mixed else self.dtype.itemsize
 
     @property
     def state_itemsize(self) -> float:
-        return 1 + 1 / codec.BLOCK if self.has_codes else self.dtype.itemsize
+        if self.options.get("state_dtype") != "int8":
+            return self.itemsize
+        return 1 + 1 / codec.BLOCK if min(self.tensor_sizes()) >= codec.MIN_ELEMENTS else 4
 
     @property
     def importance_itemsize(self) -> int:
@@ -95,9 +101,10 @@ class Case:
         return self.options.get("importance_dtype", torch.float32).itemsize
 
     @property
-    def correction_itemsize(self) -> int:
-        """Bytes beside a bfloat16 weight."""
-        return (self.options.get("master_weight_bits", 16) - 16) // 8 if self.dtype == torch.bfloat16 else 0
+    def correction_itemsize(self) -> float:
+        """Bytes beside a bfloat16 weight; the mean where the weights are mixed."""
+        bits = self.options.get("master_weight_bits", 16) - 16
+        return bits / 8 * (0.5 if self.mixed else self.dtype == torch.bfloat16)
 
     @property
     def mask_bytes(self) -> float:
@@ -106,12 +113,12 @@ class Case:
     @property
     def step_bytes(self) -> float:
         """Read and written per element: weight with correction, gradient (read only), two states, own importance, mask."""
-        weights = 3 * self.dtype.itemsize + 2 * self.correction_itemsize
+        weights = 3 * self.itemsize + 2 * self.correction_itemsize
         return weights + 4 * self.state_itemsize + 2 * self.importance_itemsize + self.mask_bytes
 
     @property
     def torch_step_bytes(self) -> float:
-        return 7.0 * self.dtype.itemsize
+        return 7 * self.itemsize
 
     def refresh_bytes(self, *, stand_alone: bool) -> float:
         """Least per element: u once to count and once to select, the mask read and written.
@@ -166,7 +173,7 @@ def scientific(n: int) -> str:
 def step_cases(plan: Plan) -> list[Case]:
     """Steps with isolation on (a mask from a refresh, none due) beside torch's fused step."""
     f32, bf16 = torch.float32, torch.bfloat16
-    own, int8 = {"importance_beta": 0.99}, {"state_dtype": "int8"}
+    own, int8 = {"importance_beta": 0.99}, INT8
     rows: list[tuple[str, torch.dtype, dict[str, Any], Target | None]] = [
         ("step-f32", f32, {}, STEP_FLOAT32),
         ("step-bf16", bf16, {"stochastic_rounding": False}, STEP_BFLOAT16),
@@ -217,7 +224,20 @@ def tensors_cases(plan: Plan) -> list[Case]:
     n, name = MANY_TENSORS * ELEMENTS_OF_EACH, f"tensors-f32-{MANY_TENSORS}"
     plain = Case(name, "tensors", torch.float32, n, MANY_TENSORS)
     tiny = replace(plain, name=f"{name}-tiny", elements=MANY_TENSORS * ELEMENTS_OF_TINY, target=HOST)
-    return [tiny, plain, replace(plain, name=f"{name}-fsdp2", target=HOST_FSDP2, sharded=True)]
+    others = {
+        "bf16": {"dtype": torch.bfloat16},
+        "mixed": {"mixed": True},
+        "mixed-int8-24-bit-weights": {"mixed": True, "options": INT8 | {"master_weight_bits": 24}},
+    }
+    return [
+        tiny,
+        *(
+            replace(tiny, name=f"tensors-{word}-{MANY_TENSORS}-tiny", **changes)
+            for word, changes in others.items()
+        ),
+        plain,
+        replace(plain, name=f"{name}-fsdp2", target=HOST_FSDP2, sharded=True),
+    ]
 
 
 def host_cases(plan: Plan) -> list[Case]:

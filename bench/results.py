@@ -1,4 +1,8 @@
-"""Result rows: the arithmetic, what a row carries, and the files they are appended as."""
+"""Result rows: the arithmetic, what a row carries, and the files they are appended as.
+
+bench/results/{cpu,side-by-side,quality,gpu,large}-*.json are runs: each is written once and never edited. reproduce-*.json are
+bundles of the newest manifests of `epi-kernels reproduce`, and are overwritten when runs are added or made anew.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.sources import ROOT, kernel_hashes
 from epi_kernels.provenance import git, machine, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
 PERCENTILES = (20, 50, 80)
@@ -108,6 +112,7 @@ def provenance() -> dict[str, Any]:
         "versions": versions("torch", "numpy", "pytest-benchmark"),
         "commit": git(ROOT, "rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(changed) if changed is not None else None,
+        "kernels": kernel_hashes(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
@@ -152,6 +157,22 @@ def write_new(folder: Path, stem: str, text: str) -> Path:
     raise FileExistsError(f"{folder} holds 999 runs named {stem}")
 
 
+def write_record(record: dict[str, Any], folder: Path, stem: str, lists: Sequence[str]) -> Path:
+    """A record that is one object at a new path; what ``lists`` names is written an entry a line."""
+    head = json.dumps({key: value for key, value in record.items() if key not in lists}, indent=1)
+    tail = [f'"{key}": [\n' + ",\n".join(json.dumps(line) for line in record[key]) + "\n]" for key in lists]
+    return write_new(folder, stem, ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n")
+
+
+def newest_record(folder: Path, prefix: str) -> dict[str, Any] | None:
+    """Of the files that write_record made."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{prefix}-*.json"))]
+    for record in records:
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"a {prefix} file of schema {record['schema']}, this reads {SCHEMA}")
+    return max(records, key=lambda record: record["date"], default=None)
+
+
 # A refresh reads only, which may be faster than a copy, but not by more.
 READS_OVER_COPY = 2.0
 
@@ -172,8 +193,12 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def newest_complete(folder: Path, prefix: str = "cpu") -> list[dict[str, Any]] | None:
-    """Rows of the newest run that measured everything, at the sizes the targets are for."""
+def newest_complete(
+    folder: Path, prefix: str = "cpu", device: str | None = None
+) -> list[dict[str, Any]] | None:
+    """Rows of the newest run that measured everything, at the sizes the targets are for. ``device``: on one of this type."""
     runs: Iterable[list[dict[str, Any]]] = (load(path) for path in sorted(folder.glob(f"{prefix}-*.json")))
     complete = [run for run in runs if run and all(row["complete"] for row in run)]
+    if device is not None:
+        complete = [run for run in complete if run[0]["device"]["type"] == device]
     return max(complete, key=lambda run: run[0]["date"], default=None)

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -15,8 +16,7 @@ namespace epi {
 class Watches {
  public:
   int64_t add(const std::vector<torch::stable::Tensor>& tensors) {
-    Watched watched;
-    for (const auto& tensor : tensors) watched.emplace_back(tensor, Layout(tensor));
+    Watched watched(tensors);
     const std::lock_guard lock(mutex_);
     watched_.emplace(++last_, std::move(watched));
     return last_;
@@ -27,7 +27,7 @@ class Watches {
     const std::lock_guard lock(mutex_);
     const auto found = watched_.find(number);
     if (found == watched_.end()) return;
-    released.swap(found->second);
+    released = std::move(found->second);
     watched_.erase(found);
   }
 
@@ -35,36 +35,60 @@ class Watches {
   bool unmoved(int64_t number) {
     const std::lock_guard lock(mutex_);
     const auto found = watched_.find(number);
-    if (found == watched_.end()) return false;
-    for (const auto& [tensor, layout] : found->second) {
-      if (!layout.is_of(tensor)) return false;
-    }
-    return true;
+    return found != watched_.end() && found->second.unmoved();
   }
 
  private:
   struct Layout {
-    const void* address;
-    torch::headeronly::ScalarType dtype;
-    std::vector<int64_t> sizes, strides;
+    void* address = nullptr;
+    int32_t dtype = 0;
+    int64_t dim = 0;
+    int64_t *sizes = nullptr, *strides = nullptr;  // the tensor's own
 
-    explicit Layout(const torch::stable::Tensor& tensor)
-        : address(tensor.data_ptr()), dtype(tensor.scalar_type()) {
-      for (int64_t i = 0; i < tensor.dim(); ++i) {
-        sizes.push_back(tensor.size(i));
-        strides.push_back(tensor.stride(i));
+    explicit Layout(AtenTensorHandle tensor) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+    }
+  };
+
+  // Layouts lie side by side: hundreds of tensors are asked in every step.
+  class Watched {
+   public:
+    Watched() = default;
+    explicit Watched(const std::vector<torch::stable::Tensor>& tensors) : tensors_(tensors) {
+      for (const auto& tensor : tensors_) {
+        const Layout layout(tensor.get());
+        notes_.push_back({layout.address, layout.dtype, layout.dim});
+        extents_.insert(extents_.end(), layout.sizes, layout.sizes + layout.dim);
+        extents_.insert(extents_.end(), layout.strides, layout.strides + layout.dim);
       }
     }
-    bool is_of(const torch::stable::Tensor& tensor) const {
-      const int64_t dim = static_cast<int64_t>(sizes.size());
-      if (tensor.data_ptr() != address || tensor.scalar_type() != dtype || tensor.dim() != dim) return false;
-      for (int64_t i = 0; i < dim; ++i) {
-        if (tensor.size(i) != sizes[i] || tensor.stride(i) != strides[i]) return false;
+    bool unmoved() const {
+      const int64_t* extent = extents_.data();
+      for (size_t i = 0; i < tensors_.size(); ++i) {
+        const Layout now(tensors_[i].get());
+        const Note& then = notes_[i];
+        if (now.address != then.address || now.dtype != then.dtype || now.dim != then.dim) return false;
+        if (!std::equal(now.sizes, now.sizes + now.dim, extent)) return false;
+        if (!std::equal(now.strides, now.strides + now.dim, extent + now.dim)) return false;
+        extent += 2 * now.dim;
       }
       return true;
     }
+
+   private:
+    struct Note {
+      const void* address;
+      int32_t dtype;
+      int64_t dim;
+    };
+    std::vector<torch::stable::Tensor> tensors_;
+    std::vector<Note> notes_;
+    std::vector<int64_t> extents_;  // sizes, then strides, of each in turn
   };
-  using Watched = std::vector<std::pair<torch::stable::Tensor, Layout>>;
   std::mutex mutex_;
   std::map<int64_t, Watched> watched_;
   int64_t last_ = 0;

@@ -19,7 +19,7 @@ from epi_kernels import MaskedEMAAdamW
 from epi_kernels.finetune import checkpoint, fsdp
 from epi_kernels.finetune.packing import Schedule
 from epi_kernels.finetune.ranks import Ranks
-from epi_kernels.optim.group_masks import VERSION_KEY, version_and_masks
+from epi_kernels.optim import group_text
 from epi_kernels.reference import bits
 from python_tests.finetune_runs import events, weights
 from python_tests.rank_runs import Signal, started
@@ -233,7 +233,9 @@ def gathered(rank: int, n_ranks: int, case: str, state: dict | None) -> dict:
 
 def groups_of(state: dict) -> list:
     """Plain parameters' groups also hold a copy of persistent masks, under the version's key; sharded ones need none."""
-    return [group | {VERSION_KEY: version_and_masks(group)[0]} for group in state["param_groups"]]
+    return [
+        group | {group_text.VERSION_KEY: group_text.read(group).version} for group in state["param_groups"]
+    ]
 
 
 def differing(one: dict, other: dict) -> list:

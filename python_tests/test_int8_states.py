@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bench import stopped
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.reference import codec
 from python_tests.harness import assert_same_run, train
@@ -206,3 +208,43 @@ def test_a_group_that_stops_leaves_the_mask_with_the_float32_one_and_comes_back(
         assert min(shares[gone:16]) < 0.05
         back.append(next(i for i in range(16, 24) if shares[i] > shares[3] / 2))
     assert abs(halved[0] - halved[1]) <= 1 and abs(back[0] - back[1]) <= 1
+
+
+# constant gradients: float32's elements leave all at once
+STOPPED = stopped.Plan(random=False, settled=1, without=16, again=12)
+
+
+@pytest.fixture(scope="module")
+def float32_times() -> stopped.Times:
+    return stopped.run(STOPPED, state_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [{"state_dtype": "int8"}, {"state_dtype": "int8", "importance_dtype": "int8"}],
+    ids=["shared", "own"],
+)
+def test_65536_elements_that_stop_at_beta_0999_leave_and_enter_with_float32s(dtypes, float32_times):
+    """SPEC 5 of the group, beside neighbours up to three times larger; single elements: the README."""
+    codes = stopped.run(STOPPED, **dtypes)
+    assert codes.left.numel() == 1 << 16
+    for times in (float32_times, codes):
+        assert times.shares[0] > 0.99 and times.shares[STOPPED.without] < 0.01 and times.shares[-1] > 0.99
+    halves = [
+        (
+            next(i for i, share in enumerate(times.shares) if share < 0.5),
+            next(i for i, share in enumerate(times.shares) if i > STOPPED.without and share > 0.5),
+        )
+        for times in (float32_times, codes)
+    ]
+    assert all(abs(ours - exact) <= 1 for exact, ours in zip(*halves, strict=True))
+    for ours, exact in ((codes.left, float32_times.left), (codes.entered, float32_times.entered)):
+        seen = ours > 0
+        assert float(seen.double().mean()) > 0.99 and bool((exact > 0).all())
+        assert abs(float(ours[seen].double().mean() - exact.double().mean())) <= 1
+
+
+def test_rounded_to_nearest_an_element_that_stops_would_stay_isolated():
+    few = replace(STOPPED, elements=1 << 14)
+    stays = stopped.run(few, state_dtype="int8", stochastic_rounding=False)
+    assert bool((stays.left == 0).all())

@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
 
+from bench import exactness as bench_exactness
+from bench import results
 from epi_kernels import cli
-from epi_kernels.kernels_report import cuda_kernels, sass
+from epi_kernels.kernels_report import cuda_kernels, exactness, sass
 from epi_kernels.kernels_report.command import ARCHITECTURES
 from epi_kernels.kernels_report.rows import Expectation, describe, make_row
 from python_tests.harness import need_triton
@@ -65,6 +68,54 @@ def test_bad_kernels_are_found():
     assert "spills" in problems["spilling step"] and rows["spilling step"]["spill_bytes"] > 0
 
 
+def test_giving_exactness_up_saves_instructions_and_leaves_the_shipped_kernel_alone():
+    result = compiling("-m", "python_tests.exact_and_not")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    shipped, approximate, again = facts["costs"]
+    assert again == shipped and shipped["inexact"] == []
+    assert any(said.startswith("approximation") for said in approximate["inexact"])
+    for count in ("instructions_per_element", "common_instructions_per_element"):
+        assert shipped[count] > approximate[count] > 20
+    assert shipped["instructions_per_element"] > shipped["common_instructions_per_element"]
+    assert facts["untouched"] and facts["keys_differ"] and facts["left_behind"] == []
+
+    record = results.newest_record(results.RESULTS, bench_exactness.PREFIX)
+    assert record is not None
+    if record["versions"]["triton"] == version_of("triton"):  # the README's figures are this tree's
+        for cost in (shipped, approximate):
+            assert cost in record["rows"], "kernels changed: make exactness tables"
+
+
+def test_only_a_call_that_is_there_once_is_replaced(tmp_path):
+    source = tmp_path / "step.py"
+    source.write_text("x = tl.div_rn(a, b) + tl.div_rn(c, d)\n")
+    for calls in ((exactness.DIVISION,), (exactness.ROOT,)):
+        with pytest.raises(RuntimeError, match=r"step.py has tl\..*\) [02] times; 1 was expected"):
+            exactness.rewritten(source, calls, tmp_path)
+
+
+def test_the_table_of_costs_has_a_line_a_form_and_the_differences():
+    facts = {"arch": "sm_90", "states": "int8", "rounding": "nearest"}
+    counts = ("instructions_per_element", "common_instructions_per_element")
+    rows = [
+        facts | {"given_up": form} | dict(zip(counts, both, strict=True))
+        for form, both in (("", (87.0, 77.0)), ("rounded root", (80.5, 75.25)))
+    ]
+    assert exactness.markdown(rows).splitlines()[2:] == [
+        "| nothing, as shipped | **87.0** |",
+        "| rounded root | 80.5 (-6.5) |",
+        "| nothing, slow cases left out | 77.0 |",
+        "| rounded root, slow cases left out | 75.2 |",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--cuda", "--check"])
+def test_the_cost_of_exactness_goes_without_options_of_the_other_table(option):
+    with pytest.raises(SystemExit, match=f"--cost-of-exactness goes without {option}"):
+        cli.main(["kernels", "--cost-of-exactness", option])
+
+
 LISTING = """
 Resource usage:
  Common:
@@ -99,6 +150,24 @@ def test_reading_a_listing():
     assert row.loads == {128: 1, 8: 1} and row.stores == {128: 1, 16: 1}
     assert row.problems == ("spills 8 bytes", "narrow stores: 1x16")
     assert describe(row.loads) == "1x128 1x8"
+
+
+SLOW_CASE = """
+        /*0000*/                   MUFU.RSQ R4, R2 ;
+        /*0010*/              @!P0 BRA 0x60 ;
+        /*0020*/                   MOV R4, 0x40 ;
+        /*0030*/                   CALL.REL.NOINC 0x100 ;
+        /*0040*/                   IMAD.MOV.U32 R5, RZ, RZ, R4 ;
+        /*0050*/                   BRA 0x70 ;
+        /*0060*/                   FFMA R5, R4, R4, R2 ;
+        /*0070*/                   CALL.REL.NOINC 0x200 ;
+        /*0080*/              @!P1 BRA 0x0 ;
+"""
+
+
+def test_a_slow_case_lies_between_a_branch_and_where_it_goes():
+    (kernel,) = sass.parse(LISTING[: LISTING.index("        /*0000*/")] + SLOW_CASE)
+    assert [i.address for i in sass.common_path(kernel.instructions)] == [0, 0x10, 0x60, 0x70, 0x80]
 
 
 PTXAS = """

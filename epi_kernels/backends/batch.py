@@ -63,7 +63,7 @@ class StepBatch:
 
     def __init__(self, tensors: Sequence[ParamTensors]) -> None:
         self.tensors = list(tensors)
-        self.grads: Sequence[Tensor | None] = [item.grad for item in self.tensors]
+        self.grads: Sequence[Tensor] = [item.grad for item in self.tensors if item.grad is not None]
         self.counts = StepCounts([item.step for item in self.tensors if item.step is not None])
         self.rng_ids = np.array([item.rng_id for item in self.tensors], dtype=np.int64)
         # tensors[start:stop] share their hyper-parameters
@@ -82,9 +82,8 @@ class StepBatch:
         """The rows of this step; of a kept batch only the gradients' addresses are filled in anew."""
         if self._table is None:
             self._table = step_table(self.tensors)
-        grads = [grad for grad in self.grads if grad is not None]
-        assert len(grads) == len(self.tensors), "a parameter without a gradient has no step"
-        fill_grads(self._table, grads, writes_grad=writes_grad)
+        assert len(self.grads) == len(self.tensors), "a parameter without a gradient has no step"
+        fill_grads(self._table, self.grads, writes_grad=writes_grad)
         return self._table
 
     def hypers(self) -> list[HyperParameters]:
@@ -116,7 +115,9 @@ class StepBatch:
 
     def rng_keys(self, seed: int, t: np.ndarray) -> np.ndarray:
         """[n] int64: the rows' ``stream_key``."""
-        return stream_key(seed, t, self.rng_ids)
+        return stream_key(
+            seed, t[:1] if (t == t[0]).all() else t, self.rng_ids
+        )  # mixed once where they agree
 
 
 def _is_low_precision(item: ParamTensors) -> bool:

@@ -64,7 +64,7 @@ _U_OF_STATE = U_BF16 // STATE_BF16  # what turns the state's flag into u's, wher
 @dataclass(slots=True)
 class PointerTable:
     rows: np.ndarray  # [n, COLUMNS] int64
-    _alive: list[list[Tensor]]  # what the pointers point to
+    _alive: list[Sequence[Tensor]]  # what the pointers point to
     _written: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (tensor, dense copy)
     _strided_rows: list[int] = field(default_factory=list)  # of parameters that are not row-major
     _strided_params: list[Tensor] = field(default_factory=list)
@@ -106,7 +106,7 @@ def step_table(tensors: Sequence[ParamTensors]) -> PointerTable:
     return PointerTable(rows, [], [], strided, [params[row] for row in strided])
 
 
-def fill_grads(table: PointerTable, grads: list[Tensor], *, writes_grad: bool) -> None:
+def fill_grads(table: PointerTable, grads: Sequence[Tensor], *, writes_grad: bool) -> None:
     """The addresses of a step's gradients. ``writes_grad``: the unscaled gradient must reach ``grad``."""
     table._written.clear()
     if table._strided_params:
@@ -169,7 +169,7 @@ def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _dense(tensors: list[Tensor], written: list[tuple[Tensor, Tensor]] | None) -> list[Tensor]:
+def _dense(tensors: Sequence[Tensor], written: list[tuple[Tensor, Tensor]] | None) -> Sequence[Tensor]:
     """Row-major tensors with the same values; copies are entered in ``written``."""
     if all(map(Tensor.is_contiguous, tensors)):
         return tensors

@@ -15,6 +15,19 @@ def raise_first(heard: Sequence[str | None], own: Exception | None) -> None:
             raise ValueError(f"rank {rank}: {text}")
 
 
+def check_steps(steps: Sequence[int], here: int) -> None:
+    """``steps``: of the ranks; ``here``: of this one.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    if min(steps) != max(steps):
+        raise ValueError(
+            f"the ranks are at different steps, {min(steps)} to {max(steps)} (this one at {here}): load the same checkpoint "
+            "on all of them, and call step() and refresh_isolation_mask() on all of them"
+        )
+
+
 @contextmanager
 def meeting(step: int) -> Iterator[None]:
     """

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epi_kernels.distributed.meeting import meeting, raise_first
+from epi_kernels.distributed.meeting import check_steps, meeting, raise_first
 from epi_kernels.distributed.shards import Shard, shard_of
 from epi_kernels.policies.layers import LayerKey, LayerTable, Share, build_layers
 from epi_kernels.reference.stats import LayerStats
@@ -63,6 +63,18 @@ def on_first_rank(write: Callable[[], None]) -> None:
         dist.broadcast_object_list(heard, src=0)
     if heard[0] is not None:
         raise heard[0]
+
+
+def check_same_step(step: int) -> None:
+    """A call of all ranks.
+
+    Raises:
+        ValueError: on every rank: they are at different steps.
+    """
+    if dist.is_initialized():
+        steps = [0] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        check_steps(steps, step)
 
 
 @dataclass(frozen=True)
@@ -146,9 +158,7 @@ class World:
             dist.all_gather_object(ranks, (list(holdings), settings, step, votes, words), group=self.group)
         raise_first([words for *_, words in ranks], refused)
         _check_settings([settings for _, settings, *_ in ranks])
-        steps = [step for _, _, step, *_ in ranks]
-        if min(steps) != max(steps):
-            raise ValueError(_other_steps(min(steps), max(steps), step))
+        check_steps([step for _, _, step, *_ in ranks], step)
         rank = dist.get_rank(self.group)
         self._agreement = _compare([held for held, *_ in ranks], rank, _layout(holdings))
         return all(vote for *_, vote, _ in ranks)
@@ -180,8 +190,7 @@ class World:
         any_stale, last, first, high, low = seen.tolist()
         if any_stale == _REFUSED:
             self.agree(holdings, settings, step, refused=refused)
-        if last != -first:
-            raise ValueError(_other_steps(-first, last, step))
+        check_steps([-first, last], step)
         if any_stale or high != -low:
             self.agree(holdings, settings, step)
 
@@ -199,6 +208,12 @@ class World:
         flag = torch.tensor(int(here), dtype=torch.int64, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         return bool(flag)
+
+    def union(self, here: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Of all ranks' sets."""
+        ranks: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(ranks, here, group=self.group)
+        return set().union(*ranks)
 
     def sum_(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=self.group)
@@ -237,13 +252,6 @@ def holding(
 def _layout(holdings: Sequence[Holding]) -> int:
     """Digest of what may change between refreshes; options follow schedules, and are compared with the layout alone."""
     return zlib.crc32(repr([(one.name, one.layer, one.eligible, one.shard) for one in holdings]).encode())
-
-
-def _other_steps(first: int, last: int, here: int) -> str:
-    return (
-        f"the ranks are at different steps, {first} to {last} (this one at {here}): load the same checkpoint on all "
-        "of them, and call step() and refresh_isolation_mask() on all of them"
-    )
 
 
 def _check_settings(ranks: Sequence[dict[str, Any]]) -> None:

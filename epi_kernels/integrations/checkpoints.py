@@ -26,13 +26,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.shards import local, wrap
-from epi_kernels.distributed.world import by_all, on_first_rank
+from epi_kernels.distributed.world import by_all, check_same_step, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
-from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim import MaskedEMAAdamW, group_text
 from epi_kernels.optim.arguments import IsolationConfig
-from epi_kernels.optim.group_masks import VERSION_KEY, version_and_masks
+from epi_kernels.optim.group_text import VERSION_KEY
 from epi_kernels.optim.home import home
+from epi_kernels.optim.schedules import STEP_KEY
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
 MARK = ".metadata"  # written last, by torch
@@ -44,7 +45,9 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     A call of all ranks; ``path`` lies on a file system that all of them see.
 
     Raises:
-        ValueError: a parameter of the optimizer is not the model's, or ``path`` is there and no checkpoint.
+        ValueError: a parameter of the optimizer is not the model's, ``path`` is there and no checkpoint, or the ranks are
+            at different steps (one went on without a step that the others took, which DistributedDataParallel does not
+            notice).
         OSError: (or what torch makes of it, on every rank) it cannot be written; the checkpoint before it is still there.
     """
     target = Path(path).resolve()
@@ -55,6 +58,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
             OPTIMIZER: _by_name(optimizer, _names(model, optimizer)),
         }
     )
+
+    check_same_step(state[OPTIMIZER][GROUPS][0][STEP_KEY])
 
     def prepare() -> None:
         if target.exists() and not (target / MARK).exists() and (target.is_file() or any(target.iterdir())):
@@ -228,7 +233,7 @@ def _in_our_order(
         saved = saved_groups[of.pop()] if of else {}
         group = {key: value for key, value in saved.items() if key != "param_names"}
         if VERSION_KEY in group:  # the masks beside it are in the saved group's order, and in the states
-            group[VERSION_KEY], _ = version_and_masks(saved)
+            group[VERSION_KEY] = group_text.read(saved).version
         if isinstance(ours["lr"], Tensor) and "lr" in group:
             group["lr"] = torch.full_like(ours["lr"], group["lr"])
         groups.append(group | {"params": [numbers[name] for name in own]})

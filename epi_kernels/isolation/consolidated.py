@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from epi_kernels.optim import MaskedEMAAdamW
-from epi_kernels.optim.state import bare_name
+from epi_kernels.optim.names import bare_name
 
 from .checkpoints import require_same_shapes
 from .core_file import Core, byte_slices, open_core, require_same_model, union_mask

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cuda", action="store_true", help="the CUDA sources instead, compiled by nvcc")
     parser.add_argument(
+        "--cost-of-exactness",
+        action="store_true",
+        help="instructions an element of the low-bit steps as shipped, and with one exactness after another given up, "
+        "as Markdown (sm_90)",
+    )
+    parser.add_argument(
         "--jobs", type=_jobs, metavar="N", help="processes that compile (one a core, 8 at most)"
     )
 
@@ -51,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from epi_kernels.kernels_report import cuda_kernels
     from epi_kernels.kernels_report.rows import table
 
+    if args.cost_of_exactness:
+        return _cost_of_exactness(args)
     archs = tuple(args.arch or ARCHITECTURES)
     if args.cuda:
         try:
@@ -80,4 +88,15 @@ def run(args: argparse.Namespace) -> int:
         if bad:
             return 1
         print(f"check: {len(rows)} kernels pass", file=sys.stderr)
+    return 0
+
+
+def _cost_of_exactness(args: argparse.Namespace) -> int:
+    for option in ("cuda", "check"):
+        if getattr(args, option):
+            raise SystemExit(f"epi-kernels kernels: --cost-of-exactness goes without --{option}")
+    from epi_kernels.kernels_report import exactness
+
+    rows = [row.as_json() for row in exactness.costs(args.arch or (90,), args.jobs)]
+    print(json.dumps(rows, indent=1) if args.json else exactness.markdown(rows))
     return 0

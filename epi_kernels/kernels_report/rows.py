@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from epi_kernels.kernels_report.sass import Kernel, widths
+from epi_kernels.kernels_report.sass import Kernel, common_path, widths
 from epi_kernels.text import columns
 
 # What an H200 has time for while it moves the 28 bytes of a float32 element is about 200.
@@ -39,6 +39,7 @@ class Row:
     spill_bytes: int
     shared_bytes: int
     instructions_per_element: float | None  # None: no loop over elements, or the count is not known
+    common_instructions_per_element: float | None  # of them, without the slow cases of a division or root
     loads: dict[int, int]  # of the hot loop: width in bits -> how many
     stores: dict[int, int]
     problems: tuple[str, ...]
@@ -50,12 +51,13 @@ class Row:
 def make_row(source: str, name: str, arch: str, kernel: Kernel, expected: Expectation | None) -> Row:
     loop = kernel.hot_loop
     loads, stores = dict(widths(loop, "LDG", "LD")), dict(widths(loop, "STG", "ST"))
-    per_element = None
+    per_element = common = None
     problems = [f"spills {kernel.spill_bytes} bytes"] if kernel.spill_bytes else []
     if expected is not None:
         blocks = _unrolled(loads, expected)
         if expected.elements and blocks:
             per_element = len(loop) / (expected.elements * blocks)
+            common = len(common_path(loop)) / (expected.elements * blocks)
         if expected.full_width:
             problems += _width_problems("load", loads, expected.loads * (blocks or 1))
             problems += _width_problems("store", stores, expected.stores * (blocks or 1))
@@ -72,6 +74,7 @@ def make_row(source: str, name: str, arch: str, kernel: Kernel, expected: Expect
         kernel.spill_bytes,
         kernel.shared_bytes,
         per_element,
+        common,
         loads,
         stores,
         tuple(problems),

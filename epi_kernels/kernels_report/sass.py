@@ -70,6 +70,24 @@ class Kernel:
         return best if rank(best)[:2] > (0, 0) else ()
 
 
+def common_path(loop: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+    """The loop without its slow cases: what lies between a branch over a call and where that branch goes.
+
+    A division or a root calls a routine where an operand is subnormal, infinite or near the ends of the
+    range; every other element jumps over the call and the moves around it.
+    """
+    skipped: set[int] = set()
+    for position, instruction in enumerate(loop):
+        if instruction.base != "CALL":
+            continue
+        for branch in range(position - 1, -1, -1):
+            found = _BRANCH.match(_PREDICATE.sub("", loop[branch].text))
+            if found is not None and found[1] is not None and int(found[1], 16) > instruction.address:
+                skipped.update(i.address for i in loop[branch + 1 :] if i.address < int(found[1], 16))
+                break
+    return tuple(i for i in loop if i.address not in skipped)
+
+
 def widths(instructions: tuple[Instruction, ...], *bases: str) -> Counter[int]:
     """How many accesses of each width, in bits."""
     return Counter(i.width for i in instructions if i.base in bases)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from epi_kernels.kernels_report.rows import (
     MAX_INSTRUCTIONS,
@@ -40,8 +41,10 @@ _TYPES = {
     "keep_factor": "fp32",
 }
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
-_INEXACT = {
+INEXACT = {
     "contraction": r"\b(fma|mad)\.\S*f(32|64)",
     "subnormals flushed": r"\b\w+\.\S*ftz\S*",
     "approximation": r"\b\w+\.\S*(approx|full)\S*f32",
@@ -72,25 +75,33 @@ def catalog() -> list[Entry]:
     entries = []
     for importance in (SHARED, *(OWN + kind for kind in kinds)):
         for param in (FLOAT32, BFLOAT16):  # there are no 8-bit weights
-            entries += [_step(StepVariant(param, state, importance, True)) for state in kinds]
+            entries += [step_entry(StepVariant(param, state, importance, True)) for state in kinds]
     for pure in (
         StepVariant(FLOAT32, FLOAT32, SHARED, True),
         StepVariant(BFLOAT16, BFLOAT16, SHARED, True),
         StepVariant(BFLOAT16, INT8, SHARED, True),
     ):
-        entries += [_step(pure, stats=EXTREMA), _step(pure, stats=WITH_MOMENTS), _step(pure, unscale=True)]
-        entries.append(_step(pure._replace(full=False)))
+        entries += [
+            step_entry(pure, stats=EXTREMA),
+            step_entry(pure, stats=WITH_MOMENTS),
+            step_entry(pure, unscale=True),
+        ]
+        entries.append(step_entry(pure._replace(full=False)))
         if pure.any_rounded:
-            entries.append(_step(pure, stochastic=False))
+            entries.append(step_entry(pure, stochastic=False))
     # the most registers: every tensor as wide or as many as it can be
     for most in (StepVariant(FLOAT32, INT8, SHARED, True), StepVariant(FLOAT32, INT8, OWN + FLOAT32, True)):
-        entries += [_step(most, stats=EXTREMA), _step(most, stats=WITH_MOMENTS), _step(most, unscale=True)]
+        entries += [
+            step_entry(most, stats=EXTREMA),
+            step_entry(most, stats=WITH_MOMENTS),
+            step_entry(most, unscale=True),
+        ]
     for correction in (TWO_BYTES, ONE_BYTE):
         corrected = [StepVariant(BFLOAT16, state, SHARED, True, correction) for state in kinds]
         corrected.append(StepVariant(BFLOAT16, INT8, OWN + FLOAT32, True, correction))
-        entries += map(_step, corrected)
-        entries.append(_step(corrected[3], stats=WITH_MOMENTS))
-        entries.append(_step(corrected[1]._replace(full=False)))
+        entries += map(step_entry, corrected)
+        entries.append(step_entry(corrected[3], stats=WITH_MOMENTS))
+        entries.append(step_entry(corrected[1]._replace(full=False)))
     assert NO_STATS == 0
     return entries + list(_refresh())
 
@@ -98,7 +109,7 @@ def catalog() -> list[Entry]:
 _KIND_NAMES = ("f32", "bf16", "int8")
 
 
-def _step(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
+def step_entry(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
     from epi_kernels.backends.triton.common import ITEM_BYTES, THREADS
 
     stochastic = stochastic and variant.any_rounded
@@ -216,7 +227,7 @@ def measure(compiled, name: str, arch: int, expected: Expectation | None) -> Row
 
 def inexact(ptx: str) -> Iterator[str]:
     """What would give other bits than one IEEE-rounded operation at a time."""
-    for what, pattern in _INEXACT.items():
+    for what, pattern in INEXACT.items():
         found = re.search(pattern, ptx)
         if found:
             yield f"{what}: {found[0]}"
@@ -232,24 +243,33 @@ def find_cuobjdump() -> str:
 def compile_entry(task: tuple[Entry, int]) -> Row:
     import importlib
 
-    from epi_kernels.backends.triton.common import LAUNCH
-
     entry, arch = task
     module = importlib.import_module(f"epi_kernels.backends.triton.{entry.module}")
+    return compile_form(module, entry, arch)
+
+
+def compile_form(module: ModuleType, entry: Entry, arch: int, **options) -> Row:
+    """The entry's kernel as ``module`` has it; ``options`` of the compiler in place of those of a launch."""
+    from epi_kernels.backends.triton.common import LAUNCH
+
     function = getattr(module, entry.function)
     constants = dict(entry.constants)
     signature = {name: "constexpr" if name in constants else _TYPES[name] for name in function.arg_names}
-    compiled = compile_cubin(function, signature, constants, arch, **LAUNCH)
+    compiled = compile_cubin(function, signature, constants, arch, **(LAUNCH | options))
     return measure(compiled, entry.name, arch, entry.expected)
 
 
 def rows(archs: Iterable[int], jobs: int | None = None) -> list[Row]:
-    tasks = [(entry, arch) for entry in catalog() for arch in archs]
+    return in_workers(compile_entry, [(entry, arch) for entry in catalog() for arch in archs], jobs)
+
+
+def in_workers(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None) -> list[Result]:
+    """``function`` of every task, in processes that compile whatever this one does."""
     jobs = jobs or min(len(os.sched_getaffinity(0)), 8)
-    interpret = os.environ.pop("TRITON_INTERPRET", None)  # the workers compile, whatever this process does
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            return list(pool.map(compile_entry, tasks, chunksize=1))
+            return list(pool.map(function, tasks, chunksize=1))
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret

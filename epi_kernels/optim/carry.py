@@ -15,8 +15,9 @@ from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import read_moment, write_moment
+from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.sharded_state import localized
-from epi_kernels.optim.state import bare_name, complete_state, read_step, shares_importance
+from epi_kernels.optim.state import complete_state, read_step, shares_importance
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
 from epi_kernels.optim.moments import INT8
-from epi_kernels.optim.state import bare_name
+from epi_kernels.optim.names import bare_name
 from epi_kernels.reference import bits
 
 FORMAT = "epi-kernels isolation"

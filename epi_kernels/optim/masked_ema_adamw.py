@@ -15,7 +15,7 @@ from epi_kernels.optim import state as state_
 from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured, steps_done
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
-from epi_kernels.optim.group_masks import STATE_VERSION, VERSION_KEY
+from epi_kernels.optim.group_text import STATE_VERSION, VERSION_KEY
 from epi_kernels.optim.home import HOST
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.offload import HostPipeline, OffloadedPlan
@@ -326,7 +326,7 @@ class MaskedEMAAdamW(Optimizer):
         For a DTensor: one with its mesh and placements, or the whole mask on every rank.
 
         Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
-        ``isolation_ratio=0`` and ``isolate=False`` too. Installing an all-False persistent mask lifts it.
+        ``isolation_ratio=0`` and ``isolate=False`` too. An all-False one lifts it (a DTensor leaves it empty).
 
         Raises:
             TypeError: the mask is no dense bool tensor.
@@ -391,13 +391,13 @@ class MaskedEMAAdamW(Optimizer):
     @uncompiled
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of ours or of torch.optim.AdamW; one that does not fit is refused whole.
+        """Loads a state dict of ours or of torch.optim.AdamW (T becomes the largest ``step``), whole or not at all.
 
-        torch's own policy would cast importances to the parameter's dtype and packed masks to floats.
+        By names (``torch.distributed.checkpoint``) lost masks come back from the groups; by numbers a warning tells of them.
 
         Raises:
-            ValueError: it is of another parameter set or version, or a tensor in it does not fit; the optimizer is
-                as before.
+            ValueError: it is of another parameter set or version, a tensor in it does not fit, or it has lost masks; the
+                optimizer is as before.
         """
         saving.load(self, state_dict)
 

@@ -91,7 +91,8 @@ def install_mask(
     if persistent:
         others = current if lasting is None else current & ~lasting
         current.copy_(others | packed)
-        if bool(packed.any()):
+        # on all ranks or on none; of a DTensor each knows its own part alone
+        if is_sharded(mask) or bool(mask.any()):
             state["persistent_mask"] = packed
     elif lasting is None:
         current.copy_(packed)

@@ -137,11 +137,14 @@ class StepPlan:
         of the step. ``alike``: gradients are known to have their weights' dtype, shape and device."""
         if len(params) != len(self._all_params) or not all(map(is_, params, self._all_params)):
             return False
-        if [grad is None for grad in grads] != self._missing:
+        present = _present(grads)
+        if len(present) != len(self._params) or (
+            len(present) < len(grads) and [grad is None for grad in grads] != self._missing
+        ):
             return False
         if self._switches() != self._fixed or not self._same_state(_state_values(state_of)):
             return False
-        present, weights = _present(grads), self._weights()
+        weights = self._weights()
         if self._shards_watch is not None and self._shards is not None:
             same_weights = all(map(is_, weights, self._shards)) and self._shards_watch.unmoved()
         else:

@@ -6,13 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.optim import carry, ranks, schedules, stepping
+from epi_kernels.optim.entries import list_entries
 from epi_kernels.optim.group_masks import put_in_groups
+from epi_kernels.optim.masks import MASK_KEYS, zero_mask
 from epi_kernels.optim.sharded_state import export_states
 from epi_kernels.optim.skipped import SkippedSteps
-from epi_kernels.optim.state import always_has_mask, read_state_dict
+from epi_kernels.optim.state import always_has_mask, complete_state, read_state_dict
 
 if TYPE_CHECKING:
     from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
@@ -48,7 +52,8 @@ def saved(optimizer: MaskedEMAAdamW, of_torch: Callable[[], dict[str, Any]]) -> 
 
 
 def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any]) -> None:
-    """``load_state_dict()``: read whole before anything changes."""
+    """``load_state_dict()``: read whole before anything changes. torch's own policy would cast importances to the
+    parameter's dtype and packed masks to floats."""
     state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
@@ -60,11 +65,31 @@ def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any]) -> None:
         optimizer._device(),
     )
     stepping.drain(optimizer)  # of a backward that was broken off
+    _keep_on_all_ranks(optimizer, state, groups)
     optimizer._forget_plans()
     optimizer.__setstate__({"state": state, "param_groups": groups})
     optimizer._report, optimizer._skipped = None, SkippedSteps()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _keep_on_all_ranks(
+    optimizer: MaskedEMAAdamW, states: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]]
+) -> None:
+    """A mask of a sharded parameter that was loaded on some ranks, for there are bits there, is in its state on all of
+    them: each one's dict says the same of it."""
+    if optimizer._world is None:
+        return
+    entries = [entry for entry in list_entries(groups) if is_sharded(entry.param)]
+    each = [(entry, key) for entry in entries for key in MASK_KEYS]
+    used = optimizer._world.union(
+        {(entry.name, key) for entry, key in each if key in states.get(entry.param, {})}
+    )
+    for entry, key in each:
+        if (entry.name, key) in used and key not in states.get(entry.param, {}):
+            state = states[entry.param]
+            complete_state(state, entry.param, entry.group, optimizer._config)
+            state.setdefault(key, zero_mask(entry.param))
 
 
 def carry_from(optimizer: MaskedEMAAdamW, source: Optimizer | dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from epi_kernels.optim.masks import MASK_KEYS, zero_mask
 from epi_kernels.optim.moments import INT8, SCALE_OF
 from epi_kernels.reference import bits, codec
 
+OURS = "epi_kernels.integrations.save_checkpoint and load_checkpoint"
 _CODES_OF = {scale: key for key, scale in SCALE_OF.items()}
 
 
@@ -53,7 +54,8 @@ def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, A
     Codes whose blocks began elsewhere come back as the floats they stand for.
 
     Raises:
-        ValueError: a DTensor laid out otherwise, or a tensor that is no part of a whole of ``param``'s shape.
+        ValueError: a DTensor laid out otherwise or cut out of something packed, or a tensor that is no part of a whole of
+            ``param``'s shape.
     """
     found = {key: _part(key, value, param, f"{what}, {key}") for key, value in saved.items()}
     for scale_key, key in _CODES_OF.items():
@@ -98,8 +100,13 @@ def _part(key: str, value: Any, param: Tensor, what: str) -> Any:
     if is_sharded(value):
         if not is_sharded(param):
             raise ValueError(
-                f"{what}: a DTensor, but the parameter is not sharded: save with "
-                "torch.distributed.checkpoint, or gather with StateDictOptions(full_state_dict=True)"
+                f"{what}: a DTensor, but the parameter is not sharded: gather with StateDictOptions(full_state_dict=True), or "
+                f"use {OURS}"
+            )
+        if value.dtype != torch.bool if key in MASK_KEYS else key in _CODES_OF and value.shape != param.shape:
+            raise ValueError(
+                f"{what}: a whole parameter's, packed, which torch has cut as if it had the parameter's shape. Between whole and "
+                f"sharded parameters use {OURS}, or give load_state_dict() the whole dict"
             )
         same = value.device_mesh == param.device_mesh and value.placements == param.placements
         if not same or value.shape != param.shape:

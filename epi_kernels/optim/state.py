@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import local
+from epi_kernels.optim import group_text
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
-from epi_kernels.optim.group_masks import VERSION_KEY, left_behind, version_and_masks
+from epi_kernels.optim.group_masks import left_behind
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, put_back_persistent, zero_mask
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
+from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.optim.sharded_state import localized
 
@@ -48,23 +51,27 @@ def always_has_mask(config: IsolationConfig) -> bool:
 
 
 def read_step(value: Any, what: str) -> Tensor:
-    """fp32 [] on the host: the steps a state has taken.
+    """fp32 [] on the host: the steps a state has taken, saved in whatever type.
 
     Raises:
-        ValueError: it is no whole number >= 0.
+        ValueError: it is no whole number >= 0, or one that float32 does not hold (they end at 2^24): rounded, the steps
+            after it would have other bits.
     """
-    step = value.detach() if isinstance(value, Tensor) else value
-    number = float(step) if _is_one_number(step) else -1.0
-    if not number >= 0 or number % 1:  # inf % 1 and nan are nan, which is true
+    number = _one_number(value)
+    if number is None or not 0 <= number < math.inf or number % 1:  # nan compares false
         raise ValueError(f"{what}: step must be one whole number >= 0, got {value!r}")
-    return torch.tensor(number, dtype=torch.float32, device="cpu")
+    # 1e38: an int may be too large for a float
+    step = torch.tensor(float(min(number, 1e38)), dtype=torch.float32, device="cpu")
+    if step.item() != number:
+        raise ValueError(f"{what}: step must be a number that float32 holds, got {value!r}")
+    return step
 
 
-def _is_one_number(value: Any) -> bool:
+def _one_number(value: Any) -> int | float | None:
     if isinstance(value, Tensor):
         plain = value.layout == torch.strided and not value.is_meta and not value.is_complex()
-        return plain and value.numel() == 1
-    return isinstance(value, (int, float))
+        return value.item() if plain and value.numel() == 1 else None
+    return value if isinstance(value, (int, float)) else None
 
 
 def load_param_state(
@@ -78,7 +85,8 @@ def load_param_state(
     """One parameter's state: clones in our dtypes, checked against the parameter. ``left``: masks that ``saved`` lacks; there
     may be nothing else."""
     only_masks, left = not saved, left or {}
-    saved = localized({**saved, **left}, param, f"state of {name}")
+    given = {**saved, **left}
+    saved = localized(given, param, f"state of {name}")
     known = {"step", *MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS}
     unknown = [key for key in saved if key not in known]
     if unknown:
@@ -101,8 +109,9 @@ def load_param_state(
             state[key] = load_mask(saved[key], local(param), f"state of {name}, {key}", config)
     if "persistent_mask" in left:
         put_back_persistent(state, f"state of {name}")
-    for key in MASK_KEYS:  # a sharded state dict has both, in use or not; what p asks for comes back
-        if key in state and not bool(state[key].any()):
+    # a sharded state dict has both, in use or not; what p asks for comes back. Of a whole mask all ranks keep their parts
+    for key in MASK_KEYS:
+        if key in given and not bool(local(given[key]).any()):
             del state[key]
     complete_state(state, param, group, config)
     return state
@@ -127,11 +136,6 @@ def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return sizes
 
 
-def bare_name(name: str) -> str:
-    """A parameter's name without the prefixes that DDP and torch.compile put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def _check_groups(ours: list[dict], saved: list[dict]) -> None:
     if len(ours) != len(saved):
         raise ValueError(f"state dict has {len(saved)} param groups, this optimizer {len(ours)}")
@@ -146,6 +150,9 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
         names, saved_names = group.get("param_names"), saved_group.get("param_names")
         if saved_names is not None and len(saved_names) != len(group["params"]):
             raise ValueError(f"param group {number} of the state dict has {len(saved_names)} names")
+        if names is None and saved_names is not None:  # ids that are names, of a model that has those
+            ids = list(map(str, saved_group["params"]))
+            names = ids if sorted(ids) == sorted(map(bare_name, saved_names)) else None
         if names is not None and saved_names is not None:
             for name, saved_name in zip(names, saved_names, strict=True):
                 if bare_name(name) != bare_name(saved_name):
@@ -153,7 +160,7 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
                         f"the state dict is of another parameter set: group {number} has {saved_name!r} "
                         f"where this optimizer has {name!r}"
                     )
-        version_and_masks(saved_group)
+        group_text.read(saved_group)
         steps = saved_group.get(STEP_KEY, 0)
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{STEP_KEY} must be an int >= 0, got {steps!r}")
@@ -162,8 +169,18 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
         check_group_options(saved_group)
 
 
+def _is_of_torch(saved_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether they are torch.optim.AdamW's, which may have been ours before: it keeps what it does not know, T as it
+    was among it, and adds options of its own that no group of ours has.
+
+    ``torch.distributed.checkpoint.load`` into a dict of ours drops those, and T is then as AdamW got it. That states have
+    taken more steps than T shows nothing: ``carry_importance`` makes such states, with any step and T at 0.
+    """
+    return any("amsgrad" in group for group in saved_groups)
+
+
 def _load_group(group: dict[str, Any], saved: dict[str, Any], isolation_step: int) -> dict[str, Any]:
-    left_out = {*GLOBAL_OPTIONS, VERSION_KEY}
+    left_out = {*GLOBAL_OPTIONS, group_text.VERSION_KEY}
     loaded = {key: deepcopy(value) for key, value in saved.items() if key not in left_out}
     for key, value in group.items():
         loaded.setdefault(key, value)
@@ -181,23 +198,30 @@ def read_state_dict(
     saved_groups = state_dict["param_groups"]
     _check_groups(param_groups, saved_groups)
     steps = [group.get(STEP_KEY) for group in saved_groups]
-    if None in steps:  # torch's AdamW counts per parameter only
+    of_torch = _is_of_torch(saved_groups)
+    if of_torch or None in steps:  # torch's AdamW counts per parameter only
+        entries = state_dict["state"].items()
         isolation_step = max(
-            (int(entry["step"]) for entry in state_dict["state"].values() if "step" in entry), default=0
+            (int(read_step(entry["step"], f"state {key}")) for key, entry in entries if "step" in entry),
+            default=0,
         )
     else:
         isolation_step = max(map(int, steps), default=0)
     groups = [_load_group(g, s, isolation_step) for g, s in zip(param_groups, saved_groups, strict=True)]
     load_schedules(groups, saved_groups, config)
 
-    saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
+    saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
     owners = [(param, group, i) for group in groups for i, param in enumerate(group["params"])]
     owner_of = dict(zip(saved_ids, owners, strict=True))
     strangers = [key for key in state_dict["state"] if key not in owner_of]
     if strangers:
         raise ValueError(f"the state dict holds state of parameters no group lists: {strangers[:5]}")
     state: defaultdict[Tensor, Any] = defaultdict(dict)
-    left = left_behind(saved_groups, state_dict["state"])
+    names = [
+        name for group in param_groups for name in group.get("param_names", [None] * len(group["params"]))
+    ]
+    named = {key: (param, name) for key, (param, _, _), name in zip(saved_ids, owners, names, strict=True)}
+    left = left_behind(saved_groups, state_dict["state"], named, of_torch=of_torch)
     for key in dict.fromkeys([*state_dict["state"], *left]):
         entry, masks = state_dict["state"].get(key), left.get(key)
         param, group, position = owner_of[key]

@@ -1,0 +1,67 @@
+"""make exactness and make stopped: the README's blocks from records made by hand, and the committed records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from bench import exactness, report, results, stopped
+from epi_kernels.kernels_report.exactness import FORMS, ROUNDINGS, STATES
+from python_tests.bench_rows import shared
+
+
+def cost(form: str, states: str, rounding: str) -> dict:
+    """As shipped 90 with 8-bit states, 20 less with bfloat16's, 15 less to nearest, 10 less a form."""
+    each = 90.0 - 20 * (states == "bf16") - 15 * (rounding == "nearest") - 10 * bool(form)
+    counts = {"instructions_per_element": each, "common_instructions_per_element": each - 5}
+    return {"arch": "sm_90", "states": states, "rounding": rounding, "given_up": form} | counts
+
+
+def test_the_block_of_exactness_names_every_price(tmp_path):
+    assert exactness.text(tmp_path) == "Not measured yet: `make exactness`."
+    rows = [cost(f, s, r) for f in ("", "rounded root") for s in STATES for r in ROUNDINGS]
+    record = shared() | {"versions": {"triton": "9.9"}, "rows": rows}
+    results.write_record(record, tmp_path, "exactness-2030-01-02-0123456789", ("rows",))
+    text = exactness.text(tmp_path)
+    assert "Triton 9.9, 2030-01-02, commit 0123456789, in" in text
+    assert "| nothing, as shipped | **90.0** | **75.0** | **70.0** | **55.0** |" in text
+    assert "| rounded root | 80.0 (-10.0) | 65.0 (-10.0) | 60.0 (-10.0) | 45.0 (-10.0) |" in text
+    assert "costs 15.0 with codes and 15.0 with bfloat16 states, codes 20.0 and 20.0" in text
+    assert "from left to right 0, 1, 1, 2 of 2 meet it." in text
+
+
+def times(left: list[int], entered: list[int]) -> stopped.Times:
+    return stopped.Times(torch.tensor(left), torch.tensor(entered), [1.0, 0.0, 1.0])
+
+
+def test_the_block_of_stopped_elements_counts_those_more_than_one_refresh_apart(tmp_path, monkeypatch):
+    assert stopped.text(tmp_path) == "Not measured yet: `make stopped`."
+    runs = iter([times([8, 8, 8, 9], [5] * 4), *[times([6, 7, 9, 0], [5, 6, 7, 3])] * 4])
+    monkeypatch.setattr(stopped, "run", lambda plan, **dtypes: next(runs))
+    results.write_record(stopped.record(), tmp_path, "stopped-2030-01-02-0123456789", ("rows",))
+    lines = stopped.text(tmp_path).splitlines()
+    assert "| float32 | 8.2 ± 0.5 | 8 to 9 | - | 5.0 ± 0.0 | 5 to 5 | - |" in lines
+    # 6 of 8, and too late of 9; 7 and 3 of 5
+    assert "| 8-bit | 7.3 ± 1.5 | 6 to 9, 1 later | 50 % | 5.2 ± 1.7 | 3 to 7 | 50 % |" in lines
+
+
+def test_the_committed_records_are_whole():
+    costs = results.newest_record(results.RESULTS, exactness.PREFIX)
+    assert costs is not None and len(costs["rows"]) == len(FORMS) * len(STATES) * len(ROUNDINGS)
+    for row in costs["rows"]:
+        assert bool(row["inexact"]) == bool(row["given_up"]), (
+            "as shipped nothing is inexact, else something is"
+        )
+    found = results.newest_record(results.RESULTS, stopped.PREFIX)
+    assert found is not None and found["plan"] == json.loads(json.dumps(asdict(stopped.Plan())))
+    assert [row["configuration"] for row in found["rows"]] == list(stopped.CONFIGURATIONS)
+
+
+@pytest.mark.parametrize("name", ["exactness", "stopped"])
+def test_the_report_makes_the_block(name):
+    assert f"bench:begin {name}" in report.rewrite(
+        report.README.read_text(), dict.fromkeys(report.SECTIONS, str)
+    )
