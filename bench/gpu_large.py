@@ -153,15 +153,37 @@ def in_subprocess(
     contender: Contender, model: str, device: str, smoke: bool, seconds: float
 ) -> dict[str, Any]:
     """The row of one optimizer. Raises subprocess.TimeoutExpired after ``seconds``."""
+    arguments = ["--one", contender.slug, "--model", model, "--device", device]
+    return row_of("bench.gpu_large", [*arguments, *(["--smoke"] if smoke else [])], seconds)
+
+
+def row_of(
+    module: str, arguments: list[str], seconds: float, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What ``python -m module`` leaves of one arm of a run. Raises subprocess.TimeoutExpired after ``seconds``."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"  # not stdout, where libraries print
-        command = [sys.executable, "-m", "bench.gpu_large", "--one", contender.slug, "--model", model]
-        command += ["--device", device, "--result", str(result), "--seconds", str(seconds)]
-        command += ["--smoke"] if smoke else []
-        done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, timeout=seconds)
+        command = [sys.executable, "-m", module, *arguments]
+        command += ["--result", str(result), "--seconds", str(seconds)]
+        done = subprocess.run(
+            command, cwd=results.ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
         if result.exists():
             return json.loads(result.read_text())
     return {"skipped": f"{how_ended(done.returncode)}: {done.stderr[-500:].strip() or 'it said nothing'}"}
+
+
+def add_process_arguments(parser: argparse.ArgumentParser, slugs: list[str]) -> None:
+    """Of the process of one arm: which, where its row goes, and what time it has."""
+    parser.add_argument("--one", choices=slugs, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=argparse.SUPPRESS)
+
+
+def leave_row(args: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> None:
+    """What that process does."""
+    faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True)
+    write_whole(args.result, json.dumps(measure()))
 
 
 def how_ended(status: int) -> str:
@@ -195,19 +217,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=ARCHITECTURES, default="Llama-3-8B")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=results.RESULTS)
     add_arguments(parser, smoke="a tiny model")
-    # the process of one optimizer: which, where its row goes, and what time it has
-    parser.add_argument("--one", choices=[one.slug for one in ENTERED], help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=argparse.SUPPRESS)
+    add_process_arguments(parser, [one.slug for one in ENTERED])
     args = parser.parse_args(argv)
     device = device_of(parser, args, "gpu-large")
     if device is None:
         return 2
     if args.one is not None:
-        faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True)
         contender = next(contender for contender in ENTERED if contender.slug == args.one)
         config, n_tokens = (TINY, SMOKE_TOKENS) if args.smoke else (ARCHITECTURES[args.model], TOKENS)
-        write_whole(args.result, json.dumps(train(contender, config, device, n_tokens)))
+        leave_row(args, lambda: train(contender, config, device, n_tokens))
         return 0
 
     shared = results.provenance() | {

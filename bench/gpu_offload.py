@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,13 +28,14 @@ from torch import nn
 
 from bench import results
 from bench.contenders import LR
-from bench.gpu import GPU_TESTS, TEST_SECONDS, Slice, keep, run_pytest, run_slices
+from bench.gpu import GPU_TESTS, TEST_SECONDS, run_pytest
 from bench.gpu import outcome as outcome_of_tests
 from bench.gpu_device import Device, add_arguments, device_of, versions
-from bench.gpu_large import SMOKE_TOKENS, TINY, build
+from bench.gpu_large import SMOKE_TOKENS, TINY, add_process_arguments, build, leave_row, ran, row_of
 from bench.gpu_record import slug
 from bench.side_by_side import stored_bytes
-from bench.status import kernel_hash
+from bench.slices import Kept, Slice, run_slices
+from bench.sources import kernel_hash
 from epi_kernels import MaskedEMAAdamW, enable_gradient_release
 from epi_kernels.architectures import ARCHITECTURES
 
@@ -56,6 +55,10 @@ class Arm:
     note: str
     limited: bool = False  # to the card's memory
     isolates: bool = False
+
+    @property
+    def slug(self) -> str:
+        return slug(self.name)
 
 
 def _ours(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -161,27 +164,18 @@ def _peaks(device: Device) -> dict[str, Any]:
 # ---------------------------------------------------------------- the run
 
 
-def in_subprocess(arm: Arm, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.gpu_offload", "--one", arm.name, "--model", args.model]
-    command += ["--card", str(args.card), "--device", args.device, *(["--smoke"] if args.smoke else [])]
+def in_subprocess(arm: Arm, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    arguments = ["--one", arm.slug, "--model", args.model, "--card", str(args.card), "--device", args.device]
     # a card that is nearly full has no room for the gaps between blocks of fixed sizes
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    done = subprocess.run(
-        command, cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        return {"skipped": f"exited {done.returncode}: {done.stderr[-500:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    smoke = ["--smoke"] if args.smoke else []
+    return row_of("bench.gpu_offload", [*arguments, *smoke], seconds, environment)
 
 
-def tests(device: Device, smoke: bool) -> dict[str, Any]:
+def tests(device: Device, smoke: bool, seconds: float) -> dict[str, Any]:
     path = str(GPU_TESTS / "test_gpu_offload.py")
     arguments = ["-m", "gpu", f"--confcutdir={GPU_TESTS}", "--device", device.type, path]
-    return run_pytest([*arguments, *(["-k", "comes_back"] if smoke else [])])
-
-
-def ran(row: dict[str, Any]) -> bool:
-    return "skipped" not in row and "error" not in row
+    return run_pytest([*arguments, *(["-k", "comes_back"] if smoke else [])], seconds)
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -207,16 +201,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=results.RESULTS)
     add_arguments(parser, smoke="a tiny model")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one arm
+    add_process_arguments(parser, [arm.slug for arm in ARMS])
     args = parser.parse_args(argv)
     device = device_of(parser, args, "gpu-offload")
     if device is None:
         return 2
     n_tokens = SMOKE_TOKENS if args.smoke else TOKENS
     if args.one is not None:
-        arm = next(arm for arm in ARMS if arm.name == args.one)
+        arm = next(arm for arm in ARMS if arm.slug == args.one)
         config = TINY if args.smoke else ARCHITECTURES[args.model]
-        print(json.dumps(train(arm, config, device, n_tokens, args.card)))
+        leave_row(args, lambda: train(arm, config, device, n_tokens, args.card))
         return 0
 
     shared = results.provenance() | {
@@ -234,11 +228,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / f"{stem}-{shared['kernel_hash']}.state.tmp"
-    done: dict[str, Any] = {}
-    save = keep(done, state)
-    slices = [Slice(TESTS, TEST_SECONDS, lambda: tests(device, args.smoke))]
-    slices += [Slice(slug(arm.name), SECONDS, lambda arm=arm: in_subprocess(arm, args)) for arm in ARMS]
-    left = run_slices(slices, done, save, args.time_limit, outcome)
+    kept = Kept(state)
+    slices = [Slice(TESTS, TEST_SECONDS, lambda seconds: tests(device, args.smoke, seconds))]
+    slices += [Slice(arm.slug, SECONDS, lambda s, arm=arm: in_subprocess(arm, args, s)) for arm in ARMS]
+    left = run_slices(slices, kept, args.time_limit, outcome)
     if left:
         print(f"incomplete: {left} of {len(slices)} slices are left; the same command continues")
         return 0
@@ -248,15 +241,15 @@ def main(argv: list[str] | None = None) -> int:
             "limited": arm.limited,
             "isolates": arm.isolates,
             "note": arm.note,
-            **done[slug(arm.name)],
+            **kept.done[arm.slug],
         }
         for arm in ARMS
     ]
-    text = json.dumps({**shared, "tests": done[TESTS], "rows": rows}, indent=1) + "\n"
+    text = json.dumps({**shared, "tests": kept.done[TESTS], "rows": rows}, indent=1) + "\n"
     path = results.write_new(args.out, f"{stem}-{shared['date'][:10]}", text)
     state.unlink(missing_ok=True)
     print(f"written: {path}")
-    failed = failures(done, rows)
+    failed = failures(kept.done, rows)
     print("\n".join(failed))
     return 1 if failed else 0
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from bench import gpu_offload
+from bench import gpu_large, gpu_offload
 from bench.gpu_device import CpuDevice
 from bench.gpu_large import SMOKE_TOKENS, TINY
 
@@ -23,10 +23,10 @@ def in_process(monkeypatch):
     monkeypatch.setattr(
         gpu_offload,
         "in_subprocess",
-        lambda arm, args: gpu_offload.train(arm, TINY, CpuDevice(), SMOKE_TOKENS, args.card),
+        lambda arm, args, seconds: gpu_offload.train(arm, TINY, CpuDevice(), SMOKE_TOKENS, args.card),
     )
     tested = {"run": 1, "failures": [], "skipped": {}}
-    monkeypatch.setattr(gpu_offload, "run_pytest", lambda arguments: {"arguments": arguments, **tested})
+    monkeypatch.setattr(gpu_offload, "run_pytest", lambda arguments, _: {"arguments": arguments, **tested})
 
 
 def test_a_run_in_slices_is_one_file_in_the_end(in_process, tmp_path, capsys):
@@ -49,18 +49,19 @@ def test_a_run_in_slices_is_one_file_in_the_end(in_process, tmp_path, capsys):
     assert "skipped" in rows[TORCHAO.name], "it wants a GPU"
 
 
-def test_one_arm_in_a_process_of_its_own(monkeypatch, capsys):
+def test_one_arm_in_a_process_of_its_own(monkeypatch):
     """Its command, run here."""
 
     def run(command, **options):
-        assert command[1:3] == ["-m", "bench.gpu_offload"] and options["cwd"] == gpu_offload.results.ROOT
-        status = gpu_offload.main(command[3:])
-        return subprocess.CompletedProcess(command, status, capsys.readouterr().out, "")
+        assert command[1:3] == ["-m", "bench.gpu_offload"] and options["timeout"] == 60.0
+        assert "expandable_segments" in options["env"]["PYTORCH_CUDA_ALLOC_CONF"]
+        return subprocess.CompletedProcess(command, gpu_offload.main(command[3:]), "", "")
 
-    monkeypatch.setattr(gpu_offload.subprocess, "run", run)
+    monkeypatch.setattr(gpu_large.subprocess, "run", run)
+    monkeypatch.setattr(gpu_large.faulthandler, "dump_traceback_later", lambda *_, **__: None)
     args = argparse.Namespace(model="Llama-3-8B", card=24.0, device="cpu", smoke=True)
-    row = gpu_offload.in_subprocess(OFFLOADED, args)
-    assert gpu_offload.ran(row) and row["parameters"] > 0 and row["peak_bytes"] is None
+    row = gpu_offload.in_subprocess(OFFLOADED, args, 60.0)
+    assert gpu_large.ran(row) and row["parameters"] > 0 and row["peak_bytes"] is None
 
 
 def test_ours_offloaded_has_to_fit(in_process, monkeypatch, tmp_path, capsys):
