@@ -166,6 +166,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
         execute(run, shop(halves, [*ancestry(run)], limits))
     store = Store(halves)
     assert store.progress(run).is_file() and store.manifest(run) is None
+    saved = torch.load(store.progress(run), weights_only=True)
+    assert 0 < saved["seconds"] < 60
+    torch.save(saved | {"seconds": 1000.0}, store.progress(run))
     torch.manual_seed(9)  # as another process would be
     execute(run, shop(halves, [*ancestry(run)]))
     assert same(weights(halves, run), weights(tmp_path / "whole", run))
@@ -173,6 +176,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
     whole, resumed = Store(tmp_path / "whole").manifest(run), store.manifest(run)
     assert whole is not None and resumed is not None
     assert (whole.scores, whole.losses, whole.series) == (resumed.scores, resumed.losses, resumed.series)
+    assert whole.seconds < 60 and 1000 < resumed.seconds < 1060, "the time before it was stopped counts"
 
 
 def test_an_interpolation_is_the_mean_of_its_ends(tmp_path):
