@@ -208,7 +208,9 @@ def _trained(
         },
         meters.earlier_s,
     )
-    stage.method = None  # each holds the other: the model would stay beside the next run's until it is looked for
+    stage.method = (
+        None  # each holds the other: the model would stay beside the next run's until it is looked for
+    )
     return result
 
 

@@ -26,7 +26,7 @@ from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches
 from epi_kernels.repro.measure import Observer
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer
-from epi_kernels.repro.stage import Batch, Stage
+from epi_kernels.repro.stage import Batch, Stage, seed_random
 
 HOST = torch.device("cpu")
 SAVE, STOP = 1, 2  # what the clock asks for
@@ -91,7 +91,7 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
             pause = max(limits.save_every_s, SAVING * (saved - began))
         if due == STOP:
             raise Stopped
-        torch.manual_seed(step_seed(stage.seed, step, ranks.rank))
+        seed_random(stage.device, step_seed(stage.seed, step, ranks.rank))
         with timer.gradient():
             for group in stage.optimizer.param_groups:
                 group["lr"] = recipe.lr * lr_factor(recipe, step, stage.steps)
