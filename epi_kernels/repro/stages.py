@@ -33,7 +33,7 @@ from epi_kernels.repro.models import load_model, new_model, tokenizer_of
 from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of, key
 from epi_kernels.repro.stage import Stage
 from epi_kernels.repro.tasks.synthetic.pictured import captioned
-from epi_kernels.repro.train import Meters, read_progress, save_progress, train
+from epi_kernels.repro.train import Limits, Meters, read_progress, save_progress, train
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import Result, Workshop, encoded, model_writer, scores_of
 
@@ -135,9 +135,39 @@ def _sampled(run: Train, tokenizer: Any) -> list[list[Encoded]]:
 
 def _stage(run: Base | Train, shop: Workshop, recipe: Recipe, method: Method, examples: Examples) -> Result:
     """Its peak is taken from before the model is there, data and all else in memory already, to the last step."""
+    if shop.device.type == "cpu" and shop.ranks.size == 1 and method.name not in _LOADED:
+        _load_libraries(run, shop, recipe, method, examples)
     with PeakMemory(shop.device) as peak:
         model = shop.ranks.together(_before, run, shop)
         return _trained(run, shop, model, recipe, method, examples, peak)
+
+
+_LOADED: set[str] = set()  # methods that this process has had a stage of
+
+
+def _load_libraries(
+    run: Base | Train, shop: Workshop, recipe: Recipe, method: Method, examples: Examples
+) -> None:
+    """One step on a model that is dropped: what a method's first step leaves in the process (modules, buffers of torch)
+    stays there, and is not the memory of the stage that comes first."""
+    stage = _new_stage(run, shop, _before(run, shop), recipe, examples)
+    batches = _set_up(stage, method, examples, [], pad_id(tokenizer_of(base_of(run).model)))
+    stage.steps = 1
+    meters = Meters(StepTimer(shop.device), PeakMemory(shop.device), {})
+    train(stage, batches, meters, Limits(), shop.store.folder / "no progress")
+    stage.method = None  # as in `_trained`
+    _LOADED.add(method.name)
+
+
+def _new_stage(run: Base | Train, shop: Workshop, model: Any, recipe: Recipe, examples: Examples) -> Stage:
+    stage = Stage(
+        model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=examples.kinds,
+        replayed=examples.replayed, ranks=shop.ranks, sharded=shop.sharded,
+    )  # fmt: skip
+    if isinstance(run, Train):
+        stage.before = shop.store.weights(run.before)
+        stage.origin = _origin(run.before, shop)
+    return stage
 
 
 def _trained(
@@ -150,14 +180,9 @@ def _trained(
     peak: PeakMemory,
 ) -> Result:
     tokenizer, ranks = tokenizer_of(base_of(run).model), shop.ranks
-    stage = Stage(
-        model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=examples.kinds,
-        replayed=examples.replayed, ranks=ranks, sharded=shop.sharded,
-    )  # fmt: skip
+    stage, pad = _new_stage(run, shop, model, recipe, examples), pad_id(tokenizer)
     cores: list[Path] = []
     if isinstance(run, Train):
-        stage.before = shop.store.weights(run.before)
-        stage.origin = _origin(run.before, shop)
         cores = [core_of(probe, run.core_ratio, shop) for probe in run.frozen]
     if ranks.size > 1:
         ranks.refuse_differences(
@@ -173,7 +198,8 @@ def _trained(
         if saved:
             model.load_state_dict(saved["model"])
         shard(model, ranks, str(shop.device))
-    batches, observers = ranks.together(_set_up, stage, run, method, examples, cores, pad_id(tokenizer))
+    batches = ranks.together(_set_up, stage, method, examples, cores, pad)
+    observers = ranks.together(_observers, stage, run, batches, examples, pad)
     meters = Meters(StepTimer(shop.device), peak, observers)
     trained = stage.model
     kept = train(stage, batches, meters, shop.limits, progress)
@@ -208,26 +234,29 @@ def _trained(
         },
         meters.earlier_s,
     )
-    stage.method = (
-        None  # each holds the other: the model would stay beside the next run's until it is looked for
-    )
+    stage.method = None  # each holds the other: the model would stay beside the next run's
     return result
 
 
-def _set_up(
-    stage: Stage, run: Base | Train, method: Method, examples: Examples, cores: Sequence[Path], pad: int
-) -> tuple[Batches, dict[str, Observer]]:
-    """The stage's method and steps, its batches, and what is measured."""
+def _set_up(stage: Stage, method: Method, examples: Examples, cores: Sequence[Path], pad: int) -> Batches:
+    """The stage's method and steps; its batches."""
     recipe = stage.recipe
     stage.method = make_method(method, stage)
     batches = Batches(
-        examples.learned, recipe.batch, run.seed, pad, replayed=stage.replayed, replay=stage.method.replay
+        examples.learned, recipe.batch, stage.seed, pad, replayed=stage.replayed, replay=stage.method.replay
     )
     stage.steps = recipe.steps or batches.steps(recipe.epochs or 0)
     if cores:
         freeze(stage.optimizer, cores)
+    return batches
+
+
+def _observers(
+    stage: Stage, run: Base | Train, batches: Batches, examples: Examples, pad: int
+) -> dict[str, Observer]:
+    """What is measured beside the training."""
     probes = StageProbes(batches, examples.held_out or examples.learned, pad, stage.device)
-    return batches, make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
+    return make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
 
 
 def _isolated(stage: Stage) -> int:

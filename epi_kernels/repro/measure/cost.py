@@ -140,8 +140,9 @@ class PeakMemory:
         """The peak of the part of the stage before it was stopped, in another process: what it added counts. A number is
         an earlier version's, of the whole process."""
         peak, before = (state, None) if isinstance(state, int) else (state["bytes"] or 0, state["before"])
-        known = before is not None and self.before is not None
-        self._floor = peak - before + self.before if known else peak
+        if before is not None and self.before is not None:
+            peak += self.before - before
+        self._floor = peak
 
 
 def _give_back() -> None:
