@@ -106,7 +106,7 @@ class Memory:
                 Cell(values=tuple(100 * x / y for x, y in zip(size, against)), digits=0)
                 if size and against
                 else "",
-                Cell(values=peak, digits=0) if (peak := _peak(costs, above)) else "",
+                Cell(values=peak, digits=1 if above else 0) if (peak := _peak(costs, above)) else "",
                 Cell(values=step, digits=3) if step else "",
                 Cell(values=tuple(100 * x / y for x, y in zip(step, their_step)), digits=0)
                 if step and their_step
