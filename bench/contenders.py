@@ -88,7 +88,9 @@ def _deepspeed(params: Sequence[Tensor]) -> torch.optim.Optimizer:
 REFRESH = "refresh_isolation_mask"
 CONTENDERS = [
     Contender(REFERENCE[F32], F32, _torch(fused=True), False, "isolates nothing"),
-    Contender("torch foreach, float32", F32, _torch(foreach=True), False, "isolates nothing"),
+    Contender(
+        "torch foreach, float32", F32, _torch(foreach=True), False, "isolates nothing; an operation at a time"
+    ),
     Contender("ours, float32", F32, _ours(), True, "importance is exp_avg_sq", REFRESH),
     Contender(
         "ours, float32, own importance",
@@ -99,7 +101,12 @@ CONTENDERS = [
         REFRESH,
     ),
     Contender(
-        "ours, float32, 8-bit states", F32, _ours(state_dtype="int8"), True, "float32 weights", REFRESH
+        "ours, float32, 8-bit states",
+        F32,
+        _ours(state_dtype="int8"),
+        True,
+        "stochastic rounding of states",
+        REFRESH,
     ),
     Contender(
         "EPI as published, float32",
@@ -118,7 +125,7 @@ CONTENDERS = [
         BF16,
         _torch(foreach=True),
         False,
-        "isolates nothing; states round to nearest",
+        "isolates nothing; states round to nearest; an operation at a time",
     ),
     Contender("ours, bfloat16", BF16, _ours(), True, "stochastic rounding", REFRESH),
     Contender(
@@ -183,3 +190,4 @@ CONTENDERS = [
         "DeepSpeed CPUAdam, bfloat16", BF16, _deepspeed, False, "isolates nothing; CPU only", cpu_only=True
     ),
 ]
+NOTES = {contender.name: contender.note for contender in CONTENDERS}

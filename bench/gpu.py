@@ -1,7 +1,8 @@
 """make gpu: every test on the device, then the first timings, into one JSON under bench/results.
 
 Runs in slices that are not repeated: what is done is kept beside the results, for the same commit,
-kernels and machine, until the run is whole. Needs torch and pytest; nothing from the network.
+kernels and machine, until the run is whole; one that is begun twice and never ends is recorded as
+failed. Needs torch and pytest; nothing from the network.
 
 Exit status: 0 done, or stopped by --time-limit (the same command continues); 1 a test failed;
 2 no GPU.
@@ -11,25 +12,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import gpu_timing, results
 from bench.gpu_device import Device, add_arguments, device_of, versions
 from bench.gpu_record import record, slug, summary, write_new
-from bench.status import kernel_hash
-from epi_kernels.files import write_whole
+from bench.slices import Kept, Slice, run_slices
+from bench.sources import kernel_hash
 
 SCHEMA = 1
 GPU_TESTS = results.ROOT / "python_tests" / "gpu"
@@ -37,35 +33,25 @@ GPU_TESTS = results.ROOT / "python_tests" / "gpu"
 TEST_SECONDS, TIMING_SECONDS, COPY_SECONDS = 240, 60, 20
 
 
-@dataclass(frozen=True)
-class Slice:
-    name: str
-    seconds: float
-    run: Callable[[], dict[str, Any]]
-
-
 # ---------------------------------------------------------------- tests
 
 
-def run_pytest(arguments: list[str], timeout: float = 1800) -> dict[str, Any]:
-    """Counts, failures by name, skips by reason."""
+def run_pytest(arguments: list[str], timeout: float) -> dict[str, Any]:
+    """Counts, failures by name, skips by reason. Raises subprocess.TimeoutExpired after ``timeout`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         paths = [str(results.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        try:
-            done = subprocess.run(
-                [*command, *arguments],
-                cwd=results.ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
-            status, output = done.returncode, done.stdout + done.stderr
-        except subprocess.TimeoutExpired as error:
-            status, output = 124, f"stopped after {error.timeout:.0f} s"
+        done = subprocess.run(
+            [*command, *arguments],
+            cwd=results.ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        status, output = done.returncode, done.stdout + done.stderr
         counts = read_junit(report) if report.exists() else {"run": 0, "failures": [], "skipped": {}}
     # 5: nothing was collected
     if status not in (0, 1) or (status == 1 and not counts["failures"]):
@@ -100,7 +86,7 @@ def test_slices(device: Device, backends: list[str], smoke: bool) -> list[Slice]
             if smoke:
                 arguments += ["-k", "mixed or off-by-one-mixed or two_to_the_31 or sampled"]
             name = f"tests-{path.stem.removeprefix('test_gpu_')}-{backend}"
-            slices.append(Slice(name, TEST_SECONDS, lambda a=arguments: run_pytest(a)))
+            slices.append(Slice(name, TEST_SECONDS, lambda seconds, a=arguments: run_pytest(a, seconds)))
     return slices
 
 
@@ -110,7 +96,7 @@ def suite_slices(smoke: bool) -> list[Slice]:
         return []
     arguments = ["-k", "triton-cuda or cuda-cuda or reference-cuda", f"--ignore={GPU_TESTS}"]
     arguments.append(str(GPU_TESTS.parent))
-    return [Slice("tests-suite", 2 * TEST_SECONDS, lambda: run_pytest(arguments))]
+    return [Slice("tests-suite", 2 * TEST_SECONDS, lambda seconds: run_pytest(arguments, seconds))]
 
 
 # ---------------------------------------------------------------- slices
@@ -130,49 +116,11 @@ def timing_slices(
         finally:
             gpu_timing.release()
 
-    slices = [Slice("copy", COPY_SECONDS, lambda: gpu_timing.copy_gbps(device, effort))]
+    slices = [Slice("copy", COPY_SECONDS, lambda _: gpu_timing.copy_gbps(device, effort))]
     timed = [backend for backend in backends if backend != "reference"]
     for work in gpu_timing.workloads(timed):
-        slices.append(Slice(work.slice_name, TIMING_SECONDS, lambda w=work: timing(w)))
+        slices.append(Slice(work.slice_name, TIMING_SECONDS, lambda _, w=work: timing(w)))
     return slices
-
-
-def keep(done: dict[str, Any], state: Path) -> Callable[[], None]:
-    """Reads what was done before into ``done``; the call that is returned saves it."""
-    done.update(json.loads(state.read_text()) if state.exists() else {})
-    return lambda: write_whole(state, json.dumps(done))
-
-
-def run_slices(
-    slices: list[Slice],
-    done: dict[str, Any],
-    save: Callable[[], None],
-    limit: float | None,
-    describe: Callable[[dict[str, Any]], str] | None = None,
-) -> int:
-    """Runs what is not done yet; how many are left. ``describe``: a result in a line, ``outcome`` by default."""
-    start, ran = time.monotonic(), 0
-    for number, piece in enumerate(slices, 1):
-        if piece.name in done:
-            continue
-        left = None if limit is None else limit - (time.monotonic() - start)
-        if left is not None and (left <= 0 or (ran and left < piece.seconds)):
-            break
-        print(f"[{number}/{len(slices)}] {piece.name} ...", flush=True)
-        before = time.monotonic()
-        try:
-            result = piece.run()
-        except Exception as error:
-            result = {
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc()[-4000:],
-            }
-        seconds = round(time.monotonic() - before, 1)
-        done[piece.name] = {**result, "seconds": seconds}
-        save()
-        ran += 1
-        print(f"    {(describe or outcome)(result)}  ({seconds} s)", flush=True)
-    return sum(piece.name not in done for piece in slices)
 
 
 def outcome(result: dict[str, Any]) -> str:
@@ -199,11 +147,6 @@ def main(argv: list[str] | None = None) -> int:
     if device is None:
         return 2
     backends = ["cpu", "reference"] if device.type == "cpu" else ["triton", "cuda", "reference"]
-    done: dict[str, Any] = {}
-    slices = test_slices(device, backends, args.smoke)
-    slices += timing_slices(device, backends, args.smoke, done) + suite_slices(args.smoke)
-    chosen = [piece for piece in slices if args.only is None or re.search(args.only, piece.name)]
-
     origin = results.provenance()
     identity = {
         "schema": SCHEMA,
@@ -220,11 +163,15 @@ def main(argv: list[str] | None = None) -> int:
     folder = results.RESULTS if args.out is None else args.out.parent
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / f"gpu-{key}{'-smoke' if args.smoke else ''}.state.tmp"
-    save = keep(done, state)
+    kept = Kept(state)
+    done = kept.done
+    slices = test_slices(device, backends, args.smoke)
+    slices += timing_slices(device, backends, args.smoke, done) + suite_slices(args.smoke)
+    chosen = [piece for piece in slices if args.only is None or re.search(args.only, piece.name)]
     if done:
         print(f"{len(done)} slices were done before: {state.name}")
 
-    run_slices(chosen, done, save, args.time_limit)
+    run_slices(chosen, kept, args.time_limit, outcome)
     run = record(identity, [piece.name for piece in slices], done)
     print("\n" + summary(run))
     if run["complete"] or args.write_now:

@@ -2,7 +2,8 @@
 
 The model is built from its config with random weights; nothing is downloaded. Every optimizer trains in a process of
 its own, so that one that runs out of memory costs its row and no other's; the row says so. What is done is kept
-beside the results, and the same command continues.
+beside the results, and the same command continues. A process that hangs is stopped within the time limit (at least
+150 s a process), and one that twice ended with everything around it, or in no time, is recorded as that.
 
     python -m bench.gpu_large --time-limit 540            as many optimizers as fit in the time
     python -m bench.gpu_large --model Mistral-7B
@@ -14,9 +15,13 @@ Exit status: 0 done or stopped in time; 1 an optimizer of ours failed; 2 no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import json
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +30,21 @@ import torch
 
 from bench import results
 from bench.contenders import BF16, CONTENDERS, Contender
-from bench.gpu import Slice, keep, run_slices
 from bench.gpu_device import Device, add_arguments, device_of, versions
 from bench.gpu_record import slug
+from bench.gpu_timing import release
 from bench.side_by_side import peak_bytes, stored_bytes
-from bench.status import kernel_hash
+from bench.slices import Kept, Slice, run_slices
+from bench.sources import kernel_hash
+from epi_kernels import published
 from epi_kernels.architectures import ARCHITECTURES
+from epi_kernels.files import write_whole
 
 SCHEMA = 1
 STEPS, WARM_UP = 5, 2
 TOKENS, SMOKE_TOKENS = 512, 8  # a batch of one sequence: the optimizer is what is measured
 SECONDS = 150  # of one optimizer, guessed: what --time-limit leaves must hold the next one
+GRACE = 5.0  # seconds after which a process ends itself that its parent did not stop: the parent is gone
 TINY = {
     "model_type": "llama",
     "vocab_size": 300,
@@ -59,9 +68,19 @@ def train(contender: Contender, config: dict[str, Any], device: Device, n_tokens
         made = sum(param.numel() for param in model.parameters())
         return {"parameters": made, **_steps(contender, model, device, config["vocab_size"], n_tokens)}
     except torch.OutOfMemoryError as error:
-        return {"parameters": made, "skipped": f"out of memory: {str(error).splitlines()[0]}"[:200]}
+        return {"parameters": made, "skipped": out_of_memory(contender, made, error)}
     except Exception as error:  # a peer may fail in any way; the row says how
         return {"parameters": made, "skipped": f"{type(error).__name__}: {error}"[:200]}
+
+
+def out_of_memory(contender: Contender, parameters: int, error: Exception) -> str:
+    """EPI as published is expected to: its row says what it would have needed."""
+    said = str(error).splitlines()[0][:150]
+    if not contender.name.startswith("EPI as published") or not parameters:
+        return f"out of memory: {said}"
+    each = 2 * BF16.itemsize + published.STATE_TOTAL_BYTES + published.REFRESH_BYTES
+    need = f"weights, gradients, state and a refresh are {parameters * each / 1e9:.4g} GB"
+    return f"out of memory, as expected ({need}): {said}"
 
 
 def build(config: dict[str, Any], device: Device) -> torch.nn.Module:
@@ -95,7 +114,18 @@ def _steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for _ in range(WARM_UP):
+    whole_step()  # the states are there now
+    refresh: Callable[[], Any] | None = None
+    if contender.refresh is not None:
+        refresh = getattr(optimizer, contender.refresh)
+    found: dict[str, Any] = {}
+    if refresh is not None:
+        try:
+            refresh()  # from here on a hundredth is isolated
+        except torch.OutOfMemoryError as error:  # the steps are figures all the same, without a mask
+            found["refresh_skipped"], refresh = out_of_memory(contender, elements, error), None
+        release()
+    for _ in range(WARM_UP - 1):
         whole_step()
     peak = peak_bytes(device, whole_step)
     step_ms = []
@@ -104,14 +134,13 @@ def _steps(
         step_ms += device.time_round([optimizer.step])
         optimizer.zero_grad(set_to_none=True)
     held = elements * BF16.itemsize + stored_bytes(optimizer.state)  # weights and state, between steps
-    found: dict[str, Any] = {
+    found |= {
         "step_ms": results.percentiles(step_ms),
         "state_bytes_per_parameter": stored_bytes(optimizer.state) / elements,
         "peak_bytes": None if peak is None else held + peak,
         "losses": losses,
     }
-    if contender.refresh is not None:
-        refresh: Callable[[], Any] = getattr(optimizer, contender.refresh)
+    if refresh is not None:
         found["refresh_peak_bytes"] = peak_bytes(device, refresh)
         found["refresh_ms"] = results.percentiles([device.time_round([refresh])[0] for _ in range(2)])
     return found
@@ -120,13 +149,30 @@ def _steps(
 # ---------------------------------------------------------------- the run
 
 
-def in_subprocess(contender: Contender, model: str, device: str, smoke: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.gpu_large", "--one", contender.slug, "--model", model]
-    command += ["--device", device, *(["--smoke"] if smoke else [])]
-    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return {"skipped": f"exited {done.returncode}: {done.stderr[-500:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+def in_subprocess(
+    contender: Contender, model: str, device: str, smoke: bool, seconds: float
+) -> dict[str, Any]:
+    """The row of one optimizer. Raises subprocess.TimeoutExpired after ``seconds``."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "row.json"  # not stdout, where libraries print
+        command = [sys.executable, "-m", "bench.gpu_large", "--one", contender.slug, "--model", model]
+        command += ["--device", device, "--result", str(result), "--seconds", str(seconds)]
+        command += ["--smoke"] if smoke else []
+        done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, timeout=seconds)
+        if result.exists():
+            return json.loads(result.read_text())
+    return {"skipped": f"{how_ended(done.returncode)}: {done.stderr[-500:].strip() or 'it said nothing'}"}
+
+
+def how_ended(status: int) -> str:
+    """Of a process that left no result."""
+    if status >= 0:
+        return f"exited {status} without a result"
+    name = str(-status)
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-status).name
+    likely = " (the host's memory, most likely)" if -status == signal.SIGKILL else ""
+    return f"killed by {name}{likely}"
 
 
 def ran(row: dict[str, Any]) -> bool:
@@ -138,6 +184,7 @@ def outcome(row: dict[str, Any]) -> str:
         return row.get("skipped") or row["error"]
     peak = "" if row["peak_bytes"] is None else f"peak {row['peak_bytes'] / 1e9:.1f} GB, "
     refresh = f", refresh {row['refresh_ms']['p50']:.1f} ms" if "refresh_ms" in row else ""
+    refresh += f", refresh {row['refresh_skipped']}" if "refresh_skipped" in row else ""
     return f"{peak}step {row['step_ms']['p50']:.1f} ms, {row['state_bytes_per_parameter']:.3f} B a parameter{refresh}"
 
 
@@ -148,15 +195,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=ARCHITECTURES, default="Llama-3-8B")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=results.RESULTS)
     add_arguments(parser, smoke="a tiny model")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one optimizer
+    # the process of one optimizer: which, where its row goes, and what time it has
+    parser.add_argument("--one", choices=[one.slug for one in ENTERED], help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = device_of(parser, args, "gpu-large")
     if device is None:
         return 2
     if args.one is not None:
+        faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True)
         contender = next(contender for contender in ENTERED if contender.slug == args.one)
         config, n_tokens = (TINY, SMOKE_TOKENS) if args.smoke else (ARCHITECTURES[args.model], TOKENS)
-        print(json.dumps(train(contender, config, device, n_tokens)))
+        write_whole(args.result, json.dumps(train(contender, config, device, n_tokens)))
         return 0
 
     shared = results.provenance() | {
@@ -171,17 +222,18 @@ def main(argv: list[str] | None = None) -> int:
     stem = f"large-{slug(shared['model'])}-{slug(shared['device']['name'])}-{shared['commit']}"
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / f"{stem}-{shared['kernel_hash']}.state.tmp"
-    done: dict[str, Any] = {}
-    save = keep(done, state)
+    kept = Kept(state)
     slices = [
-        Slice(c.slug, SECONDS, lambda c=c: in_subprocess(c, args.model, args.device, args.smoke))
+        Slice(c.slug, SECONDS, lambda s, c=c: in_subprocess(c, args.model, args.device, args.smoke, s))
         for c in ENTERED
     ]
-    left = run_slices(slices, done, save, args.time_limit, outcome)
+    left = run_slices(slices, kept, args.time_limit, outcome)
     if left:
         print(f"incomplete: {left} of {len(slices)} optimizers are left; the same command continues")
         return 0
-    rows = [{"contender": c.name, "isolates": c.isolates, "note": c.note, **done[c.slug]} for c in ENTERED]
+    rows = [
+        {"contender": c.name, "isolates": c.isolates, "note": c.note, **kept.done[c.slug]} for c in ENTERED
+    ]
     text = json.dumps({**shared, "rows": rows}, indent=1) + "\n"
     path = results.write_new(args.out, f"{stem}-{shared['date'][:10]}", text)
     state.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import memory_table, quality_record, results
+from bench import memory_table, quality_record, results, side_by_side_table
 from epi_kernels.report import figures
 
 FOLDER = Path("bench") / "plots"  # below the README's folder
@@ -41,8 +41,8 @@ def _signature(data: Any) -> str:
 
 
 def _side_by_side(folder: Path) -> list[dict[str, Any]] | None:
-    """Contenders over the first list, those that ran."""
-    rows = results.newest_complete(folder, "side-by-side")
+    """Contenders over the first list on a CPU, those that ran."""
+    rows = side_by_side_table.newest(folder)
     if rows is None:
         return None
     keys = ("contender", "isolates", "ratio", "state_bytes_per_element")

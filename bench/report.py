@@ -6,8 +6,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
                                    from real optimizers, here and now), exactness and stopped
-                                   (of bench.exactness and bench.stopped), gpu-status and
-                                   reproduce-medium-status (bench.status)
+                                   (of bench.exactness and bench.stopped), gpu and gpu-large
+                                   (bench.gpu_table), gpu-status and reproduce-medium-status (bench.status)
 
 <!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from the bundles in REPRODUCED (epi_kernels.repro.readme)
 """
@@ -15,14 +15,24 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import exactness, memory_table, plots, quality_record, results, side_by_side_table, stopped
+from bench import (
+    exactness,
+    gpu_table,
+    memory_table,
+    plots,
+    quality_record,
+    results,
+    side_by_side_table,
+    status,
+    stopped,
+)
 from bench.markdown import Row, count, ratio
+from bench.sources import changed_since
 from epi_kernels.markdown import rewrite_blocks, table
 from epi_kernels.repro import readme as repro_readme
 from epi_kernels.repro.output import render
@@ -199,7 +209,7 @@ def cpu(folder: Path = results.RESULTS) -> str:
         f"torch {first['versions']['torch']}, {first['date'][:10]}, commit {first['commit']}"
         + (" with uncommitted changes" if first["dirty"] else "")
         + (f", on a busy machine (load {first['load_before']})" if first["load_before"] > 0.5 else "")
-        + f"; a copy moves {copy['gbps']:.1f} GB/s. A share above 100 % is no error: a step writes lines it has "
+        + f"{changed_since(first, 'cpu')}; a copy moves {copy['gbps']:.1f} GB/s. A share above 100 % is no error: a step writes lines it has "
         "read, a copy must fetch lines it only writes, and those bytes are not counted."
     )
     parts = [caption, _step_table(rows), _refresh_table(rows), _linear_table(rows), _memory_line(rows)]
@@ -208,30 +218,25 @@ def cpu(folder: Path = results.RESULTS) -> str:
 
 # ---------------------------------------------------------------- README
 
-
-def gpu_status() -> str:
-    return importlib.import_module("bench.status").line()
-
-
-def medium_status(folder: Path = results.RESULTS) -> str:
-    return importlib.import_module("bench.status").medium_line(folder)
-
-
-SECTIONS: dict[str, Callable[[], str]] = {
+SECTIONS: dict[str, Callable[[Path], str]] = {
     "cpu": cpu,
-    "memory": memory_table.text,
+    "memory": lambda _: memory_table.text(),
     "quality": quality_record.section,
     "side-by-side": side_by_side_table.text,
     "exactness": exactness.text,
     "stopped": stopped.text,
-    "gpu-status": gpu_status,
-    "reproduce-medium-status": medium_status,
+    "gpu": gpu_table.timings,
+    "gpu-large": gpu_table.large,
+    "gpu-status": status.line,
+    "reproduce-medium-status": status.medium_line,
 }
 
 
-def rewrite(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
-    """The README with every marked block written anew; a marker of an unknown name is an error."""
-    return rewrite_blocks(text, "bench", SECTIONS if sections is None else sections)
+def rewrite(text: str, folder: Path = results.RESULTS) -> str:
+    """The README with every marked block written anew from the results in a folder; a marker of an unknown name is an error."""
+    return rewrite_blocks(
+        text, "bench", {name: lambda make=make: make(folder) for name, make in SECTIONS.items()}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,14 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
-    measured: dict[str, Callable[[], str]] = {
-        "cpu": lambda: cpu(args.results),
-        "quality": lambda: quality_record.section(args.results),
-        "side-by-side": lambda: side_by_side_table.text(args.results),
-        "reproduce-medium-status": lambda: medium_status(args.results),
-    }
     old = args.readme.read_text()
-    new = rewrite(old, SECTIONS | measured)
+    new = rewrite(old, args.results)
     stale = plots.stale(args.readme.parent, args.results)
     for tool, file in REPRODUCED.items():
         stale += repro_readme.stale(args.readme, args.results / file, render, tool)

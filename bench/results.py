@@ -1,4 +1,8 @@
-"""Result rows: the arithmetic, what a row carries, and the files they are appended as."""
+"""Result rows: the arithmetic, what a row carries, and the files they are appended as.
+
+bench/results/{cpu,side-by-side,quality,gpu,large}-*.json are runs: each is written once and never edited. reproduce-*.json are
+bundles of the newest manifests of `epi-kernels reproduce`, and are overwritten when runs are added or made anew.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.sources import ROOT, kernel_hashes
 from epi_kernels.provenance import git, machine, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
 PERCENTILES = (20, 50, 80)
@@ -108,6 +112,7 @@ def provenance() -> dict[str, Any]:
         "versions": versions("torch", "numpy", "pytest-benchmark"),
         "commit": git(ROOT, "rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(changed) if changed is not None else None,
+        "kernels": kernel_hashes(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
@@ -188,8 +193,12 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def newest_complete(folder: Path, prefix: str = "cpu") -> list[dict[str, Any]] | None:
-    """Rows of the newest run that measured everything, at the sizes the targets are for."""
+def newest_complete(
+    folder: Path, prefix: str = "cpu", device: str | None = None
+) -> list[dict[str, Any]] | None:
+    """Rows of the newest run that measured everything, at the sizes the targets are for. ``device``: on one of this type."""
     runs: Iterable[list[dict[str, Any]]] = (load(path) for path in sorted(folder.glob(f"{prefix}-*.json")))
     complete = [run for run in runs if run and all(row["complete"] for row in run)]
+    if device is not None:
+        complete = [run for run in complete if run[0]["device"]["type"] == device]
     return max(complete, key=lambda run: run[0]["date"], default=None)

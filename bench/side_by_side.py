@@ -31,7 +31,7 @@ from bench import results
 from bench.bench_memory import peak_mib
 from bench.contenders import CONTENDERS, LR, REFERENCE, Contender
 from bench.gpu_device import CpuDevice, Device, open_device
-from bench.gpu_timing import Effort, copy_gbps
+from bench.gpu_timing import Effort, copy_gbps, release
 from bench.shapes import parameter_lists
 
 GROUP, PREFIX = "side-by-side", "side-by-side"
@@ -231,12 +231,6 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -7,35 +7,13 @@ python -m bench.status --check README.md  exits 1 when the README says something
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench.results import RESULTS, ROOT
-from epi_kernels.kernels_report.cuda_kernels import build_support
-
-KERNEL_FILES = (
-    "csrc/math/*.h",
-    "csrc/cuda/*",
-    "epi_kernels/backends/cuda.py",
-    "epi_kernels/backends/table.py",
-    "epi_kernels/backends/triton/*.py",
-)
-
-
-def kernel_hash(root: Path = ROOT) -> str:
-    """Of every file and every compiler flag that decides what runs on a GPU.
-
-    Not of the list of architectures: a new one does not change the code of those that ran.
-    """
-    flags = build_support(root).cuda_flags(archs=["90"])
-    digest = hashlib.sha256(json.dumps(flags).encode())
-    for path in sorted(path for pattern in KERNEL_FILES for path in root.glob(pattern) if path.is_file()):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+from bench.sources import kernel_hash
 
 
 def newest(folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import epi_kernels
 
@@ -85,13 +86,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _flush(stream: TextIO | None) -> None:
+    """A process that was started without the stream has None."""
+    if stream is not None:
+        stream.flush()
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more: a broken pipe may be another one, which is an error to be seen."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def program() -> NoReturn:
     """`main`, and the end of the process.
 
-    One of several ranks ends without tearing down its C++ objects: threads of a process group that outlive them abort it
+    A reader of stdout that left (`| head`) ends it without a word, exit status 1, as in the documentation of Python's
+    `signal`. One of several ranks ends without tearing down its C++ objects: threads of a process group that outlive them abort it
     now and then, after all its work is done, and a launcher then reports a failure.
     """
-    status = main()
+    status, ended = 1, None
+    try:
+        try:
+            status = main()
+        except SystemExit as end:  # --help, or what the user can mend
+            ended = end
+        _flush(sys.stdout)  # here: the interpreter's own last flush prints a traceback
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for that last flush
+        status = 1
+    if ended is not None:
+        raise ended
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

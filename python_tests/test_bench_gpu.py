@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_device, gpu_timing, shapes, status
-from bench.gpu import Slice
+from bench import gpu, gpu_device, gpu_timing, shapes, sources, status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +109,7 @@ def test_stale_once_what_compiles_the_kernels_changed(tmp_path, root, old, new, 
 
 
 def test_every_kernel_pattern_matches_a_file():
-    assert all(list(ROOT.glob(pattern)) for pattern in status.KERNEL_FILES)
+    assert all(list(ROOT.glob(pattern)) for patterns in sources.KERNEL_FILES.values() for pattern in patterns)
 
 
 def test_check_of_a_readme(tmp_path, capsys):
@@ -134,35 +133,11 @@ def test_without_a_gpu_it_says_so_and_exits_2(monkeypatch, capsys):
         gpu.main(["--device", "cpu"])
 
 
-def test_slices_resume_and_stop_in_time(capsys):
-    calls = []
-
-    def piece(name: str, seconds: float = 1.0) -> Slice:
-        return Slice(name, seconds, lambda: calls.append(name) or {"value": name})
-
-    slices = [piece("a"), piece("b", 1e9), piece("c")]
-    done: dict = {}
-    assert gpu.run_slices(slices, done, lambda: None, limit=100.0) == 2  # b may not fit what is left
-    assert gpu.run_slices(slices, done, lambda: None, limit=0.0) == 2
-    assert gpu.run_slices(slices, done, lambda: None, limit=100.0) == 0  # the first of a call always runs
-    assert gpu.run_slices(slices, done, lambda: None, limit=None) == 0
-    assert calls == ["a", "b", "c"] and set(done) == {"a", "b", "c"}
-
-
-def test_a_slice_that_raises_is_recorded_and_the_rest_runs():
-    def fails():
-        raise RuntimeError("out of memory")
-
-    done: dict = {}
-    left = gpu.run_slices([Slice("x", 1, fails), Slice("y", 1, dict)], done, lambda: None, None)
-    assert left == 0 and "out of memory" in done["x"]["error"] and "error" not in done["y"]
-
-
 def test_failed_tests_of_a_backend_leave_it_untimed():
     done = {"tests-stages-cpu": {"failures": ["broken"], "run": 1, "skipped": {}}}
     slices = gpu.timing_slices(gpu_device.CpuDevice(), ["cpu", "reference"], True, done)
     timed = {piece.name: piece for piece in slices}
-    assert "tests of cpu fail" in timed["time-llama-1b-f32-cpu"].run()["skipped"]
+    assert "tests of cpu fail" in timed["time-llama-1b-f32-cpu"].run(1.0)["skipped"]
 
 
 def test_junit_counts(tmp_path):
@@ -178,9 +153,9 @@ def test_junit_counts(tmp_path):
         "def test_skipped(): pass\n"
     )
     (tmp_path / "none.ini").write_text("[pytest]\n")
-    result = gpu.run_pytest(["-c", str(tmp_path / "none.ini"), str(test)])
+    result = gpu.run_pytest(["-c", str(tmp_path / "none.ini"), str(test)], 60)
     assert result["run"] == 3 and len(result["failures"]) == 2 and result["skipped"] == {"why not": 1}
-    nothing = gpu.run_pytest(["-c", str(tmp_path / "none.ini"), str(tmp_path / "absent.py")])
+    nothing = gpu.run_pytest(["-c", str(tmp_path / "none.ini"), str(tmp_path / "absent.py")], 60)
     assert nothing["failures"], "a pytest that cannot start is a failure"
 
 

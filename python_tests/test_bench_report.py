@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import memory_table, report, results, run
+from bench import memory_table, plots, report, results, run, sources
 from python_tests.bench_rows import complete_run
 
 # ---------------------------------------------------------------- files
@@ -70,6 +70,41 @@ def test_tables_are_written_between_the_markers(readme, tmp_path, capsys):
     readme.write_text(text.replace("0.25 MiB", "0.00 MiB"))
     assert report.main([*arguments, "--check"]) == 1
     assert "out of date: README.md: make tables" in capsys.readouterr().err
+
+
+def test_the_readme_is_what_the_committed_results_make(monkeypatch, capsys):
+    """Tables, plots and pictures: writing them anew would change nothing, and no picture is left out."""
+    known = {(plots.FOLDER / f"{name}.svg").as_posix() for name in plots.PLOTS}
+    tools = iter(report.REPRODUCED)
+
+    def render(*arguments):
+        tables, tool = report_render(*arguments), next(tools)
+        known.update(
+            (plots.FOLDER / tool / f"{one.name}.png").as_posix() for t in tables for one in t.figures
+        )
+        return tables
+
+    report_render = report.render
+    monkeypatch.setattr(report, "render", render)
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
+    pictures = set(re.findall(r"\]\(([^)]+\.(?:svg|png))\)", report.README.read_text()))
+    assert pictures and pictures <= known
+
+
+def test_a_caption_says_whether_the_kernels_changed(tmp_path):
+    said = "**the kernels have changed since**"
+    rows = complete_run()
+    now = sources.kernel_hashes()
+    for number, (kernels, changed) in enumerate(
+        [(now, False), (now | {"cuda": "another"}, False), (now | {"cpu": "another"}, True)]
+    ):
+        folder = tmp_path / str(number)
+        results.append([row | {"kernels": kernels} for row in rows], folder)
+        assert (said in report.cpu(folder)) is changed
+        assert "was not recorded" not in report.cpu(folder)
+    results.append(rows, tmp_path / "old")
+    assert "whether the kernels have changed since was not recorded" in report.cpu(tmp_path / "old")
+    assert results.provenance()["kernels"] == now
 
 
 def test_without_results_the_table_says_so(readme, tmp_path):

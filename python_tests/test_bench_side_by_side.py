@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import contenders, results, shapes, side_by_side, side_by_side_table
+from bench import contenders, markdown, results, shapes, side_by_side, side_by_side_table
 from bench.contenders import Contender
 from bench.gpu_device import CpuDevice
 from bench.published_epi import PublishedEPI
@@ -149,6 +149,57 @@ def test_a_run_is_written_and_becomes_a_table(tmp_path, capsys):
     for row in rows:
         assert row["contender"] in text
     assert "| **ours, float32** | yes |" in text and "| torch fused, float32 | no |" in text
+    machine = rows[0]["machine"]
+    assert text.startswith(f"{machine['cpu']} ({machine['isa']}), ")
+    assert_likeness_is_said(text, rows)
+
+
+def assert_likeness_is_said(text: str, rows: list[dict]) -> None:
+    """Every row of the first table says what is like and unlike, whatever else it has."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    header = next(line for line in lines if line[0] == "optimizer")
+    assert header[-2:] == ["like", "unlike"]
+    cells = {line[0].strip("*"): line[-2:] for line in lines if len(line) == len(header)}
+    for row in rows:
+        like, unlike = cells[row["contender"]]
+        if row["contender"] == row["beside"]:
+            assert (like, unlike) == ("the reference", "-")
+        else:
+            assert like.startswith("weights, gradients") and unlike
+            assert ("isolates" in unlike) == row["isolates"] != ("isolates nothing" in like)
+
+
+def test_the_committed_record_says_its_instruction_set_and_what_is_like():
+    rows = side_by_side_table.newest(results.RESULTS)
+    assert rows is not None
+    text = side_by_side_table.text()
+    assert f"{rows[0]['machine']['cpu']} ({rows[0]['machine']['isa']}), " in text
+    assert_likeness_is_said(text, rows)
+
+
+def test_likeness_of_a_row():
+    reference = {"contender": "torch", "isolates": False, "note": "isolates nothing", "state": 8.0}
+
+    def cells(**row):
+        row = {"contender": "other", "isolates": False, "note": "isolates nothing; CPU only", **row}
+        return markdown.alike(row, reference, "state")
+
+    assert cells(state=8.125) == ("weights, gradients, size of the state, isolates nothing", "CPU only")
+    assert cells(state=2.0) == (
+        "weights, gradients, isolates nothing",
+        "state of 2.0 bytes, not 8.0; CPU only",
+    )
+    assert cells() == ("weights, gradients, isolates nothing", "CPU only"), "it did not run"
+    ours = cells(isolates=True, note="importance is exp_avg_sq", state=8.125)
+    assert ours == ("weights, gradients, size of the state", "isolates; importance is exp_avg_sq")
+    assert cells(contender="torch") == ("the reference", "-")
+    rounds = cells(note="isolates nothing; weights round to nearest; CPU only", state=8.0)
+    assert rounds == (
+        "weights, gradients, size of the state, isolates nothing, weights round to nearest",
+        "CPU only",
+    )
+    known = cells(contender="torch foreach, float32", note="as it was said", state=8.0)
+    assert known[1] == "an operation at a time"
 
 
 def test_a_slow_contender_sits_out_the_other_lists():

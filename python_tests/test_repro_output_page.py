@@ -241,6 +241,10 @@ def test_the_readme_is_written_once_and_then_up_to_date(page, tmp_path):
     text = page.read_text()
     assert readme.stale(page, results, render) == [] == readme.write_readme(page, results, render)
     assert page.read_text() == text
+    drawn = (tmp_path / PLOT).read_bytes()
+    (tmp_path / PLOT).unlink()
+    assert readme.write_readme(page, results, render) == [PLOT]
+    assert (tmp_path / PLOT).read_bytes() == drawn, "no date, no name of a program"
 
     assert text.startswith("# title\n\n<!-- reproduce:begin findings -->\n- **Held.** \\<EPI> keeps more.\n")
     assert text.count("- **Held.** \\<EPI> keeps more.\n") == 3, "of all tables, of one, and in the whole"

@@ -230,7 +230,19 @@ def _version(saved):
     saved["param_groups"][0][keys[0]] = 999
 
 
+def _torchs(saved, step):
+    """As of torch's AdamW, which keeps no T: the largest step is it."""
+    for group in saved["param_groups"]:
+        del group["isolation_step"]
+    _replace(saved, "step", step)
+
+
 DAMAGE = {
+    "step-that-float32-does-not-hold": lambda s: _replace(s, "step", torch.tensor(2**24 + 1)),
+    "half-a-step": lambda s: _replace(s, "step", torch.tensor(2.5)),
+    "no-number-of-steps": lambda s: _replace(s, "step", float("nan")),
+    "torchs-endless-step": lambda s: _torchs(s, torch.tensor(float("inf"))),
+    "torchs-step-that-is-no-number": lambda s: _torchs(s, None),
     "truncated-mask": lambda s: _truncate(s, "isolation_mask"),
     "longer-mask": lambda s: _replace(s, "isolation_mask", torch.zeros(9, dtype=torch.uint8)),
     "mask-of-no-bytes": lambda s: _replace(s, "isolation_mask", torch.zeros(0, dtype=torch.uint8)),
@@ -278,6 +290,38 @@ def test_state_dict_that_does_not_fit_is_refused_whole(damage: str, trained: int
         optimizer.load_state_dict(saved)
     assert snapshot(optimizer) == before and optimizer.isolation_report() is report
     train(optimizer, params, range(trained, trained + 2))  # and it still works
+
+
+@pytest.mark.parametrize("torchs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_a_step_of_another_type_becomes_float32(dtype: torch.dtype, torchs: bool):
+    params = small_model(torch.bfloat16)
+    optimizer = make(params)
+    train(optimizer, params, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].to(dtype)
+    if torchs:
+        _torchs(saved, saved["state"][2]["step"])
+    other_params = with_weights_of(params, dtype=torch.bfloat16)
+    other = make(other_params)
+    other.load_state_dict(saved)
+    assert all(state["step"].dtype == torch.float32 for state in other.state.values())
+    for one, its in ((optimizer, params), (other, other_params)):
+        train(one, its, range(3, 6))
+    assert_same_run(other, optimizer)
+
+
+@pytest.mark.parametrize("step", [float("nan"), None, torch.tensor(2**24 + 1)])
+def test_a_refused_step_is_named_with_its_state(step):
+    params = small_model()
+    optimizer = make(params)
+    train(optimizer, params, 3)
+    for damage in (_torchs, lambda saved, value: _replace(saved, "step", value)):
+        saved = copy.deepcopy(optimizer.state_dict())
+        damage(saved, step)
+        with pytest.raises(ValueError, match="state .*: step must be"):
+            optimizer.load_state_dict(saved)
 
 
 # --- copies -------------------------------------------------------------------------------------------------

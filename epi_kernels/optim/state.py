@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -50,23 +51,27 @@ def always_has_mask(config: IsolationConfig) -> bool:
 
 
 def read_step(value: Any, what: str) -> Tensor:
-    """fp32 [] on the host: the steps a state has taken.
+    """fp32 [] on the host: the steps a state has taken, saved in whatever type.
 
     Raises:
-        ValueError: it is no whole number >= 0.
+        ValueError: it is no whole number >= 0, or one that float32 does not hold (they end at 2^24): rounded, the steps
+            after it would have other bits.
     """
-    step = value.detach() if isinstance(value, Tensor) else value
-    number = float(step) if _is_one_number(step) else -1.0
-    if not number >= 0 or number % 1:  # inf % 1 and nan are nan, which is true
+    number = _one_number(value)
+    if number is None or not 0 <= number < math.inf or number % 1:  # nan compares false
         raise ValueError(f"{what}: step must be one whole number >= 0, got {value!r}")
-    return torch.tensor(number, dtype=torch.float32, device="cpu")
+    # 1e38: an int may be too large for a float
+    step = torch.tensor(float(min(number, 1e38)), dtype=torch.float32, device="cpu")
+    if step.item() != number:
+        raise ValueError(f"{what}: step must be a number that float32 holds, got {value!r}")
+    return step
 
 
-def _is_one_number(value: Any) -> bool:
+def _one_number(value: Any) -> int | float | None:
     if isinstance(value, Tensor):
         plain = value.layout == torch.strided and not value.is_meta and not value.is_complex()
-        return plain and value.numel() == 1
-    return isinstance(value, (int, float))
+        return value.item() if plain and value.numel() == 1 else None
+    return value if isinstance(value, (int, float)) else None
 
 
 def load_param_state(
@@ -195,8 +200,10 @@ def read_state_dict(
     steps = [group.get(STEP_KEY) for group in saved_groups]
     of_torch = _is_of_torch(saved_groups)
     if of_torch or None in steps:  # torch's AdamW counts per parameter only
+        entries = state_dict["state"].items()
         isolation_step = max(
-            (int(entry["step"]) for entry in state_dict["state"].values() if "step" in entry), default=0
+            (int(read_step(entry["step"], f"state {key}")) for key, entry in entries if "step" in entry),
+            default=0,
         )
     else:
         isolation_step = max(map(int, steps), default=0)
