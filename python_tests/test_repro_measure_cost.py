@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from epi_kernels.repro.manifest import Bytes, StepTime
 from epi_kernels.repro.measure import cost
 from python_tests.measure_runs import make_stage, observe, train
 
@@ -36,20 +37,72 @@ def test_step_times(monkeypatch):
 
 
 def test_peak_memory():
-    size = 96 << 20
-    with cost.PeakMemory(torch.device("cpu")) as first:
+    size, cpu = 96 << 20, torch.device("cpu")
+    with cost.PeakMemory(cpu) as first:
         held = torch.ones(size, dtype=torch.uint8)
         del held
-    with cost.PeakMemory(torch.device("cpu"), at_least=123 << 40) as second:
-        pass
-    assert second.bytes == 123 << 40
-    with cost.PeakMemory(torch.device("cpu")) as third:
+        first.settle()
+        held = torch.ones(2 * size, dtype=torch.uint8)
+        del held
+    with cost.PeakMemory(cpu) as third:
         pass
     if first.of == "process":
-        assert first.before is not None and first.bytes - first.before > 0.9 * size
+        assert first.before is not None and 0.9 * size < first.bytes - first.before < 1.5 * size
         assert third.bytes < first.bytes
     else:
         assert first.of == "process since its start" and first.bytes >= size
+
+
+def test_a_peak_is_above_what_freed_memory_left():
+    """Many small pieces, which glibc keeps when they are freed: a run that takes them anew needs them all the same."""
+    pieces, cpu = 4_000, torch.device("cpu")
+
+    def run() -> int:
+        with cost.PeakMemory(cpu) as peak:
+            held = [torch.ones(16_384, dtype=torch.uint8) for _ in range(pieces)]
+            del held
+        if peak.of != "process":
+            pytest.skip("the high-water mark of this process cannot be reset")
+        assert peak.before is not None
+        return peak.bytes - peak.before
+
+    run()
+    assert run() > 0.8 * pieces * 16_384
+
+
+def test_a_peak_goes_on_where_its_stage_was_stopped():
+    with cost.PeakMemory(torch.device("cpu")) as stopped:
+        pass
+    stopped._final, stopped.before = 900 << 30, 100 << 30
+    with cost.PeakMemory(torch.device("cpu")) as later:
+        later.before = 7 << 30
+        later.load_state_dict(stopped.state_dict())
+    assert later.bytes == (800 + 7) << 30, "what it added, above what this process holds"
+    with cost.PeakMemory(torch.device("cpu")) as unknown:
+        unknown.before = None
+        unknown.load_state_dict(stopped.state_dict())
+    assert unknown.bytes == 900 << 30
+    with cost.PeakMemory(torch.device("cpu")) as older:
+        older.load_state_dict(123 << 40)
+    assert older.bytes == 123 << 40
+
+
+def test_stages_in_sequence():
+    def stage(total: int, peak: int | None, before: int | None) -> Bytes:
+        return Bytes(parameters=10, weights=40, optimizer={"total": total}, peak=peak, before=before)
+
+    assert cost.most([]) is None and cost.mean_time([]) is None
+    found = cost.most([stage(80, 900, 500), stage(83, 700, 600), stage(81, None, None)])
+    assert found == stage(83, 900, 500)
+    assert cost.most([stage(80, None, None)]) == stage(80, None, None)
+    fast, slow = (
+        StepTime(optimizer_p20=x, optimizer_p50=2 * x, optimizer_p80=3 * x, training_p50=4 * x, steps=n)
+        for x, n in ((1.0, 30), (5.0, 10))
+    )
+    assert cost.mean_time([fast]) == fast
+    assert cost.mean_time([fast, slow]) == StepTime(
+        optimizer_p20=2.0, optimizer_p50=4.0, optimizer_p80=6.0, training_p50=8.0, steps=40
+    )
 
 
 def test_bytes():

@@ -254,6 +254,16 @@ def test_the_readme_is_written_once_and_then_up_to_date(page, tmp_path):
     assert f"![What is left]({PLOT})" in text and "| ours | 8.125 |" in text
 
 
+def test_what_was_not_committed_is_said(tmp_path):
+    found = manifests()
+    (name, one), *_ = found.items()
+    changed = found | {name: one.model_copy(update={"dirty": True})}
+    told = readme.provenance(bundle.unbundle(bundle.bundle(PRESET, ["retention"], changed)))
+    assert "commit 0123456789, 0123456789 with uncommitted changes;" in told
+    page = write_page(tmp_path / "p.html", render(PRESET, changed), changed, PRESET).read_text()
+    assert "commit 0123456789 with uncommitted changes;" in page and "commit 0123456789;" in page
+
+
 def test_rows_are_tables_without_their_notes():
     text = rows(*render(PRESET, manifests()))
     assert (

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from repro_runs import BASE, MODEL, RECIPE, SUMS, cpift, first, halfway, second
 
 from epi_kernels.finetune.chat import Encoded
+from epi_kernels.repro import stages
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import REPLAYED, Batches
 from epi_kernels.repro.errors import ReproError
@@ -166,6 +167,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
         execute(run, shop(halves, [*ancestry(run)], limits))
     store = Store(halves)
     assert store.progress(run).is_file() and store.manifest(run) is None
+    saved = torch.load(store.progress(run), weights_only=True)
+    assert 0 < saved["seconds"] < 60
+    torch.save(saved | {"seconds": 1000.0}, store.progress(run))
     torch.manual_seed(9)  # as another process would be
     execute(run, shop(halves, [*ancestry(run)]))
     assert same(weights(halves, run), weights(tmp_path / "whole", run))
@@ -173,6 +177,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
     whole, resumed = Store(tmp_path / "whole").manifest(run), store.manifest(run)
     assert whole is not None and resumed is not None
     assert (whole.scores, whole.losses, whole.series) == (resumed.scores, resumed.losses, resumed.series)
+    assert whole.seconds < 60 and 1000 < resumed.seconds < 1060, "the time before it was stopped counts"
+
+
+def test_the_first_stage_of_a_process_pays_for_no_library(tmp_path, monkeypatch):
+    """A step on a model that is dropped comes before it, once for every method, and changes no bit of the stage."""
+    loaded = []
+    load = stages.load_model
+    monkeypatch.setattr(stages, "load_model", lambda *given: loaded.append(1) or load(*given))
+    monkeypatch.setattr(stages, "_LOADED", {"full", "epi"})
+    run = second()
+    ensure(run, shop(tmp_path / "later", [*ancestry(run)]))
+    once = len(loaded)
+    stages._LOADED.clear()
+    ensure(run, shop(tmp_path / "first", [*ancestry(run)]))
+    assert len(loaded) == 2 * once + 2 and stages._LOADED == {"full", "epi"}
+    for one in ancestry(run):
+        assert same(weights(tmp_path / "first", one), weights(tmp_path / "later", one))
 
 
 def test_an_interpolation_is_the_mean_of_its_ends(tmp_path):

@@ -15,6 +15,7 @@ from epi_kernels.repro import cpift as cpift_
 from epi_kernels.repro.describe import describe
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import ensure
+from epi_kernels.repro.measure.cost import mean_time, most
 from epi_kernels.repro.methods.config import Replay, Static
 from epi_kernels.repro.models import tokenizer_of
 from epi_kernels.repro.runs import Train, ancestry, key
@@ -40,6 +41,12 @@ def test_cpift_freezes_the_cores_it_says(tmp_path, options, stages):
     consolidated = [one for one in ancestry(last) if isinstance(one, Train) and one.sampled < 1]
     assert len(consolidated) == stages and manifest.notes["last"] == key(last)
     assert sum(len(group) for group in manifest.notes["groups"]) == 3
+    trained = {key(one): one for one in ancestry(last) if isinstance(one, Train)}
+    assert manifest.notes["stages"] == len(trained) == 3 + len(groups) + stages
+    costs = [bench.store.manifest(one) for one in trained.values()]
+    assert manifest.bytes == most([one.bytes for one in costs])
+    assert manifest.time.steps == sum(one.time.steps for one in costs) > costs[-1].time.steps
+    assert manifest.time == mean_time([one.time for one in costs])
     # the last stage is a leaf without weights; made again with them, to compare
     kept = replace(bench, keep=bench.keep | {key(one) for one in ancestry(last)})
     ensure(last, kept)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from repro_runs import BASE, MODEL, RECIPE, STRINGS, SUMS, first, second
 
+from epi_kernels.repro import sweep as sweep_
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import execute
 from epi_kernels.repro.methods.config import Full
@@ -56,6 +61,23 @@ def test_a_sweep_out_of_time_leaves_the_rest(tmp_path):
     outcome = sweep(plan, store, device=CPU, workers=1, time_limit_s=0.0)
     assert (outcome.finished, outcome.left) == (0, 3)
     assert sweep(plan, store, device=CPU, workers=1).finished == 3
+
+
+def test_a_worker_that_the_system_ends_is_said_so(tmp_path, monkeypatch):
+    """As where memory runs out: the pool has one answer for all that was under way."""
+
+    def submit(*_: object) -> Future:
+        broken: Future = Future()
+        broken.set_exception(BrokenProcessPool("A process in the process pool was terminated abruptly"))
+        return broken
+
+    @contextmanager
+    def processes(workers: int):
+        yield SimpleNamespace(submit=submit), lambda: 0
+
+    monkeypatch.setattr(sweep_, "processes", processes)
+    with pytest.raises(ReproError, match=r"ended from outside.*finished runs are kept.*fewer workers than 2"):
+        sweep(Plan.of([BASE]), Store(tmp_path), device=CPU, workers=2)
 
 
 def test_two_sweeps_in_one_folder(tmp_path):

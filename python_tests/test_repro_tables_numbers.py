@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.methods.config import Epi
 from epi_kernels.repro.runs import Run, Train
 from epi_kernels.repro.tables import TABLES, results
+from epi_kernels.repro.tables.base import Rendered
 from epi_kernels.repro.tables.words import compared
 from epi_kernels.repro.writers.findings import OURS
 from python_tests.repro_fakes import FULL_MARK, fake_task, make_preset, manifests, recipe
@@ -243,6 +245,58 @@ def test_memory_is_held_against_epi_as_published():
     assert finding(table, "EPI (sums → strings) steps faster than EPI as published").startswith("Held: ")
     assert finding(table, "EPI (sums → strings) keeps").endswith("EPI as published 13.000.")
     assert finding(table, "EPI (mixture) keeps").endswith("EPI as published 13.000 by its description.")
+
+
+def costs(change) -> Rendered:
+    """The memory table of made-up runs, `change` made to each one's manifest."""
+    preset, table = make_preset(), TABLES["memory"]
+    found = manifests(table, preset, sequential(WIN))
+    return table.render(preset, {name: change(one) for name, one in found.items()})
+
+
+def test_a_method_of_several_stages_is_measured_over_all_of_them():
+    def change(one: Manifest) -> Manifest:
+        """The later a stage, the less state and the slower: 8 bytes and 1 ms, 4 bytes and 3 ms."""
+        if not isinstance(one.run, Train):
+            return one
+        later = isinstance(one.run.before, Train)
+        size = one.bytes.model_copy(update={"optimizer": {"total": 400 if later else 800}})
+        time = one.time.model_copy(
+            update={"optimizer_p50": 3.0 if later else 1.0, "steps": 10 if later else 30}
+        )
+        return one.model_copy(update={"bytes": size, "time": time})
+
+    table = costs(change)
+    for name in ("multi-stage, random, K = 2", "multi-stage, heuristic, 2 stages", "static"):
+        row = cells(table, "mixture", name)
+        assert row["state, bytes/parameter"].values == (8.0,) * 3, name
+        assert row["optimizer step, ms"].values == pytest.approx((1.5,) * 3), name
+    second = cells(table, "sums → strings", "static")
+    assert second["state, bytes/parameter"].values == (4.0,) * 3
+    assert second["optimizer step, ms"].values == (3.0,) * 3
+
+
+def test_what_is_of_cpift_s_last_stage_alone_is_said():
+    def told(table: Rendered) -> list[str]:
+        return [note for note in table.notes if "last stage alone" in note]
+
+    def of_all(one: Manifest) -> Manifest:
+        return one.model_copy(update={"notes": one.notes | {"stages": 7}})
+
+    assert len(told(costs(lambda one: one))) == 1 and not told(costs(of_all))
+
+
+def test_a_peak_is_a_run_s_own_where_it_is_known():
+    def own(one: Manifest) -> Manifest:
+        held = {"peak": 700 << 20, "before": 680 << 20}
+        return one.model_copy(update={"bytes": one.bytes and one.bytes.model_copy(update=held)})
+
+    table = costs(own)
+    assert cells(table, "sums → strings", "EPI")["peak, MiB"].values == (20.0,) * 3
+    assert any("Peak: of the process, above what was held before" in note for note in table.notes)
+    old = costs(lambda one: one)
+    assert cells(old, "sums → strings", "EPI")["peak, MiB"].values == (1.0,) * 3
+    assert any("of runs before too: rows compare little" in note for note in old.notes)
 
 
 def test_tuning_says_when_the_choice_or_the_budget_is_wrong():

@@ -102,17 +102,30 @@ def test_a_timeout_is_tried_again(tmp_path, waits, monkeypatch):
 
 def test_never_works_and_everything_is_kept(tmp_path, waits):
     kept = tmp_path / "kept.jsonl"
-    with endpoint([completion("[[5]]"), completion("[[7]]"), (500, b"out of memory")]) as (url, requests):
+    replies = [completion("[[5]]"), completion("[[7]]"), (500, b"out of memory")]
+    with endpoint(replies) as (url, requests):
         with pytest.raises(ReproError) as error:
             judged(url, kept, retries=2).score(ANSWERS, EXAMPLES)
         text = str(error.value)
         assert "failed 3 times: it answered 500" in text and "out of memory" in text
         assert "2 of 4 answers of this task are rated and kept in " + str(kept) in text
         assert "start the same command again" in text
-    assert len(requests) == 5 and len(waits) == 2
-    with endpoint([completion("[[9]]")]) as (other, requests):  # up again: the other two only
-        assert judged(other, kept).score(ANSWERS, EXAMPLES) == pytest.approx((5 + 7 + 9 + 9) / 4)
-        assert len(requests) == 2
+        assert len(requests) == 5 and len(waits) == 2
+        replies[:] = [completion("[[9]]")]  # up again: the other two only
+        assert judged(url, kept).score(ANSWERS, EXAMPLES) == pytest.approx((5 + 7 + 9 + 9) / 4)
+        assert len(requests) == 7
+
+
+def test_a_rating_is_one_server_s_and_how_it_is_asked_changes_no_run(tmp_path, waits):
+    kept = tmp_path / "kept.jsonl"
+    with endpoint([completion("[[5]]")]) as (url, _), endpoint([completion("[[9]]")]) as (other, _):
+        assert judged(url, kept).score(ANSWERS, EXAMPLES) == 5
+        assert judged(other, kept).score(ANSWERS, EXAMPLES) == 9, "another model by the same name"
+        assert judged(url + "/", kept).score(ANSWERS, EXAMPLES) == 5
+    plain = JudgeSpec(url="http://a/v1", model="m")
+    patient = JudgeSpec(url="http://a/v1", model="m", retries=50, key_variable="MY_KEY")
+    assert patient.model_dump() == plain.model_dump() and patient.retries == 50
+    assert JudgeSpec(url="http://b/v1", model="m").model_dump() != plain.model_dump()
 
 
 def test_nobody_listens(tmp_path, waits):

@@ -114,6 +114,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     )
     if args.dry_run:
         _list(plan, missing)
+        _name_unpinned(preset)
         return 0
     device = ranks.together(pick_device, args.device, ranks)
     workers = ranks.together(_workers, args.workers, device, len(missing), ranks)
@@ -197,7 +198,20 @@ def _list_tables(preset: Preset) -> int:
     known = tables_of(preset)
     for name, table in TABLES.items():
         print(f"{name:22} {table.title} ({table.source}){'' if name in known else '  - not in this preset'}")
+    _name_unpinned(preset)
     return 0
+
+
+def _name_unpinned(preset: Preset) -> None:
+    """What the runs' keys do not hold: it may be another thing when a run is made."""
+    from epi_kernels.repro.contents import specs_of
+    from epi_kernels.repro.pins import unpinned
+
+    if names := unpinned(specs_of(preset)):
+        print(
+            f"may change on the hub under the same name: {', '.join(names)}; `revision` (`tokenizer_revision`) with a"
+            " commit's hash beside the name fixes it"
+        )
 
 
 def _list(plan: Any, missing: list[str]) -> None:

@@ -14,6 +14,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["cosine", "linear", "constant"]
+Revision = Annotated[str, Field(min_length=1)]  # on the hub; YAML reads digits alone as a number: quote them
 
 
 def repeated(values: Sequence[Any]) -> list[Any]:
@@ -58,19 +59,32 @@ class ModelSpec(Grown):
     A config with a `vision_config` makes one that sees.
     """
 
-    later = ("contents",)
+    later = ("contents", "revision", "tokenizer_revision")
 
     config: dict[str, Any] | None = None  # {"model_type": "llama", "hidden_size": 64, ...}
     checkpoint: str | None = None
     tokenizer: str | None = None  # a folder or a hub name; None: the checkpoint's, or characters for a config
     dtype: Literal["float32", "bfloat16"] = "float32"
     contents: str | None = None  # digest of the local folders' files; `reproduce` fills it in
+    revision: Revision | None = None  # of the checkpoint's hub name, and of its tokenizer where none is named
+    tokenizer_revision: Revision | None = None  # of the tokenizer's hub name
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSpec:
         if (self.config is None) == (self.checkpoint is None):
             raise ValueError("a model is either a config or a checkpoint")
+        if self.revision is not None and self.checkpoint is None:
+            raise ValueError("revision is of a checkpoint, and there is none")
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise ValueError("tokenizer_revision is of a tokenizer, and none is named")
         return self
+
+    @property
+    def tokenizer_source(self) -> tuple[str | None, str | None]:
+        """Where the tokenizer comes from, and at which revision; None: characters."""
+        if self.tokenizer is not None:
+            return self.tokenizer, self.tokenizer_revision
+        return self.checkpoint, self.revision
 
     @property
     def sees(self) -> bool:
@@ -81,7 +95,7 @@ class ModelSpec(Grown):
 class TaskSpec(Grown):
     """A task: its kind (`tasks.KINDS`), where its data lie, and how much of them is used."""
 
-    later = ("contents",)
+    later = ("contents", "revision")
 
     kind: str
     source: str | None = None  # a folder in the original format, or a hub name; synthetic kinds have none
@@ -91,15 +105,27 @@ class TaskSpec(Grown):
     judge: JudgeSpec | None = None  # of the kinds that are judged
     harness: Literal["own", "lm-eval"] = "own"  # who evaluates; lm-eval: kinds and metrics of `lm_eval.TASKS`
     contents: str | None = None  # digest of a local folder's files; `reproduce` fills it in
+    revision: Revision | None = (
+        None  # of the hub name: a commit's hash, or a branch or tag, which can be moved
+    )
 
 
 class JudgeSpec(Strict):
-    """An OpenAI-compatible endpoint that gives an answer 1 to 10 points."""
+    """An OpenAI-compatible endpoint that gives an answer 1 to 10 points.
+
+    How it is asked is no part of a run's description: it has `how` at their defaults, and a run that is there stays.
+    """
+
+    how: ClassVar[tuple[str, ...]] = ("key_variable", "retries")
 
     url: str  # ".../v1"
     model: str
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     retries: Annotated[int, Field(ge=0)] = 5
+
+    @model_serializer(mode="wrap")
+    def _who_judges(self, handler: Any) -> dict[str, Any]:
+        return handler(self) | {name: type(self).model_fields[name].default for name in self.how}
 
 
 class Recipe(Grown):

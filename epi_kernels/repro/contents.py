@@ -1,5 +1,5 @@
 """Digests of the local files that runs read, so that a run's key changes with what lies in a folder and not with its
-path alone. What comes from the hub goes by its name, synthetic data by the code.
+path alone. What comes from the hub goes by its name and `revision`, synthetic data by the code.
 
 A file is hashed once: RUNS/contents.json keeps its digest by path, size and time of change.
 """
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 from epi_kernels.files import write_whole
 from epi_kernels.repro.config import ModelSpec, TaskSpec
 from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.hub import CHECKPOINT_FILES, OTHER_FORMATS, TOKENIZER_FILES
+from epi_kernels.repro.pins import refuse_revision_of_a_folder
 from epi_kernels.repro.runs import CpiFt, Run, Train, base_of
-from epi_kernels.repro.store import CHECKPOINT_FILES, OTHER_FORMATS
 from epi_kernels.repro.tasks import local_files
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def files_of(spec: ModelSpec | TaskSpec) -> list[Path]:
     if isinstance(spec, TaskSpec):
         return local_files(spec)
     weights = _folder(spec.checkpoint, (*CHECKPOINT_FILES, "*.bin"))  # an older format that loads, too
-    tokenizer = _folder(spec.tokenizer, [one for one in CHECKPOINT_FILES if "safetensors" not in one])
+    tokenizer = _folder(spec.tokenizer, TOKENIZER_FILES)
     return [*weights, *tokenizer]
 
 
@@ -104,8 +105,11 @@ def _stamp(path: Path) -> list[int]:
 def contents(preset: Preset, runs: Path) -> Contents:
     """Of all that a preset reads from local folders. Raises ReproError."""
     digests = Digests(runs, keep=True)
+    specs = specs_of(preset)
+    for spec in specs:
+        refuse_revision_of_a_folder(spec)
     with _readable():
-        files = {_name(spec): files_of(spec) for spec in _specs(preset)}
+        files = {_name(spec): files_of(spec) for spec in specs}
         left = digests.unknown(path for paths in files.values() for path in paths)
         if left > TOLD:
             print(f"hashing {left / TOLD:.0f} GiB of local data and checkpoints, once", flush=True)
@@ -144,7 +148,8 @@ def _readable() -> Iterator[None]:
         raise ReproError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
-def _specs(preset: Preset) -> list[ModelSpec | TaskSpec]:
+def specs_of(preset: Preset) -> list[ModelSpec | TaskSpec]:
+    """Every model and task of a preset and its settings."""
     places = [preset, *(one for one in (preset.low_resource, preset.vision) if one is not None)]
     return [
         spec for place in places for group in (place.models, place.tasks) for spec in (group or {}).values()

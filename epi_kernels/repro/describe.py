@@ -11,9 +11,9 @@ def describe(run: Run) -> str:
     """One line, without the runs that it starts from."""
     match run:
         case Base():
-            model = (
-                run.model.checkpoint or f"{(run.model.config or {}).get('model_type', 'model')} from a config"
-            )
+            at = f"@{run.model.revision}" if run.model.revision else ""
+            made = f"{(run.model.config or {}).get('model_type', 'model')} from a config"
+            model = f"{run.model.checkpoint}{at}" if run.model.checkpoint else made
             return f"base: {model}" + (f", {_recipe(run.recipe)}" if run.recipe else "")
         case Train():
             options = run.method.model_dump(exclude_defaults=True)

@@ -21,13 +21,27 @@ from epi_kernels.repro import cpift
 from epi_kernels.repro.contents import refuse_changed
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
-from epi_kernels.repro.runs import Base, CpiFt, Fuse, Interpolate, Run, Train, ancestry, key, parents
+from epi_kernels.repro.measure.cost import mean_time, most
+from epi_kernels.repro.pins import commits
+from epi_kernels.repro.runs import (
+    Base,
+    CpiFt,
+    Fuse,
+    Interpolate,
+    Run,
+    Train,
+    ancestry,
+    base_of,
+    key,
+    parents,
+)
 from epi_kernels.repro.stages import run_base, run_train
+from epi_kernels.repro.store import Store
 from epi_kernels.repro.weights import run_fuse, run_interpolate
 from epi_kernels.repro.workshop import Result, Workshop
 
 KEPT = "finished runs are kept"
-PACKAGES = ("torch", "transformers", "numpy", "peft")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "peft", "datasets", "lm_eval")
 
 
 def execute(run: Run, shop: Workshop) -> Manifest:
@@ -93,7 +107,7 @@ def _execute(run: Run, shop: Workshop) -> Manifest:
     _free(shop.device)
     started = time.perf_counter()
     result = _make(run, shop)
-    return shop.ranks.first_does(_write, run, shop, result, time.perf_counter() - started)
+    return shop.ranks.first_does(_write, run, shop, result, result.earlier_s + time.perf_counter() - started)
 
 
 def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest:
@@ -108,6 +122,7 @@ def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest
         seconds=round(seconds, 2),
         scores=result.scores,
         losses=result.losses,
+        hub=_from_hub(run),
         **result.facts,
     )
     shop.store.write(run, manifest, result.write_model if key(run) in shop.keep else None)
@@ -141,9 +156,27 @@ def _cpift(run: CpiFt, shop: Workshop) -> Result:
     inner = {key(parent) for one in ancestry(last) for parent in parents(one)}
     shop = replace(shop, keep=shop.keep | inner)
     manifest = ensure(last, shop)
-    facts = {"bytes": manifest.bytes, "time": manifest.time}
-    notes = manifest.notes | cpift.describe(groups, similarity, run, manifest)
+    stages = shop.ranks.first_does(_stages, run, last, shop.store)
+    facts = {
+        "bytes": most([one.bytes for one in stages if one.bytes]),
+        "time": mean_time([one.time for one in stages if one.time]),
+    }
+    notes = manifest.notes | cpift.describe(groups, similarity, run, manifest) | {"stages": len(stages)}
     return Result(manifest.scores, manifest.losses, _nothing, facts | {"notes": notes})
+
+
+def _stages(run: CpiFt, last: Run, store: Store) -> list[Manifest]:
+    """Of everything that it trains: probes, a stage a group, consolidation."""
+    given = {key(one) for one in ancestry(run.before)}
+    trained = {key(one): one for one in ancestry(last) if isinstance(one, Train)}
+    found = [store.manifest(one) for name, one in trained.items() if name not in given]
+    return [one for one in found if one is not None]
+
+
+def _from_hub(run: Run) -> dict[str, str]:
+    """The commits of its data and tokenizer; of a base model of its weights, too."""
+    tasks = run.tasks if isinstance(run, Train | CpiFt) else ()
+    return commits([base_of(run).model, *tasks, *run.evaluate])
 
 
 def _nothing(folder: Path) -> None:

@@ -11,17 +11,21 @@ from epi_kernels.repro.runs import Run
 
 
 class Bytes(Strict):
-    """Memory of the stage, in bytes."""
+    """Memory of the stage, in bytes; of a run of several stages, the most that one of them took."""
 
     parameters: int  # elements, not bytes
     weights: int
     optimizer: dict[str, int]  # state by kind, and "total"
-    peak: int | None = None  # of the device, or of the process on a CPU, over the stage
+    peak: int | None = (
+        None  # of the device, or of the process on a CPU, from before its model was loaded to its end
+    )
     peak_of: str = "process"  # or "device"
+    before: int | None = None  # held when that began, by what is not the run's; None: not known
 
 
 class StepTime(Strict):
-    """Milliseconds of one optimizer step and of one whole training step."""
+    """Milliseconds of one optimizer step and of one whole training step; of a run of several stages, the stages' means
+    weighted by their steps."""
 
     optimizer_p20: float
     optimizer_p50: float
@@ -49,4 +53,12 @@ class Manifest(Strict):
     bytes: Bytes | None = None
     time: StepTime | None = None
     series: dict[str, Any] = {}  # of the observers, by their names: plain JSON
+    hub: dict[
+        str, str
+    ] = {}  # what came from the hub: name or NAME@REVISION -> the commit's hash, where it was told
     notes: dict[str, Any] = {}  # groups of CPI-FT, examples cut, ...
+
+    @property
+    def source(self) -> str:
+        """The commit, for people, with a word on what was not committed."""
+        return (self.commit or "unknown")[:10] + (" with uncommitted changes" if self.dirty else "")

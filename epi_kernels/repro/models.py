@@ -13,19 +13,21 @@ from epi_kernels.finetune.model import TORCH_DTYPES, quiet_libraries
 from epi_kernels.repro.characters import make_tokenizer
 from epi_kernels.repro.config import ModelSpec
 from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.hub import TOKENIZER_FILES, fetched
 from epi_kernels.repro.pictures import PATCH, PICTURE, SIZE
 
 DTYPES = {"float32": TORCH_DTYPES["fp32"], "bfloat16": TORCH_DTYPES["bf16"]}
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(name: str | None, sees: bool) -> Any:
+def _tokenizer(name: str | None, revision: str | None, sees: bool) -> Any:
     if name is None:
         return make_tokenizer(pictures=sees)
     from transformers import AutoTokenizer
 
+    folder = fetched(name, revision, TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of the hub, or of a file; many kinds
         raise ReproError(f"no tokenizer in {name} ({error}); set `tokenizer` of the model") from None
     if not tokenizer.is_fast:
@@ -38,7 +40,7 @@ def _tokenizer(name: str | None, sees: bool) -> Any:
 
 def tokenizer_of(spec: ModelSpec) -> Any:
     """The spec's, its checkpoint's, or characters; with a chat template and a padding token. Raises ReproError."""
-    return _tokenizer(spec.tokenizer or spec.checkpoint, spec.sees)
+    return _tokenizer(*spec.tokenizer_source, spec.sees)
 
 
 def new_model(spec: ModelSpec, seed: int) -> Any:

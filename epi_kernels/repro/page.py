@@ -208,7 +208,7 @@ class _Log:
     def origin(self, manifest: Manifest) -> int:
         """Number, from 1, of the commit, versions and machine that made a run."""
         found = {
-            "commit": manifest.commit or "unknown",
+            "commit": manifest.source,
             "versions": manifest.versions,
             "machine": manifest.machine,
         }

@@ -89,7 +89,7 @@ def provenance(found: Bundle) -> str:
     manifests = list(found.manifests.values())
     hours = sum(one.seconds for one in manifests) / 3600
     machines = sorted({machine_name(one.machine) for one in manifests})
-    commits = sorted({(one.commit or "unknown")[:10] for one in manifests})
+    commits = sorted({one.source for one in manifests})
     torches = sorted({one.versions.get("torch", "unknown") for one in manifests})
     dates = sorted(one.finished[:10] for one in manifests)
     when = "" if not dates else dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"

@@ -69,3 +69,12 @@ class Stage:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.method.optimizer
+
+
+def seed_random(device: torch.device, seed: int) -> None:
+    """What is drawn on the CPU and on `device`, as torch.manual_seed does for every kind of device there could be, which
+    takes a stack trace for each that is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -24,6 +24,7 @@ from epi_kernels.repro.characters import pretraining_text
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches, StageProbes
 from epi_kernels.repro.evaluate import encode_task
+from epi_kernels.repro.hub import CHECKPOINT_FILES, fetched
 from epi_kernels.repro.measure import Observer, make_observers
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer, stage_bytes
 from epi_kernels.repro.methods import make_method
@@ -31,9 +32,8 @@ from epi_kernels.repro.methods.config import Full, Method
 from epi_kernels.repro.models import load_model, new_model, tokenizer_of
 from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of, key
 from epi_kernels.repro.stage import Stage
-from epi_kernels.repro.store import local_checkpoint
 from epi_kernels.repro.tasks.synthetic.pictured import captioned
-from epi_kernels.repro.train import Meters, read_progress, save_progress, train
+from epi_kernels.repro.train import Limits, Meters, read_progress, save_progress, train
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import Result, Workshop, encoded, model_writer, scores_of
 
@@ -42,18 +42,13 @@ PICTURES = 10_000  # that a base model learns to see from
 
 
 def run_base(run: Base, shop: Workshop) -> Result:
-    tokenizer, model = shop.ranks.together(_begin_base, run, shop)
-    if run.recipe is not None:
-        rows = (_pictures if run.model.sees else _text)(tokenizer, run.seed)
-        return _stage(run, shop, model, run.recipe, Full(optimizer="epi"), Examples([rows], ("text",)))
-    scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
-    return Result(*scores, model_writer(model, tokenizer))
-
-
-def _begin_base(run: Base, shop: Workshop) -> tuple[Any, Any]:
-    tokenizer = tokenizer_of(run.model)
-    model = _before(run, shop)
-    return tokenizer, model if run.recipe is not None else model.to(shop.device)
+    tokenizer = shop.ranks.together(tokenizer_of, run.model)
+    if run.recipe is None:
+        model = shop.ranks.together(_before, run, shop).to(shop.device)
+        scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
+        return Result(*scores, model_writer(model, tokenizer))
+    rows = (_pictures if run.model.sees else _text)(tokenizer, run.seed)
+    return _stage(run, shop, run.recipe, Full(optimizer="epi"), Examples([rows], ("text",)))
 
 
 def _before(run: Base | Train, shop: Workshop) -> Any:
@@ -61,7 +56,8 @@ def _before(run: Base | Train, shop: Workshop) -> Any:
     if isinstance(run, Train):
         return load_model(shop.store.weights(run.before), base_of(run).model, shop.loads_to)
     if run.model.checkpoint is not None:
-        return load_model(local_checkpoint(run.model.checkpoint), run.model, shop.loads_to)
+        folder = fetched(run.model.checkpoint, run.model.revision, CHECKPOINT_FILES)
+        return load_model(folder, run.model, shop.loads_to)
     return new_model(run.model, run.seed).to(shop.loads_to)
 
 
@@ -98,13 +94,13 @@ class Examples:
 
 
 def run_train(run: Train, shop: Workshop) -> Result:
-    model, examples = shop.ranks.together(_begin_train, run, shop)
-    result = _stage(run, shop, model, run.recipe, run.method, examples)
+    examples = shop.ranks.together(_examples, run)
+    result = _stage(run, shop, run.recipe, run.method, examples)
     result.facts["notes"]["data"] = examples.counts
     return result
 
 
-def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
+def _examples(run: Train) -> Examples:
     spec = base_of(run).model
     tokenizer = tokenizer_of(spec)
     parts = [encoded(tokenizer, task, run.seed, run.recipe.max_length) for task in run.tasks]
@@ -112,7 +108,6 @@ def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
     examples: list[list[Encoded]] = [part.examples for part in parts]
     if run.sampled < 1:
         examples = _sampled(run, tokenizer)
-    model = _before(run, shop)
     held_out = [
         encoded(tokenizer, task, run.seed, run.recipe.max_length, "test").examples for task in run.tasks
     ]
@@ -125,7 +120,7 @@ def _begin_train(run: Train, shop: Workshop) -> tuple[Any, Examples]:
         }
         for kind, part, learned in zip(kinds, parts, examples)
     }
-    return model, Examples(examples, kinds, held_out, _replayed(run, tokenizer), counts)
+    return Examples(examples, kinds, held_out, _replayed(run, tokenizer), counts)
 
 
 def _sampled(run: Train, tokenizer: Any) -> list[list[Encoded]]:
@@ -138,23 +133,56 @@ def _sampled(run: Train, tokenizer: Any) -> list[list[Encoded]]:
     return [[one for at, one in chosen if at == place] for place in places]
 
 
-def _stage(
+def _stage(run: Base | Train, shop: Workshop, recipe: Recipe, method: Method, examples: Examples) -> Result:
+    """Its peak is taken from before the model is there, data and all else in memory already, to the last step."""
+    if shop.device.type == "cpu" and shop.ranks.size == 1 and method.name not in _LOADED:
+        _load_libraries(run, shop, recipe, method, examples)
+    with PeakMemory(shop.device) as peak:
+        model = shop.ranks.together(_before, run, shop)
+        return _trained(run, shop, model, recipe, method, examples, peak)
+
+
+_LOADED: set[str] = set()  # methods that this process has had a stage of
+
+
+def _load_libraries(
+    run: Base | Train, shop: Workshop, recipe: Recipe, method: Method, examples: Examples
+) -> None:
+    """One step on a model that is dropped: what a method's first step leaves in the process (modules, buffers of torch)
+    stays there, and is not the memory of the stage that comes first."""
+    stage = _new_stage(run, shop, _before(run, shop), recipe, examples)
+    batches = _set_up(stage, method, examples, [], pad_id(tokenizer_of(base_of(run).model)))
+    stage.steps = 1
+    meters = Meters(StepTimer(shop.device), PeakMemory(shop.device), {})
+    train(stage, batches, meters, Limits(), shop.store.folder / "no progress")
+    stage.method = None  # as in `_trained`
+    _LOADED.add(method.name)
+
+
+def _new_stage(run: Base | Train, shop: Workshop, model: Any, recipe: Recipe, examples: Examples) -> Stage:
+    stage = Stage(
+        model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=examples.kinds,
+        replayed=examples.replayed, ranks=shop.ranks, sharded=shop.sharded,
+    )  # fmt: skip
+    if isinstance(run, Train):
+        stage.before = shop.store.weights(run.before)
+        stage.origin = _origin(run.before, shop)
+    return stage
+
+
+def _trained(
     run: Base | Train,
     shop: Workshop,
     model: Any,
     recipe: Recipe,
     method: Method,
     examples: Examples,
+    peak: PeakMemory,
 ) -> Result:
     tokenizer, ranks = tokenizer_of(base_of(run).model), shop.ranks
-    stage = Stage(
-        model=model, recipe=recipe, steps=0, seed=run.seed, device=shop.device, tasks=examples.kinds,
-        replayed=examples.replayed, ranks=ranks, sharded=shop.sharded,
-    )  # fmt: skip
+    stage, pad = _new_stage(run, shop, model, recipe, examples), pad_id(tokenizer)
     cores: list[Path] = []
     if isinstance(run, Train):
-        stage.before = shop.store.weights(run.before)
-        stage.origin = _origin(run.before, shop)
         cores = [core_of(probe, run.core_ratio, shop) for probe in run.frozen]
     if ranks.size > 1:
         ranks.refuse_differences(
@@ -170,11 +198,12 @@ def _stage(
         if saved:
             model.load_state_dict(saved["model"])
         shard(model, ranks, str(shop.device))
-    with PeakMemory(shop.device, at_least=saved["peak"] if saved else 0) as peak:
-        batches, observers = ranks.together(_set_up, stage, run, method, examples, cores, pad_id(tokenizer))
-        meters = Meters(StepTimer(shop.device), peak, observers)
-        trained = stage.model
-        kept = train(stage, batches, meters, shop.limits, progress)
+    batches = ranks.together(_set_up, stage, method, examples, cores, pad)
+    observers = ranks.together(_observers, stage, run, batches, examples, pad)
+    meters = Meters(StepTimer(shop.device), peak, observers)
+    trained = stage.model
+    kept = train(stage, batches, meters, shop.limits, progress)
+    peak.settle()
     isolation = None
     if stage.sharded:
         kept = sharded.gather(kept, ranks.together(_before, run, shop)).to(shop.device)
@@ -190,7 +219,7 @@ def _stage(
             save_progress(stage, meters, stage.steps, progress)  # a run goes on from what was saved last
         raise
     plain = isinstance(method, Full) and method.optimizer == "torch"  # nobody takes importance from it
-    return Result(
+    result = Result(
         *scores,
         model_writer(kept, tokenizer, None if plain else stage.optimizer, isolation),
         {
@@ -203,23 +232,31 @@ def _stage(
                 "isolated": _isolated(stage),
             },
         },
+        meters.earlier_s,
     )
+    stage.method = None  # each holds the other: the model would stay beside the next run's
+    return result
 
 
-def _set_up(
-    stage: Stage, run: Base | Train, method: Method, examples: Examples, cores: Sequence[Path], pad: int
-) -> tuple[Batches, dict[str, Observer]]:
-    """The stage's method and steps, its batches, and what is measured."""
+def _set_up(stage: Stage, method: Method, examples: Examples, cores: Sequence[Path], pad: int) -> Batches:
+    """The stage's method and steps; its batches."""
     recipe = stage.recipe
     stage.method = make_method(method, stage)
     batches = Batches(
-        examples.learned, recipe.batch, run.seed, pad, replayed=stage.replayed, replay=stage.method.replay
+        examples.learned, recipe.batch, stage.seed, pad, replayed=stage.replayed, replay=stage.method.replay
     )
     stage.steps = recipe.steps or batches.steps(recipe.epochs or 0)
     if cores:
         freeze(stage.optimizer, cores)
+    return batches
+
+
+def _observers(
+    stage: Stage, run: Base | Train, batches: Batches, examples: Examples, pad: int
+) -> dict[str, Observer]:
+    """What is measured beside the training."""
     probes = StageProbes(batches, examples.held_out or examples.learned, pad, stage.device)
-    return batches, make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
+    return make_observers(run.observe if isinstance(run, Train) else (), stage, probes)
 
 
 def _isolated(stage: Stage) -> int:

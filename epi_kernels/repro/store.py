@@ -27,8 +27,6 @@ from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Run, key
 
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more
 MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
 
 
@@ -128,22 +126,3 @@ def _is_at(file: IO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def local_checkpoint(checkpoint: str) -> Path:
-    """A folder, or what the hub has under the name, downloaded once. Raises ReproError."""
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                checkpoint,
-                allow_patterns=list(CHECKPOINT_FILES),
-                ignore_patterns=list(OTHER_FORMATS),
-            )
-        )
-    except Exception as error:  # the hub's own errors, of many kinds
-        raise ReproError(f"model {checkpoint}: no such folder, and the hub gave none ({error})") from None

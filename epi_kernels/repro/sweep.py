@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro import sharded
 from epi_kernels.repro.config import Recipe, TaskSpec
+from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import execute
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, parents
@@ -223,8 +225,14 @@ def _nothing() -> None:
 def _together(
     job: _Job, plan: Plan, missing: Sequence[str], progress: Any, ended: Ended, workers: int
 ) -> int:
-    with processes(workers) as (pool, ticks):
-        return _drive(pool, job, plan, missing, ticks, progress, ended)
+    try:
+        with processes(workers) as (pool, ticks):
+            return _drive(pool, job, plan, missing, ticks, progress, ended)
+    except BrokenProcessPool:
+        raise ReproError(
+            "a worker process was ended from outside, where memory runs out by the system; finished runs are kept: run"
+            f" the same command again, with fewer workers than {workers}"
+        ) from None
 
 
 def _drive(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches
 from epi_kernels.repro.measure import Observer
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer
-from epi_kernels.repro.stage import Batch, Stage
+from epi_kernels.repro.stage import Batch, Stage, seed_random
 
 HOST = torch.device("cpu")
 SAVE, STOP = 1, 2  # what the clock asks for
@@ -65,6 +65,12 @@ class Meters:
     timer: StepTimer
     peak: PeakMemory
     observers: Mapping[str, Observer]
+    earlier_s: float = 0.0  # that the stage took before it was stopped
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_s + time.perf_counter() - self.began
 
 
 def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progress: Path) -> Any:
@@ -85,7 +91,7 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
             pause = max(limits.save_every_s, SAVING * (saved - began))
         if due == STOP:
             raise Stopped
-        torch.manual_seed(step_seed(stage.seed, step, ranks.rank))
+        seed_random(stage.device, step_seed(stage.seed, step, ranks.rank))
         with timer.gradient():
             for group in stage.optimizer.param_groups:
                 group["lr"] = recipe.lr * lr_factor(recipe, step, stage.steps)
@@ -166,7 +172,8 @@ def _write(
         "method": stage.method.state_dict(),
         "observers": {name: observer.state_dict() for name, observer in meters.observers.items()},
         "timer": meters.timer.state_dict(),
-        "peak": meters.peak.bytes,
+        "peak": meters.peak.state_dict(),
+        "seconds": meters.seconds,
     }
     with whole(progress) as partial:
         torch.save(state, partial)
@@ -186,4 +193,6 @@ def _load(stage: Stage, meters: Meters, progress: Path) -> int:
     for name, observer in meters.observers.items():
         observer.load_state_dict(state["observers"][name])
     meters.timer.load_state_dict(state["timer"])
+    meters.peak.load_state_dict(state["peak"])
+    meters.earlier_s = state.get("seconds", 0.0)  # an earlier version's file has none
     return state["step"]

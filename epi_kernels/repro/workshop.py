@@ -57,6 +57,7 @@ class Result:
     losses: dict[str, float]
     write_model: Callable[[Path], None]
     facts: dict[str, Any] = field(default_factory=dict)
+    earlier_s: float = 0.0  # seconds that it took before it was stopped
 
 
 Split = Literal["train", "test"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class StepTimer:
 
 
 class PeakMemory:
-    """As a context manager: the most bytes held inside. ``bytes`` and ``of`` are there during and after it.
+    """As a context manager: the most bytes held inside, or until `settle`. ``bytes`` and ``of`` are there during and after
+    it.
 
     Attributes:
         of: "device": what torch's allocator held of the GPU. "process": resident memory, on Linux, its high-water mark
@@ -99,17 +101,18 @@ class PeakMemory:
         before: the same on entry; None where it is not known.
     """
 
-    def __init__(self, device: torch.device, at_least: int = 0) -> None:
-        """``at_least``: the peak of the part of the stage before it was stopped."""
-        self._device, self._floor, self._final = device, at_least, None
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._floor = device, 0
+        self._final: int | None = None
         self.of, self.before = "process since its start", None
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
-            gc.collect()  # a stage and its method hold each other: the one before may still be there
+            gc.collect()  # what a run before left in cycles may still be there
             torch.cuda.reset_peak_memory_stats(self._device)
             self.of, self.before = "device", torch.cuda.memory_allocated(self._device)
         else:
+            _give_back()
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
                 self.before = _high_water_mark()
@@ -117,6 +120,10 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """What comes after it does not count."""
         self._final = self.bytes
 
     @property
@@ -125,6 +132,23 @@ class PeakMemory:
             return self._final
         now = _high_water_mark() if self.of == "process" else peak_memory_bytes(str(self._device))
         return max(self._floor, now)
+
+    def state_dict(self) -> dict[str, int | None]:
+        return {"bytes": self.bytes, "before": self.before}
+
+    def load_state_dict(self, state: dict[str, int | None] | int) -> None:
+        """The peak of the part of the stage before it was stopped, in another process: what it added counts. A number is
+        an earlier version's, of the whole process."""
+        peak, before = (state, None) if isinstance(state, int) else (state["bytes"] or 0, state["before"])
+        if before is not None and self.before is not None:
+            peak += self.before - before
+        self._floor = peak
+
+
+def _give_back() -> None:
+    """To the system, what glibc keeps of freed memory: a run that took it anew would seem to need none."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _high_water_mark() -> int:
@@ -152,4 +176,33 @@ def stage_bytes(stage: Stage, peak: PeakMemory | None = None) -> Bytes:
         optimizer={**kinds, "total": total},
         peak=None if peak is None else peak.bytes,
         peak_of="process" if peak is None else peak.of,
+        before=None if peak is None else peak.before,
     )
+
+
+def most(stages: Sequence[Bytes]) -> Bytes | None:
+    """Of stages in sequence: the state of the one that keeps most of it, the highest peak of all. None of none."""
+    if not stages:
+        return None
+    largest = max(stages, key=lambda one: one.optimizer["total"])
+    highest = max((one for one in stages if one.peak is not None), key=_added, default=None)
+    if highest is None:
+        return largest
+    return largest.model_copy(update={name: getattr(highest, name) for name in ("peak", "peak_of", "before")})
+
+
+def _added(one: Bytes) -> int:
+    return (one.peak or 0) - (one.before or 0)
+
+
+def mean_time(stages: Sequence[StepTime]) -> StepTime | None:
+    """Of stages in sequence: each figure's mean over all their steps, a stage's own standing for each of its steps. None
+    of none."""
+    if not stages:
+        return None
+    steps = [one.steps for one in stages]
+    figures = ("optimizer_p20", "optimizer_p50", "optimizer_p80", "training_p50")
+    means = {
+        name: float(np.average([getattr(one, name) for one in stages], weights=steps)) for name in figures
+    }
+    return StepTime(**means, steps=sum(steps))

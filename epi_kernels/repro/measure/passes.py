@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.repro.methods.base import token_loss
-from epi_kernels.repro.stage import Batch, Stage
+from epi_kernels.repro.stage import Batch, Stage, seed_random
 
 
 def trainable(stage: Stage) -> dict[str, Tensor]:
@@ -24,10 +24,7 @@ def undisturbed(stage: Stage, seed: int) -> Iterator[None]:
     index = torch.cuda.current_device() if on_gpu and stage.device.index is None else stage.device.index
     flags = [(module, module.training) for module in stage.model.modules()]
     with torch.random.fork_rng(devices=[index] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:  # this device's alone: torch.manual_seed would change those of others too
-            with torch.cuda.device(index):
-                torch.cuda.manual_seed(seed)
+        seed_random(stage.device, seed)  # torch.manual_seed would change those of other devices too
         try:
             yield
         finally:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from epi_kernels import published
-from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.manifest import Bytes, Manifest, StepTime
+from epi_kernels.repro.measure.cost import mean_time, most
 from epi_kernels.repro.methods.config import Epi, Method, PublishedEpi
 from epi_kernels.repro.preset import Preset
-from epi_kernels.repro.runs import Run
+from epi_kernels.repro.runs import CpiFt, Run, Train
 from epi_kernels.repro.tables import access, plans
 from epi_kernels.repro.tables.access import NoPlan
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
@@ -27,6 +28,28 @@ class Row(NamedTuple):
     name: str
     method: Method | None  # of an arm
     run_of: RunOf
+    whole: bool = False  # every stage since the base model counts; else the run's own alone
+
+    def stages(self, seed: int) -> list[Run]:
+        """Those that count, the last one first."""
+        stages = [self.run_of(seed)]
+        while self.whole and isinstance(run := stages[-1], Train) and isinstance(run.before, Train):
+            stages.append(run.before)
+        return stages
+
+
+class Cost(NamedTuple):
+    """Of a row's stages, at one seed."""
+
+    bytes: Bytes | None
+    time: StepTime | None
+
+    @classmethod
+    def of(cls, stages: Sequence[Manifest]) -> Cost:
+        return cls(
+            most([one.bytes for one in stages if one.bytes]),
+            mean_time([one.time for one in stages if one.time]),
+        )
 
 
 class Memory:
@@ -49,22 +72,29 @@ class Memory:
         if preset.mixture is not None:
             arms = plans.other_arms(access.mixture_plan(preset, self.name))
             for name, run_of in EpiMain().methods(preset, plans.first_model(preset)).items():
-                yield Row("mixture", name, arms[name].method if name in arms else None, run_of)
+                yield Row("mixture", name, arms[name].method if name in arms else None, run_of, whole=True)
 
     def runs(self, preset: Preset) -> Sequence[Run]:
-        return [row.run_of(seed) for row in self.rows(preset) for seed in preset.seeds]
+        return [run for row in self.rows(preset) for seed in preset.seeds for run in row.stages(seed)]
 
     def render(self, preset: Preset, found: Manifests) -> Rendered:
         results = Results.of(self, preset, found)
-        rows, listed, measured = Rows(results), list(self.rows(preset)), {}
-        for row in listed:
-            measured[row.plan, row.name] = [results.manifest(row.run_of(seed)) for seed in preset.seeds]
+        rows, listed = Rows(results), list(self.rows(preset))
+        manifests = {
+            (row.plan, row.name): [
+                [results.manifest(run) for run in row.stages(seed)] for seed in preset.seeds
+            ]
+            for row in listed
+        }
+        measured = {place: [Cost.of(stages) for stages in of_row] for place, of_row in manifests.items()}
+        peaks = _peaks(measured)
+        above = all(one.before is not None for one in peaks)
         as_published = {
             row.plan: measured[row.plan, row.name] for row in listed if isinstance(row.method, PublishedEpi)
         }
         for row in listed:
-            manifests = measured[row.plan, row.name]
-            size, step = _state(manifests), _step(manifests)
+            costs = measured[row.plan, row.name]
+            size, step = _state(costs), _step(costs)
             against = (
                 _state(as_published[row.plan]) if row.plan in as_published else (_published(),) * len(size)
             )
@@ -76,12 +106,12 @@ class Memory:
                 Cell(values=tuple(100 * x / y for x, y in zip(size, against)), digits=0)
                 if size and against
                 else "",
-                Cell(values=peak, digits=0) if (peak := _peak(manifests)) else "",
+                Cell(values=peak, digits=1 if above else 0) if (peak := _peak(costs, above)) else "",
                 Cell(values=step, digits=3) if step else "",
                 Cell(values=tuple(100 * x / y for x, y in zip(step, their_step)), digits=0)
                 if step and their_step
                 else "",
-                Cell(values=whole, digits=2) if (whole := _training(manifests)) else "",
+                Cell(values=whole, digits=2) if (whole := _training(costs)) else "",
                 runs=map(row.run_of, preset.seeds),
             )
         return rows.rendered(
@@ -96,20 +126,39 @@ class Memory:
                 "step, of published, %",
                 "training step, ms",
             ],
-            notes=self._notes(measured, as_published),
+            notes=self._notes(
+                [one for of_row in manifests.values() for of_seed in of_row for one in of_seed],
+                measured,
+                as_published,
+                _peak_note(peaks, above),
+            ),
             findings=self._findings(listed, measured, as_published),
         )
 
     def _notes(
-        self, measured: dict[tuple[str, str], list[Manifest]], as_published: dict[str, list[Manifest]]
+        self,
+        manifests: Sequence[Manifest],
+        measured: dict[tuple[str, str], list[Cost]],
+        as_published: dict[str, list[Cost]],
+        of_peaks: Sequence[str],
     ) -> tuple[str, ...]:
-        manifests = [one for of_row in measured.values() for one in of_row]
-        of = sorted({one.bytes.peak_of for one in manifests if one.bytes and one.bytes.peak is not None})
         machines = {repr(sorted(one.machine.items())) for one in manifests}
         lacking = sorted({plan for plan, _ in measured} - set(as_published))
+        last_alone = any(isinstance(one.run, CpiFt) and "stages" not in one.notes for one in manifests)
         return (
             "State: what the optimizer and the method keep, from the very runs whose scores are shown. Step: the median of a"
-            " run's steps; of stages in sequence the last one. A multi-stage or CPI-FT row that keeps no bytes is empty.",
+            " run's steps. A row that keeps no bytes is empty.",
+            "Of two tasks one after the other the second stage counts, the first being the same for all. Of a mixture every"
+            " stage does, what a method takes from a stage before it too: the largest state, the highest peak, and of the"
+            " stages' times the mean over all their steps.",
+            *(
+                [
+                    "CPI-FT's state, peak and times are of its last stage alone: its runs were made by a version that kept"
+                    " no others."
+                ]
+                if last_alone
+                else []
+            ),
             *(
                 [
                     f"Published: {published.STATE_TOTAL_BYTES} bytes a parameter by EPI's description, not measured, for"
@@ -124,7 +173,7 @@ class Memory:
                 else []
             ),
             f"A refresh as published takes {published.REFRESH_BYTES} more bytes a parameter while it lasts, or more.",
-            *([f"Peak: of the {', the '.join(of)}."] if of else []),
+            *of_peaks,
             *(
                 [f"The runs come from {len(machines)} machines; times compare little."]
                 if len(machines) > 1
@@ -136,13 +185,13 @@ class Memory:
     def _findings(
         self,
         listed: Sequence[Row],
-        measured: dict[tuple[str, str], list[Manifest]],
-        as_published: dict[str, list[Manifest]],
+        measured: dict[tuple[str, str], list[Cost]],
+        as_published: dict[str, list[Cost]],
     ) -> list[str]:
         findings = []
         for row in listed:
-            manifests = measured[row.plan, row.name]
-            size = _state(manifests)
+            costs = measured[row.plan, row.name]
+            size = _state(costs)
             if not isinstance(row.method, Epi) or not size:
                 continue
             measured_theirs = _state(as_published.get(row.plan, []))
@@ -153,7 +202,7 @@ class Memory:
                 f" {min(theirs):.3f}{how}."
             )
             findings.append((held if max(size) < min(theirs) else failed)(told))
-            steps, their_steps = _step(manifests), _step(as_published.get(row.plan, []))
+            steps, their_steps = _step(costs), _step(as_published.get(row.plan, []))
             if steps and their_steps:
                 findings.append(
                     compared(
@@ -173,22 +222,42 @@ def _published() -> float:
     return published.STATE_TOTAL_BYTES
 
 
-def _state(manifests: Sequence[Manifest]) -> tuple[float, ...]:
+def _state(costs: Sequence[Cost]) -> tuple[float, ...]:
     """Bytes a parameter, of every run; empty unless all have them."""
-    found = [one.bytes.optimizer["total"] / one.bytes.parameters for one in manifests if one.bytes]
-    return tuple(found) if len(found) == len(manifests) else ()
+    return _of_all(costs, [one.bytes.optimizer["total"] / one.bytes.parameters for one in costs if one.bytes])
 
 
-def _peak(manifests: Sequence[Manifest]) -> tuple[float, ...]:
-    found = [one.bytes.peak / MIB for one in manifests if one.bytes and one.bytes.peak is not None]
-    return tuple(found) if len(found) == len(manifests) else ()
+def _peak(costs: Sequence[Cost], above: bool) -> tuple[float, ...]:
+    """MiB; `above`: over what was held before."""
+    found = [one.bytes for one in costs if one.bytes and one.bytes.peak is not None]
+    return _of_all(costs, [((one.peak or 0) - (one.before or 0) * above) / MIB for one in found])
 
 
-def _step(manifests: Sequence[Manifest]) -> tuple[float, ...]:
-    found = [one.time.optimizer_p50 for one in manifests if one.time]
-    return tuple(found) if len(found) == len(manifests) else ()
+def _step(costs: Sequence[Cost]) -> tuple[float, ...]:
+    return _of_all(costs, [one.time.optimizer_p50 for one in costs if one.time])
 
 
-def _training(manifests: Sequence[Manifest]) -> tuple[float, ...]:
-    found = [one.time.training_p50 for one in manifests if one.time]
-    return tuple(found) if len(found) == len(manifests) else ()
+def _training(costs: Sequence[Cost]) -> tuple[float, ...]:
+    return _of_all(costs, [one.time.training_p50 for one in costs if one.time])
+
+
+def _of_all(costs: Sequence[Cost], found: list[float]) -> tuple[float, ...]:
+    return tuple(found) if len(found) == len(costs) else ()
+
+
+def _peaks(measured: dict[tuple[str, str], list[Cost]]) -> list[Bytes]:
+    return [
+        one.bytes
+        for of_row in measured.values()
+        for one in of_row
+        if one.bytes and one.bytes.peak is not None
+    ]
+
+
+def _peak_note(peaks: Sequence[Bytes], above: bool) -> list[str]:
+    if not peaks:
+        return []
+    of = ", the ".join(sorted({one.peak_of for one in peaks}))
+    if above:
+        return [f"Peak: of the {of}, above what was held before the run's model was loaded."]
+    return [f"Peak: of the {of}, with all it held already, of runs before too: rows compare little."]

@@ -10,6 +10,7 @@ from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.errors import ReproError
 
 from .base import Task
+from .reading import Hub
 
 # kind -> "module:class"; the class is called with (spec, seed)
 SYNTHETIC = {
@@ -52,6 +53,13 @@ def local_files(spec: TaskSpec) -> list[Path]:
         return []
     folder = Path(spec.source).expanduser()
     return sorted(set().union(*_class(spec).files(folder))) if folder.is_dir() else []
+
+
+def hub_of(spec: TaskSpec) -> Hub | None:
+    """Where on the hub a real task's data lie; None of a local folder and of synthetic kinds. Raises ReproError."""
+    if spec.kind not in REAL or (spec.source is not None and Path(spec.source).expanduser().is_dir()):
+        return None
+    return _class(spec).on_hub(spec)
 
 
 def _class(spec: TaskSpec) -> Any:

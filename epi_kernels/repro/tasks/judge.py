@@ -67,6 +67,7 @@ class Judge:
 
     def __init__(self, spec: JudgeSpec, kept: Path | None = None):
         self.spec = spec
+        self._asked = (spec.url.rstrip("/"), spec.model)  # servers may call different models by one name
         name = hashlib.sha256(f"{spec.url} {spec.model}".encode()).hexdigest()[:16]
         self.kept = kept or default_folder() / f"{name}.jsonl"
         self.asked = 0  # requests sent, retries included
@@ -77,7 +78,7 @@ class Judge:
         ratings = []
         for answer, example in zip(answers, examples, strict=True):
             messages = question_for(example, answer)
-            key = hashlib.sha256(json.dumps([self.spec.model, messages]).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([*self._asked, messages]).encode()).hexdigest()
             known = self._known()
             if key not in known:
                 self._keep(key, self._ask(messages, f"{len(ratings)} of {len(answers)} answers"))

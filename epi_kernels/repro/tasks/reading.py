@@ -15,6 +15,7 @@ from typing import Any
 
 from epi_kernels.finetune.data import LineError, first_of, lines_of, text_field
 from epi_kernels.repro.errors import ReproError
+from epi_kernels.repro.hub import COMMITS, HASH
 
 Record = tuple[
     str, Any
@@ -185,8 +186,19 @@ def hub_records(hub: Hub, split: str, kind: str, expects: str) -> Iterator[Recor
             f"task {kind}: {hub.name} (split {split}) could not be read, neither from the hub nor from its cache "
             f"({type(error).__name__}: {reason}); without a network, {local}"
         ) from None
+    if commit := _commit_of(rows, hub.name):
+        COMMITS[hub.name, hub.revision] = commit
     for number, row in enumerate(rows, 1):
         yield f"{hub.name}[{split}]:{number}", row
+
+
+def _commit_of(rows: Any, name: str) -> str | None:
+    """Which the files came from: `datasets` keeps their addresses, hf://datasets/NAME@HASH/PATH."""
+    addresses = getattr(rows, "download_checksums", None) or {}
+    found = {
+        match[1] for one in addresses if (match := re.search(rf"{re.escape(name)}@({HASH.pattern})/", one))
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def parsed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -123,12 +124,18 @@ class RealTask:
             Path(source).is_absolute() or source.startswith((".", "~")) or "/" not in source
         ):
             raise ReproError(f"task {self.kind}: {source} is no folder; expected: {self.expects}")
-        hub = self.hub if source is None else Hub(source, self.hub.train, self.hub.test, self.hub.config)
+        hub = self.on_hub(self.spec)
         train, test = (
             hub_records(hub, one, self.kind, self.expects) if one else None for one in (hub.train, hub.test)
         )
         assert train is not None
         return train, test
+
+    @classmethod
+    def on_hub(cls, spec: TaskSpec) -> Hub:
+        """Where the data of a spec without a local folder lie."""
+        own = cls.hub if spec.source is None else replace(cls.hub, name=spec.source, revision=None)
+        return own if spec.revision is None else replace(own, revision=spec.revision)
 
     @classmethod
     def files(cls, folder: Path) -> tuple[list[Path], list[Path]]:
