@@ -1,4 +1,7 @@
-"""`epi-kernels memory`: what a model and each optimizer's state take, from the model's config alone."""
+"""`epi-kernels memory`: what a model and each optimizer's state take, from the model's config alone.
+
+With ``--card`` the configuration that fits (epi_kernels/planner).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 
 from epi_kernels import architectures, footprint, published
 from epi_kernels.files import write_whole
+from epi_kernels.planner import command as planner
 from epi_kernels.text import columns
 
 GB = 10**9
@@ -76,19 +80,33 @@ def ours(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return OURS | OURS_BFLOAT16 if dtype == torch.bfloat16 else OURS
 
 
+def model_config(model: str) -> Any:
+    """A transformers config.
+
+    Raises:
+        UserError: ``model`` is no directory, config file, known name or name on the hub.
+    """
+    from transformers import AutoConfig
+
+    from epi_kernels.finetune.model import load_config, quiet_libraries
+
+    quiet_libraries()
+    known = None if os.path.exists(model) else architectures.find(model)
+    return load_config(model) if known is None else AutoConfig.for_model(**known)
+
+
 def model_sizes(model: str) -> list[int]:
     """Elements of each parameter of a model, tied ones once; the model is built on the meta device.
 
     Raises:
-        UserError: ``model`` is no directory, config file, known name or name on the hub, or its config makes no model.
+        UserError: as ``model_config``, or its config makes no model.
     """
-    from transformers import AutoConfig
+    return sizes_of(model_config(model))
 
-    from epi_kernels.finetune.model import empty_model, load_config, quiet_libraries
 
-    quiet_libraries()
-    known = None if os.path.exists(model) else architectures.find(model)
-    config = load_config(model) if known is None else AutoConfig.for_model(**known)
+def sizes_of(config: Any) -> list[int]:
+    from epi_kernels.finetune.model import empty_model
+
     return [parameter.numel() for parameter in empty_model(config).parameters()]
 
 
@@ -171,25 +189,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="as JSON, in bytes: to FILE beside the table, or without FILE in the table's place",
     )
+    planner.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises SystemExit with what to do when the model cannot be found or FILE cannot be written."""
     from epi_kernels.finetune.errors import UserError
 
+    if args.card is not None:
+        planner.check(args)
     try:
-        sizes = model_sizes(args.model)
+        config = model_config(args.model)
+        sizes = sizes_of(config)
+        if args.card is not None:
+            facts, text = planner.run(args, config, sizes)
+        else:
+            facts = report(args.model, sizes, args.dtype)
+            text = format_report(facts)
     except UserError as error:
         raise SystemExit(
             f"epi-kernels memory: {error}. Give a directory or a config.json (this needs no network), "
             f"or one of {BUILT_IN}"
         ) from None
-    facts = report(args.model, sizes, args.dtype)
     record = json.dumps(facts, indent=2)
     if args.json == "-":
         print(record)
         return 0
-    print(format_report(facts))
+    print(text)
     if args.json is not None:
         try:
             write_whole(Path(args.json), record + "\n")

@@ -155,6 +155,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cpu: optimizer states lie in host memory and are stepped there, with the same bits [on the device]",
         choices=OFFLOADS,
     )
+    add(
+        group,
+        "--gradient-release",
+        "step each parameter as its gradient comes, and free that: no clipping, so with --max-grad-norm 0",
+        action="store_true",
+    )
+    add(
+        group,
+        "--fit",
+        "choose what fits a card of so many GB (10^9 bytes): --dtype, --state-dtype, --master-weight-bits, --offload, "
+        "--gradient-checkpointing and --gradient-release, as `epi-kernels memory --card` lists them",
+        type=float,
+        metavar="GB",
+    )
     group = parser.add_argument_group("training")
     add(group, "--epochs", "passes over the data", type=int, metavar="N")
     add(group, "--max-steps", "stop after this many steps (the schedule ends there)", type=int, metavar="N")

@@ -12,7 +12,7 @@ import torch
 
 from epi_kernels.files import held
 
-from . import checkpoint, compare, frozen, model, plan
+from . import checkpoint, compare, fit, frozen, model, plan
 from .arguments import add_arguments
 from .build import check_optimizer
 from .errors import UserError
@@ -123,8 +123,16 @@ def _found(directory: Path) -> tuple[bool, bool]:
 
 def _planned(options: Options, saved: dict | None, ranks: Ranks) -> tuple[Prepared, torch.dtype, plan.Memory]:
     """Everything that can be known and refused before weights are loaded; says what will be done."""
+    for flag, asked in (("--fit", options.fit is not None), ("--gradient-release", options.gradient_release)):
+        if asked and ranks.size > 1:
+            raise UserError(f"{flag} is for one process: {ranks.size} ranks share memory out with --fsdp")
+    fitting: list[str] = []
+    if options.fit is not None and saved is None:  # a run that goes on has been fitted
+        options, fitting = fit.fitted(options)
     prepared = prepare(options, ranks)
     job = prepared.job
+    for note in fitting:
+        print(note)
     for note in prepared.notes:
         print(note)
     for name, counts in prepared.counts.items():

@@ -91,6 +91,8 @@ class Options:
     stochastic_rounding: bool | None = None
     backend: str = "auto"
     offload: str | None = None
+    gradient_release: bool = False
+    fit: float | None = None
     fsdp: bool = False
     log_every: int = 1
     log_to: list[str] | None = None
@@ -160,6 +162,7 @@ class Options:
         for name in ("lr", "weight_decay", "eps"):
             need(name, getattr(self, name) >= 0, "0 or more")
         need("max_grad_norm", self.max_grad_norm >= 0, "0 (no clipping) or more")
+        need("fit", self.fit is None or self.fit > 0, "more than 0 GB")
         for name in (
             "validation_split",
             "beta1",
@@ -195,6 +198,15 @@ class Options:
         if self.offload is not None and self.fsdp:
             raise UserError(
                 "--offload keeps whole parameters' states: not with --fsdp, where each rank holds its share of them"
+            )
+        if self.gradient_release and self.max_grad_norm > 0:
+            raise UserError(
+                f"--gradient-release frees gradients before their norm is known: not with --max-grad-norm {self.max_grad_norm:g}, "
+                "give 0 (no clipping)"
+            )
+        if self.gradient_release and self.compare:
+            raise UserError(
+                "--compare trains with torch's AdamW too, which has no --gradient-release: leave one of them out"
             )
         trackers.chosen(self.log_to)
         if self.resume and self.overwrite:

@@ -50,7 +50,7 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
     total = sum(trained)
     return Memory(
         weights=every * dtype.itemsize,
-        gradients=total * dtype.itemsize,
+        gradients=(max(trained, default=0) if options.gradient_release else total) * dtype.itemsize,
         ours=ours["total"] - ours["other"],
         adamw=2 * dtype.itemsize * total,
         epi_as_published=published.STATE_TOTAL_BYTES * total,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from epi_kernels import MaskedEMAAdamW, enable_gradient_release
 from epi_kernels.files import write_whole
 from epi_kernels.integrations import named_parameter_groups
 
@@ -136,7 +137,13 @@ def _loads_to(job: Job) -> str:
 
 
 def _optimizer(net: torch.nn.Module, options: Options, label: str) -> torch.optim.Optimizer:
-    return build_optimizer(options, named_parameter_groups(net, weight_decay=options.weight_decay), label)
+    optimizer = build_optimizer(
+        options, named_parameter_groups(net, weight_decay=options.weight_decay), label
+    )
+    if options.gradient_release:
+        assert isinstance(optimizer, MaskedEMAAdamW), "--compare goes without gradient release"
+        enable_gradient_release(net, optimizer, accumulation_steps=options.accumulation)
+    return optimizer
 
 
 def _load(job: Job, folder: Path, dtype: torch.dtype, label: str):

@@ -211,27 +211,37 @@ class Run:
         total = 0.0
         for batch in batches:
             loss, _ = answer_loss(self.model, batch)
-            (loss / answers).backward()
             total += float(loss.detach())
+            if options.gradient_release and not math.isfinite(total):  # backward() steps
+                raise self._diverged(index, total / answers, None)
+            (loss / answers).backward()
         (total,) = ranks.sums([total])
-        if not job.sharded:  # FSDP2 has done it
-            ranks.add_gradients(self.parameters)
-        limit = options.max_grad_norm or math.inf
-        clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        norm = float(clipped.full_tensor() if is_sharded(clipped) else clipped)  # pyright: ignore[reportAttributeAccessIssue]
+        norm = None if options.gradient_release else self._clipped()
         loss = total / answers
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {index + 1}: loss {loss}, gradient norm {norm}; the weights of step {index} are untouched. "
-                f"Last checkpoint: {self._last_saved()}. A smaller --lr or --dtype fp32 may help",
-                status=1,
-                shared=True,
-            )
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
+            raise self._diverged(index, loss, norm)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss, "lr": float(lr), "grad_norm": norm, "tokens": tokens, "answer_tokens": answers}
+
+    def _clipped(self) -> float:
+        """The norm of all gradients before they were clipped; all ranks' are added first. A call of all of them."""
+        if not self.job.sharded:  # FSDP2 has done it
+            self.job.ranks.add_gradients(self.parameters)
+        limit = self.job.options.max_grad_norm or math.inf
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return float(clipped.full_tensor() if is_sharded(clipped) else clipped)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _diverged(self, index: int, loss: float, norm: float | None) -> UserError:
+        known = "" if norm is None else f", gradient norm {norm}"
+        return UserError(
+            f"step {index + 1}: loss {loss}{known}; the weights of step {index} are untouched. "
+            f"Last checkpoint: {self._last_saved()}. A smaller --lr or --dtype fp32 may help",
+            status=1,
+            shared=True,
+        )
 
     def run(self, start: int) -> Outcome:
         """Steps `start` .. steps. Returns early, with a checkpoint, when interrupted."""

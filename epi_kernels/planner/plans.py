@@ -1,0 +1,148 @@
+"""The configurations that a planner weighs up, and what each takes of a card, of the host and of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from epi_kernels import footprint
+from epi_kernels.planner.machine import GB, Machine
+
+RESERVED = 10**9  # bytes: the CUDA context, and what the allocator cannot use
+SAME_TIME = 1.25  # steps that differ by less are called equally fast, and exactness decides
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a model of bfloat16 weights trains. From the most exact to the smallest, as ``CONFIGURATIONS`` lists them."""
+
+    name: str
+    options: dict[str, Any]  # of MaskedEMAAdamW
+    checkpointing: bool = False  # activations are computed again in the backward pass
+    release: bool = False  # gradients are freed as they are used: no clipping by the norm of all of them
+
+    @property
+    def offloaded(self) -> bool:
+        return "offload" in self.options
+
+
+EXACT: dict[str, Any] = {"master_weight_bits": 32}
+STATES: list[tuple[str, dict[str, Any]]] = [
+    ("32-bit weights, bfloat16 states", EXACT),
+    ("24-bit weights, 8-bit states", {"state_dtype": "int8", "master_weight_bits": 24}),
+    ("bfloat16 weights, 8-bit states", {"state_dtype": "int8"}),
+    (
+        "states on the host: 32-bit weights, float32 states",
+        EXACT | {"state_dtype": torch.float32, "offload": "cpu"},
+    ),
+    (
+        "states on the host: 24-bit weights, 8-bit states",
+        {"state_dtype": "int8", "master_weight_bits": 24, "offload": "cpu"},
+    ),
+]
+CONFIGURATIONS = [
+    Configuration(name, options, checkpointing, release)
+    for name, options in STATES
+    for checkpointing, release in ((False, False), (True, False), (False, True), (True, True))
+    if release or "offload" not in options
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of a card and of the host, and seconds of a step, of one configuration."""
+
+    configuration: Configuration
+    device_bytes: int
+    left_bytes: int  # of the card
+    host_bytes: int = 0
+    host_gbps_to_hide: float = (
+        0.0  # what the host's memory must move a second for the backward pass to hide the update
+    )
+    passes_seconds: float = 0.0
+    update_seconds: float = 0.0  # what the passes do not hide of it
+    at_least: bool = False  # weights, whole gradients and states alone do not fit: nothing else was counted
+
+    @property
+    def fits(self) -> bool:
+        return self.left_bytes >= 0
+
+    def facts(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        options = {
+            name: str(value).removeprefix("torch.") for name, value in self.configuration.options.items()
+        }
+        return dataclasses.asdict(self) | {
+            "configuration": dataclasses.asdict(self.configuration) | {"options": options},
+            "fits": self.fits,
+            "seconds": self.seconds,
+        }
+
+    @property
+    def seconds(self) -> float:
+        return self.passes_seconds + self.update_seconds
+
+
+def plans(
+    sizes: Sequence[int],  # elements of each parameter
+    pass_of: Callable[
+        [bool, bool], int
+    ],  # (checkpointing, release): peak bytes of the passes, weights included
+    tokens: int,  # of a step
+    card_bytes: int,
+    machine: Machine,
+    configurations: Sequence[Configuration] = CONFIGURATIONS,
+) -> list[Plan]:
+    return [_plan(one, sizes, pass_of, tokens, card_bytes, machine) for one in configurations]
+
+
+def choose(found: Sequence[Plan]) -> Plan | None:
+    """The fastest of those that fit; of equally fast ones the first, which is the most exact. None where none fits."""
+    fitting = [plan for plan in found if plan.fits]
+    fastest = min((plan.seconds for plan in fitting), default=0.0)
+    return next((plan for plan in fitting if plan.seconds <= SAME_TIME * fastest), None)
+
+
+def _plan(
+    one: Configuration,
+    sizes: Sequence[int],
+    pass_of: Callable[[bool, bool], int],
+    tokens: int,
+    card_bytes: int,
+    machine: Machine,
+) -> Plan:
+    weights = sum(sizes) * torch.bfloat16.itemsize
+    options = {name: value for name, value in one.options.items() if name != "offload"}
+    state = footprint.masked_ema_adamw(sizes, torch.bfloat16, **options)["total"]
+    beside = RESERVED + (0 if one.offloaded else state)
+    least = beside + weights + (0 if one.release else weights)
+    if least > card_bytes:
+        return Plan(one, least, card_bytes - least, at_least=True)
+    device = beside + pass_of(one.checkpointing, one.release)
+    forward = 2 * sum(sizes) * tokens / machine.compute
+    backward = (3 if one.checkpointing else 2) * forward
+    moved = 3 * weights + 2 * state  # weights in and out, gradients in, states in and out
+    if not one.offloaded:
+        return Plan(
+            one,
+            device,
+            card_bytes - device,
+            passes_seconds=forward + backward,
+            update_seconds=moved / machine.memory,
+        )
+    # gradients come down while weights go up, and the host steps what has arrived
+    moved += 2 * weights  # what the link writes and reads there
+    update = max(weights / machine.link, moved / machine.host)
+    return Plan(
+        one,
+        device,
+        card_bytes - device,
+        host_bytes=state + 2 * weights,
+        host_gbps_to_hide=moved / backward / GB,
+        passes_seconds=forward + backward,
+        update_seconds=max(0.0, update - backward),
+    )
