@@ -101,13 +101,9 @@ def model_sizes(model: str) -> list[int]:
     Raises:
         UserError: as ``model_config``, or its config makes no model.
     """
+    from epi_kernels.finetune.model import sizes_of
+
     return sizes_of(model_config(model))
-
-
-def sizes_of(config: Any) -> list[int]:
-    from epi_kernels.finetune.model import empty_model
-
-    return [parameter.numel() for parameter in empty_model(config).parameters()]
 
 
 def report(model: str, sizes: Sequence[int], dtype_name: str) -> dict[str, Any]:
@@ -195,6 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises SystemExit with what to do when the model cannot be found or FILE cannot be written."""
     from epi_kernels.finetune.errors import UserError
+    from epi_kernels.finetune.model import sizes_of
 
     if args.card is not None:
         planner.check(args)

@@ -25,7 +25,7 @@ LEVELS = [
     ["distributed"],
     ["optim"],
     ["training", "provenance", "workers"],
-    ["isolation", "integrations", "finetune", "report", "demo"],
+    ["isolation", "integrations", "finetune", "planner", "report", "demo"],
     ["repro"],
     ["cli", "env", "memory", "kernels_report", "__main__"],
 ]

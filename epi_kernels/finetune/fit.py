@@ -7,13 +7,12 @@ import dataclasses
 
 import torch
 
-from epi_kernels.memory import sizes_of
 from epi_kernels.planner import command as planner
 from epi_kernels.planner import plans
 from epi_kernels.planner.machine import GB
 
 from .errors import UserError
-from .model import load_config, row_length
+from .model import load_config, row_length, sizes_of
 from .options import Options
 
 DECIDED = (

@@ -149,6 +149,11 @@ def empty_model(config):
         ) from None
 
 
+def sizes_of(config) -> list[int]:
+    """Elements of each parameter, tied ones once. Raises UserError as `empty_model`."""
+    return [parameter.numel() for parameter in empty_model(config).parameters()]
+
+
 def load_model(
     model: str, config, dtype: torch.dtype, attention: str, device: str, seed: int, tokenizer=None
 ):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from epi_kernels import footprint
+from epi_kernels.optim.offload.pipeline import STAGING_BYTES
 from epi_kernels.planner.machine import GB, Machine
 
 RESERVED = 10**9  # bytes: the CUDA context, and what the allocator cannot use
@@ -134,14 +135,17 @@ def _plan(
             passes_seconds=forward + backward,
             update_seconds=moved / machine.memory,
         )
-    # gradients come down while weights go up, and the host steps what has arrived
-    moved += 2 * weights  # what the link writes and reads there
-    update = max(weights / machine.link, moved / machine.host)
+    # gradients and weights come down while weights go up, and the host steps what has arrived
+    room = [2 * n * torch.bfloat16.itemsize for n in sizes]  # a weight and its gradient
+    staging = max(max(room), min(sum(room), STAGING_BYTES))
+    device += staging // 2  # gradients that wait for their copy
+    moved += 3 * weights  # what the link writes and reads there
+    update = max(2 * weights / machine.link, moved / machine.host)
     return Plan(
         one,
         device,
         card_bytes - device,
-        host_bytes=state + 2 * weights,
+        host_bytes=state + staging,
         host_gbps_to_hide=moved / backward / GB,
         passes_seconds=forward + backward,
         update_seconds=max(0.0, update - backward),
