@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.cuts import Cut
 from epi_kernels.backends.table import PointerTable, fill_grads, step_table
 from epi_kernels.reference.rounding import stream_key
 from epi_kernels.reference.scalars import HyperParameters, StepScalars, step_scalars
@@ -76,6 +77,7 @@ class StepBatch:
         self.device_rows: Tensor | None = None
         self.device_tables: tuple = ()  # all that the kernels of the last step read and write beside the tensors
         self.any_low_precision = any(_is_low_precision(item) for item in self.tensors)
+        self.cut = Cut(self.tensors)  # what is given of parameters here, for kernels
         self._table: PointerTable | None = None
 
     def table(self, *, writes_grad: bool) -> PointerTable:

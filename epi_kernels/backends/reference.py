@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from epi_kernels.backends.batch import StepBatch
 from epi_kernels.reference import mask, stats, step, threshold
 from epi_kernels.reference.rounding import stream_key
-from epi_kernels.reference.scalars import reciprocal_scale, step_scalars
+from epi_kernels.reference.runs import pieces
+from epi_kernels.reference.scalars import StepScalars, reciprocal_scale, step_scalars
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -48,19 +50,19 @@ class ReferenceBackend:
             assert item.hyper is not None and grad is not None
             scalars = scalars_of(t, item.hyper, double=item.param.dtype == torch.float64)
             key = stream_key(seed, t, item.rng_id) if stochastic_rounding else None
-            step.step_(item, grad, scalars, rng_key=key, grad_multiplier=multiplier)
+            _step(item, grad, scalars, key, multiplier)
         batch.counts.advance()
         if stats is not None:
             self.accumulate([item for item in batch.tensors if item.layer >= 0], stats)
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats_: LayerStats) -> None:
-        for item in tensors:
+        for item in _pieces(tensors):
             stats.accumulate(item, stats_)
 
     def count(
         self, tensors: Sequence[ParamTensors], terms: ScoreTerms, search: KthSearch, sample_stride: int = 1
     ) -> None:
-        for item in tensors:
+        for item in _pieces(tensors):
             threshold.count(item, terms, search, sample_stride)
 
     def select(
@@ -71,5 +73,26 @@ class ReferenceBackend:
         keep_factor: float,
         drift: Tensor,
     ) -> None:
-        for item in tensors:
+        for item in _pieces(tensors):
             mask.select_(item, terms, thresholds, keep_factor, drift)
+
+
+def _pieces(tensors: Sequence[ParamTensors]) -> Iterator[ParamTensors]:
+    for item in tensors:
+        yield from pieces(item)
+
+
+def _step(
+    item: ParamTensors, grad: Tensor, scalars: StepScalars, key: int | None, multiplier: float | None
+) -> None:
+    if item.runs is None:
+        step.step_(item, grad, scalars, rng_key=key, grad_multiplier=multiplier)
+        return
+    dense = replace(item, param=item.param.contiguous(), grad=grad.contiguous())
+    for piece in pieces(dense):
+        assert piece.grad is not None
+        step.step_(piece, piece.grad, scalars, rng_key=key, grad_multiplier=multiplier)
+    if dense.param is not item.param:
+        item.param.copy_(dense.param)
+    if dense.grad is not grad and multiplier is not None:
+        grad.copy_(dense.grad)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.compact import has_persistent_mask
 from epi_kernels.optim.names import bare_name
 
 from .checkpoints import require_same_shapes
@@ -123,7 +124,7 @@ def freeze(
         if opened:
             mask = union_mask(opened, name)
             frozen += int(mask.sum())
-        elif "persistent_mask" in optimizer.state.get(param, {}):
+        elif has_persistent_mask(optimizer.state.get(param, {})):
             mask = torch.zeros(param.shape, dtype=torch.bool)
         else:
             continue

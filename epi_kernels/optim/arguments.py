@@ -24,6 +24,7 @@ BACKENDS = ("auto", *dispatch.NAMES)
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
+GRANULARITIES = ("element", "row", "block")
 
 # what a param group may set; everything else the constructor takes is one value for the whole optimizer
 GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "isolate", "importance_beta")
@@ -46,6 +47,7 @@ GLOBAL_OPTIONS = (
     "stochastic_rounding",
     "seed",
     "backend",
+    "isolation_granularity",
 )
 
 
@@ -67,6 +69,7 @@ class IsolationConfig:
     seed: int
     backend: str
     capturable: bool = False
+    isolation_granularity: str = "element"
     ratio_schedule: RatioSchedule | None = None
     interval_schedule: IntervalSchedule | None = None
 
@@ -181,6 +184,7 @@ def make_config(
     seed: int,
     backend: str,
     capturable: bool,
+    isolation_granularity: str,
 ) -> IsolationConfig:
     """Validates the global options."""
     ratio, ratio_schedule = _ratio(isolation_ratio)
@@ -209,6 +213,13 @@ def make_config(
     _choice("normalization", normalization, NORMALIZATIONS)
     _choice("scope", scope, SCOPES)
     _choice("backend", backend, BACKENDS)
+    _choice("isolation_granularity", isolation_granularity, GRANULARITIES)
+    _require(
+        isolation_granularity == "element" or not capturable,
+        "isolation_granularity",
+        isolation_granularity,
+        "'element' with capturable=True (a graph goes on with the memory that it was captured with)",
+    )
     _require(layer_key is None or callable(layer_key), "layer_key", layer_key, "None or a callable of a name")
     _require(
         stochastic_rounding is None or isinstance(stochastic_rounding, bool),
@@ -238,6 +249,7 @@ def make_config(
         seed=int(seed),
         backend=backend,
         capturable=bool(capturable),
+        isolation_granularity=isolation_granularity,
         ratio_schedule=ratio_schedule,
         interval_schedule=interval_schedule,
     )

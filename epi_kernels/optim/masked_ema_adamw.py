@@ -13,6 +13,7 @@ from epi_kernels.distributed.world import World
 from epi_kernels.optim import arguments, ranks, saving, schedules, stepping
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured, steps_done
+from epi_kernels.optim.compact import change_whole, check_granularity, whole_masks
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
 from epi_kernels.optim.group_text import STATE_VERSION, VERSION_KEY
@@ -126,6 +127,7 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: bool | None = None,
         seed: int = 0,
         backend: str = "auto",
+        isolation_granularity: str = "element",
     ) -> None:
         arguments.check_torch_options(
             amsgrad=amsgrad,
@@ -158,6 +160,7 @@ class MaskedEMAAdamW(Optimizer):
             seed=seed,
             backend=backend,
             capturable=capturable,
+            isolation_granularity=isolation_granularity,
         )
         self._world: World | None = None
         self._report: IsolationReport | None = None
@@ -308,7 +311,7 @@ class MaskedEMAAdamW(Optimizer):
         """
         entry_of(param, self.param_groups)
         self._adopt_state()
-        return unpacked_mask(self.state.get(param, {}), param)
+        return unpacked_mask(whole_masks(self.state.get(param, {}), param), param)
 
     @uncompiled
     @torch.no_grad()
@@ -325,12 +328,16 @@ class MaskedEMAAdamW(Optimizer):
             ValueError: its shape or device is not the parameter's, or the parameter is in no group.
         """
         self._refuse_in_a_step("set_isolation_mask()")
-        group = entry_of(param, self.param_groups).group
+        entry, config = entry_of(param, self.param_groups), self._config
         check_mask(mask, param)
+        if persistent:
+            check_granularity(mask, param, config, entry.name)
         self._adopt_state()
         state = self.state[param]
-        state_.complete_state(state, param, group, self._config)
-        install_mask(state, param, mask, persistent=persistent)
+        state_.complete_state(state, param, entry.group, config)
+        self.state[param] = change_whole(
+            state, param, config, lambda whole: install_mask(whole, param, mask, persistent=persistent)
+        )
 
     @uncompiled
     @torch.no_grad()

@@ -59,6 +59,7 @@ def partition(
         part = partitions.setdefault((backend.name, param.device), Partition(param.device, backend))
         tensors = param_tensors(param, state, group, row)
         (part.counted if param in layers.counted else part.repeated).append(tensors)
+        stateless[row] += tensors.n_stateless if group["isolate"] and param in layers.counted else 0
         if group["isolate"] and param in layers.counted and param not in covered:
             part.stats_pending.append(tensors)
     return list(partitions.values()), stateless
@@ -158,6 +159,12 @@ def _mask(
             part.backend.select(masked, part_terms, part_thresholds, found.keep_factor, into)
         if part_drift is not drift:
             drift += part_drift.to(device)
+    without_state = [0] * len(table.names)
+    for part in partitions:
+        for item in part.counted:
+            without_state[item.layer] += item.n_stateless
+    if any(without_state):  # isolated persistently, before as after
+        drift[:, 0] += torch.tensor(without_state, dtype=torch.int64, device=device)
     return drift
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from epi_kernels.backends import capture
 from epi_kernels.backends import table as _table
 from epi_kernels.backends.batch import StepBatch
+from epi_kernels.backends.cuts import refresh_table
 from epi_kernels.backends.triton import bounds as _bounds
 from epi_kernels.backends.triton import mask as _mask
 from epi_kernels.backends.triton import prepare as _prepare
@@ -120,9 +121,11 @@ class TritonBackend:
             rows[start:stop, _prepare.LR] = 0 if lr is None else lr.data_ptr()
         # -(1 - beta1) * g is (1 - beta1) * -g to the bit, and g * g has no sign
         scalars[table.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
+        rows = batch.cut.rows(rows)
 
         variants = step_variants(rows, self._step_chunk)
         with self._on(device):
+            batch.cut.count_apart(rows)
             sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
             work = self._plan(sizes, variants, layers, self._step_chunk, device, captured=batch.capturable)
             device_rows = self._rows_of(batch, rows, device)
@@ -276,9 +279,9 @@ class TritonBackend:
         self, tensors: Sequence[ParamTensors], device: torch.device, stride: int = 1
     ) -> tuple[DevicePlan, Tensor]:
         """Chunks and rows of the stages that read u; the passes of one refresh share the rows."""
-        pointers = _table.refresh_table(tensors).rows
+        pointers = refresh_table(tensors).rows
         own = pointers[:, _table.IMPORTANCE]
-        rows = np.empty((len(tensors), _stats.REFRESH_ROW), dtype=np.int64)
+        rows = np.empty((len(pointers), _stats.REFRESH_ROW), dtype=np.int64)
         rows[:, _stats.U] = np.where(own != 0, own, pointers[:, _table.EXP_AVG_SQ])
         rows[:, _stats.ISOLATION_MASK] = pointers[:, _table.ISOLATION_MASK]
         rows[:, _stats.PERSISTENT_MASK] = pointers[:, _table.PERSISTENT_MASK]
