@@ -28,11 +28,15 @@ class Cut:
         self._index: np.ndarray | None = None  # [rows] int64: the parameter of every row
         if all(item.runs is None for item in tensors):
             return
-        runs = [_whole(item) if item.runs is None else item.runs if len(item.runs) else _EMPTY for item in tensors]
+        runs = [
+            _whole(item) if item.runs is None else item.runs if len(item.runs) else _EMPTY for item in tensors
+        ]
         self._index = np.repeat(np.arange(len(tensors)), [len(one) for one in runs])
         self._numel = np.concatenate([one[:, 1] for one in runs])
         self._offsets = np.concatenate([_offsets(item, one) for item, one in zip(tensors, runs, strict=True)])
-        self._further = np.flatnonzero(np.diff(self._index, prepend=-1) == 0)  # rows after a parameter's first
+        self._further = np.flatnonzero(
+            np.diff(self._index, prepend=-1) == 0
+        )  # rows after a parameter's first
         self._steps: tuple[Tensor, ...] = ()
 
     def spread(self, values: np.ndarray) -> np.ndarray:

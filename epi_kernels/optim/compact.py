@@ -35,7 +35,9 @@ _RUN_COSTS_ELEMENTS = 256
 
 # elements of a parameter that an entry of the tensor stands for
 _ELEMENTS_OF = (
-    dict.fromkeys(MOMENT_KEYS, 1) | dict.fromkeys(SCALE_OF.values(), codec.BLOCK) | dict.fromkeys(MASK_KEYS, 8)
+    dict.fromkeys(MOMENT_KEYS, 1)
+    | dict.fromkeys(SCALE_OF.values(), codec.BLOCK)
+    | dict.fromkeys(MASK_KEYS, 8)
 )
 
 
@@ -135,7 +137,10 @@ def whole_masks(state: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
     ones = torch.full((bits.packed_bytes(param.numel()),), 0xFF, dtype=torch.uint8, device=stored.device)
     if param.numel() % 8:
         ones[-1] >>= -param.numel() % 8
-    parts = {"isolation_mask": stored, "persistent_mask": state.get("persistent_mask", torch.zeros_like(stored))}
+    parts = {
+        "isolation_mask": stored,
+        "persistent_mask": state.get("persistent_mask", torch.zeros_like(stored)),
+    }
     return {key: _put(part, ones.clone(), runs, 8) for key, part in parts.items()}
 
 
@@ -169,7 +174,9 @@ def expand_states(
 def _slices(runs: np.ndarray, begins: np.ndarray, elements: int) -> list[slice]:
     """Where the runs lie in a tensor with one entry for so many elements, if they begin at ``begins``."""
     ends = -(-(begins + runs[:, 1]) // elements)
-    return [slice(begin, end) for begin, end in zip((begins // elements).tolist(), ends.tolist(), strict=True)]
+    return [
+        slice(begin, end) for begin, end in zip((begins // elements).tolist(), ends.tolist(), strict=True)
+    ]
 
 
 def _put(stored: Tensor, whole: Tensor, runs: np.ndarray, elements: int) -> Tensor:

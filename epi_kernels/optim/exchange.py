@@ -26,7 +26,7 @@ from epi_kernels.distributed.world import first_rank, on_first_rank
 from epi_kernels.files import whole
 from epi_kernels.optim import ranks, stepping
 from epi_kernels.optim.carry import match_source
-from epi_kernels.optim.compact import check_granularity, has_persistent_mask, whole_masks
+from epi_kernels.optim.compact import check_granularity, whole_masks
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask

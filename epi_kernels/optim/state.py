@@ -38,7 +38,9 @@ def complete_state(
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     wanted = MOMENT_KEYS[:2] if shares_importance(group) else MOMENT_KEYS
     if RUNS_KEY in state and not all(key in state for key in wanted):
-        state.update(change_whole(state, param, config, lambda whole: complete_state(whole, param, group, config)))
+        state.update(
+            change_whole(state, param, config, lambda whole: complete_state(whole, param, group, config))
+        )
     for key in wanted:
         if key not in state:
             state.update(new_moment(key, param, config))

@@ -17,6 +17,15 @@ from epi_kernels.reference.tensors import ParamTensors
 
 BLOCK = codec.BLOCK
 
+# elements of the parameter that an entry of the tensor stands for
+_OF_THE_WEIGHT = {"param": 1, "grad": 1, "weight_correction": 1}
+_ELEMENTS_OF = {
+    **_OF_THE_WEIGHT,
+    **dict.fromkeys(("exp_avg", "exp_avg_sq", "importance"), 1),
+    **dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale", "importance_scale"), BLOCK),
+    **dict.fromkeys(("isolation_mask", "persistent_mask"), 8),
+}
+
 
 def find_runs(persistent_mask: Tensor, n_elements: int) -> np.ndarray:
     """[r, 2] int64, first element and number: the longest runs of blocks that hold anything not in a packed mask."""
@@ -40,30 +49,16 @@ def places(runs: np.ndarray) -> np.ndarray:
     return np.cumsum(runs[:, 1]) - runs[:, 1]
 
 
-
 def pieces(item: ParamTensors) -> Iterator[ParamTensors]:
-    """Every run as a parameter by itself: views. ``param``, ``grad`` and ``weight_correction`` are row-major."""
+    """Every run as a parameter by itself: views, where a tensor is row-major."""
     if item.runs is None:
         yield item
         return
-
-    def cut(tensor: Tensor | None, at: int, count: int, elements: int = 1) -> Tensor | None:
-        return None if tensor is None else tensor.view(-1)[at // elements : -(-(at + count) // elements)]
-
+    flat = {name: None if (one := getattr(item, name)) is None else one.reshape(-1) for name in _ELEMENTS_OF}
     for (start, count), at in zip(item.runs.tolist(), places(item.runs).tolist(), strict=True):
-        yield replace(
-            item,
-            param=cut(item.param, start, count),
-            grad=cut(item.grad, start, count),
-            weight_correction=cut(item.weight_correction, start, count),
-            exp_avg=cut(item.exp_avg, at, count),
-            exp_avg_sq=cut(item.exp_avg_sq, at, count),
-            importance=cut(item.importance, at, count),
-            isolation_mask=cut(item.isolation_mask, at, count, 8),
-            persistent_mask=cut(item.persistent_mask, at, count, 8),
-            exp_avg_scale=cut(item.exp_avg_scale, at, count, BLOCK),
-            exp_avg_sq_scale=cut(item.exp_avg_sq_scale, at, count, BLOCK),
-            importance_scale=cut(item.importance_scale, at, count, BLOCK),
-            index_offset=item.index_offset + start,
-            runs=None,
-        )
+        cut: dict[str, Tensor | None] = {}
+        for name, elements in _ELEMENTS_OF.items():
+            one, begin = flat[name], start if name in _OF_THE_WEIGHT else at
+            end = begin + count
+            cut[name] = None if one is None else one[begin // elements : -(-end // elements)]
+        yield replace(item, **cut, index_offset=item.index_offset + start, runs=None)
