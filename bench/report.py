@@ -23,6 +23,7 @@ from pathlib import Path
 from bench import (
     exactness,
     gpu_table,
+    isolated_rows,
     memory_table,
     plots,
     quality_record,
@@ -222,6 +223,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "cpu": cpu,
     "memory": lambda _: memory_table.text(),
     "quality": quality_record.section,
+    "isolated-rows": isolated_rows.section,
     "side-by-side": side_by_side_table.text,
     "exactness": exactness.text,
     "stopped": stopped.text,

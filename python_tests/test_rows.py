@@ -56,6 +56,22 @@ def test_what_can_move_takes_the_steps_of_an_element_wise_run(dtype: torch.dtype
             assert torch.equal(rows[number][key], elements[number][key]), (name, key)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_of_what_has_no_state_are_not_read(backend: str):
+    """They may be anything: no statistic, no count of non-finite importances and no weight tells."""
+    runs = []
+    for poison in (False, True):
+        params, optimizer = begun(backend=backend, steps=1)
+        for number in range(1, 5):
+            give_gradients(params, number)
+            for name, mask in masks().items() if poison else ():
+                params[name].grad.view(-1)[torch.from_numpy(stateless(mask.numpy()))] = torch.nan
+            optimizer.step()
+        assert optimizer.isolation_report().nonfinite == 0
+        runs.append(optimizer)
+    assert_same_run(*runs)
+
+
 def test_without_persistent_masks_every_granularity_is_the_same():
     runs = []
     for granularity in ("element", "row", "block"):

@@ -88,11 +88,12 @@ def _step(
     if item.runs is None:
         step.step_(item, grad, scalars, rng_key=key, grad_multiplier=multiplier)
         return
-    dense = replace(item, param=item.param.contiguous(), grad=grad.contiguous())
+    dense_grad = grad.contiguous()
+    dense = replace(item, param=item.param.contiguous(), grad=dense_grad)
     for piece in pieces(dense):
         assert piece.grad is not None
         step.step_(piece, piece.grad, scalars, rng_key=key, grad_multiplier=multiplier)
     if dense.param is not item.param:
         item.param.copy_(dense.param)
-    if dense.grad is not grad and multiplier is not None:
-        grad.copy_(dense.grad)
+    if dense_grad is not grad and multiplier is not None:
+        grad.copy_(dense_grad)

@@ -25,13 +25,10 @@ from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF
 from epi_kernels.optim.pages import zeros
 from epi_kernels.reference import bits, codec
-from epi_kernels.reference.runs import find_runs, places, stored_elements
+from epi_kernels.reference.runs import find_runs, pays, places, stored_elements
 
 RUNS_KEY = "stored_runs"
 BLOCK_ELEMENTS = 4096  # of isolation_granularity="block", row-major
-
-# A run is a row of the kernels' table on the host, 19 words in two copies: it has to save more than that.
-_RUN_COSTS_ELEMENTS = 256
 
 # elements of a parameter that an entry of the tensor stands for
 _ELEMENTS_OF = (
@@ -96,7 +93,7 @@ def compacted(state: dict[str, Any], config: IsolationConfig) -> dict[str, Any]:
         return state
     n = local(state["exp_avg"]).numel()
     runs = find_runs(lasting, n)
-    if stored_elements(runs) + _RUN_COSTS_ELEMENTS * len(runs) >= n:
+    if not pays(stored_elements(runs), len(runs), n):
         return state
     found: dict[str, Any] = {}
     for key, value in state.items():

@@ -82,6 +82,11 @@ class MaskedEMAAdamW(Optimizer):
         stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
+        isolation_granularity: of persistent masks, not of what a refresh selects. "element", "row" (along dim 0) or "block"
+            (4,096 neighbours, row-major): masks of whole rows or blocks, whose elements have no moments and no importance
+            (u = 0) and whose gradients the step does not read. State is kept in runs, where that saves memory; a parameter's
+            moments are flat then in ``state``, and whole in ``state_dict()``, on the host. Not with ``capturable`` or
+            DTensor parameters.
 
     Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
     together, and ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all of them; else each
@@ -321,11 +326,15 @@ class MaskedEMAAdamW(Optimizer):
         For a DTensor: one with its mesh and placements, or the whole mask on every rank.
 
         Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
-        ``isolation_ratio=0`` and ``isolate=False`` too. An all-False one lifts it (a DTensor leaves it empty).
+        ``isolation_ratio=0`` and ``isolate=False`` too. An all-False one lifts it (a DTensor leaves it empty). Where rows or
+        blocks have no state (``isolation_granularity``), those that are released begin with moments of 0 at their
+        parameter's ``step``.
 
         Raises:
             TypeError: the mask is no dense bool tensor.
-            ValueError: its shape or device is not the parameter's, or the parameter is in no group.
+            ValueError: its shape or device is not the parameter's, the parameter is in no group, or a persistent mask is
+                not of whole rows or blocks where ``isolation_granularity`` asks for them.
+            NotImplementedError: such a mask for a DTensor.
         """
         self._refuse_in_a_step("set_isolation_mask()")
         entry, config = entry_of(param, self.param_groups), self._config

@@ -16,6 +16,9 @@ from epi_kernels.reference import codec
 from epi_kernels.reference.tensors import ParamTensors
 
 BLOCK = codec.BLOCK
+BYTES_A_RUN = 16  # of ``runs``, as they are kept
+# A run is a row of the kernels' table on the host, 19 words in two copies: it has to save more than that.
+_RUN_COSTS_ELEMENTS = 256
 
 # elements of the parameter that an entry of the tensor stands for
 _OF_THE_WEIGHT = {"param": 1, "grad": 1, "weight_correction": 1}
@@ -42,6 +45,11 @@ def find_runs(persistent_mask: Tensor, n_elements: int) -> np.ndarray:
 
 def stored_elements(runs: np.ndarray) -> int:
     return int(runs[:, 1].sum())
+
+
+def pays(n_stored: int, n_runs: int, n_elements: int) -> bool:
+    """Whether so many elements in so many runs are to be kept by themselves."""
+    return n_stored + _RUN_COSTS_ELEMENTS * n_runs < n_elements
 
 
 def places(runs: np.ndarray) -> np.ndarray:
