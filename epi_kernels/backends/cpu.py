@@ -94,7 +94,7 @@ class CpuBackend:
         batch.counts.advance()
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
-        table = refresh_table(tensors)
+        table = refresh_table(tensors, by_runs=stats.with_moments)
         self._ops.cpu_accumulate(
             torch.from_numpy(table.rows),
             stats.minimum,

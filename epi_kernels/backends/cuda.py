@@ -234,7 +234,7 @@ class CudaBackend:
             self._ops.cuda_stats(work.rows, work.programs, work.runs, partials, stats.with_moments)
             self._merge(work, partials, stats)
 
-        self._refresh(tensors, launch)
+        self._refresh(tensors, launch, by_runs=stats.with_moments)
 
     def count(
         self, tensors: Sequence[ParamTensors], terms: ScoreTerms, search: KthSearch, sample_stride: int = 1
@@ -281,11 +281,13 @@ class CudaBackend:
 
         self._refresh(tensors, launch)
 
-    def _refresh(self, tensors: Sequence[ParamTensors], launch: Callable[[DeviceWork], None]) -> None:
+    def _refresh(
+        self, tensors: Sequence[ParamTensors], launch: Callable[[DeviceWork], None], *, by_runs: bool = False
+    ) -> None:
         """One launch over what the stages after the step read: u and the masks."""
         if not tensors:
             return
-        pointers = refresh_table(tensors)
+        pointers = refresh_table(tensors, by_runs=by_runs)
         device = tensors[0].exp_avg_sq.device
         work = self._work(device, pointers.rows, (), _REFRESH_POINTERS, by_layer=True)
         if work.layout.n_programs:

@@ -63,10 +63,12 @@ class Cut:
         self._steps = (copies,)  # until the next step is in the stream
 
 
-def refresh_table(tensors: Sequence[ParamTensors]) -> PointerTable:
-    """``table.refresh_table``, a row a run."""
+def refresh_table(tensors: Sequence[ParamTensors], *, by_runs: bool = False) -> PointerTable:
+    """``table.refresh_table``: what a refresh reads lies end to end. ``by_runs``: a row a run, as in a step, for sums of
+    float64 (zscore) depend on it."""
     made = table.refresh_table(tensors)
-    made.rows = Cut(tensors).rows(made.rows)
+    if by_runs:
+        made.rows = Cut(tensors).rows(made.rows)
     return made
 
 

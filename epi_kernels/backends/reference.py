@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -56,13 +56,13 @@ class ReferenceBackend:
             self.accumulate([item for item in batch.tensors if item.layer >= 0], stats)
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats_: LayerStats) -> None:
-        for item in _pieces(tensors):
+        for item in tensors:
             stats.accumulate(item, stats_)
 
     def count(
         self, tensors: Sequence[ParamTensors], terms: ScoreTerms, search: KthSearch, sample_stride: int = 1
     ) -> None:
-        for item in _pieces(tensors):
+        for item in tensors:
             threshold.count(item, terms, search, sample_stride)
 
     def select(
@@ -73,13 +73,8 @@ class ReferenceBackend:
         keep_factor: float,
         drift: Tensor,
     ) -> None:
-        for item in _pieces(tensors):
+        for item in tensors:
             mask.select_(item, terms, thresholds, keep_factor, drift)
-
-
-def _pieces(tensors: Sequence[ParamTensors]) -> Iterator[ParamTensors]:
-    for item in tensors:
-        yield from pieces(item)
 
 
 def _step(

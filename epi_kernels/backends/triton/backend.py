@@ -170,7 +170,7 @@ class TritonBackend:
         if not tensors:
             return
         with self._on(stats.minimum.device):
-            work, rows = self._refresh_tables(tensors, stats.minimum.device)
+            work, rows = self._refresh_tables(tensors, stats.minimum.device, by_runs=stats.with_moments)
             for variant, first, programs in work.launches:
                 _stats.stats_kernel[(programs,)](
                     work.chunks[first:],
@@ -276,10 +276,15 @@ class TritonBackend:
                 )
 
     def _refresh_tables(
-        self, tensors: Sequence[ParamTensors], device: torch.device, stride: int = 1
+        self,
+        tensors: Sequence[ParamTensors],
+        device: torch.device,
+        stride: int = 1,
+        *,
+        by_runs: bool = False,
     ) -> tuple[DevicePlan, Tensor]:
         """Chunks and rows of the stages that read u; the passes of one refresh share the rows."""
-        pointers = refresh_table(tensors).rows
+        pointers = refresh_table(tensors, by_runs=by_runs).rows
         own = pointers[:, _table.IMPORTANCE]
         rows = np.empty((len(pointers), _stats.REFRESH_ROW), dtype=np.int64)
         rows[:, _stats.U] = np.where(own != 0, own, pointers[:, _table.EXP_AVG_SQ])
