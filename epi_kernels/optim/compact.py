@@ -52,6 +52,13 @@ def state_shape(state: Mapping[str, Any], param: Tensor) -> torch.Size:
     return torch.Size([int(runs[:, 1].sum()) if fits else -1])
 
 
+def unit_elements(param: Tensor, granularity: str) -> int:
+    """Elements of a row, or of a block, of which the last may be shorter."""
+    if granularity == "block":
+        return BLOCK_ELEMENTS
+    return param.numel() // max(param.shape[0], 1) if param.ndim else 1
+
+
 def check_granularity(mask: Tensor, param: Tensor, config: IsolationConfig, what: str) -> None:
     """Refuses persistent masks that are not of whole rows or blocks, where such were asked for. ``mask``: bool of
     ``param``'s shape, or packed.
@@ -68,8 +75,7 @@ def check_granularity(mask: Tensor, param: Tensor, config: IsolationConfig, what
             f"{what}: a DTensor (FSDP2, tensor parallelism) has no persistent mask with isolation_granularity={kind!r}: "
             "use isolation_granularity='element'"
         )
-    n = param.numel()
-    size = BLOCK_ELEMENTS if kind == "block" else n // max(param.shape[0], 1) if param.ndim else 1
+    n, size = param.numel(), unit_elements(param, kind)
     if n == 0 or size == 1:
         return
     flat = bits.unpack(mask, n) if mask.dtype == torch.uint8 else mask.reshape(-1)
