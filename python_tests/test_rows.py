@@ -10,9 +10,11 @@ import torch
 
 from epi_kernels import MaskedEMAAdamW, enable_gradient_release
 from epi_kernels.optim.compact import RUNS_KEY
+from epi_kernels.optim.layers import find_layers
+from epi_kernels.optim.refresh import StatsByDevice, partition
 from epi_kernels.reference import bits
 from epi_kernels.reference.runs import find_runs
-from python_tests.harness import Target, assert_same_run, give_gradients, snapshot
+from python_tests.harness import TARGETS, Target, assert_same_run, give_gradients, snapshot
 from python_tests.row_runs import ROUNDS, SHAPES, begun, fresh, go_on, masks, model, row_pair, stateless
 
 KINDS = ["normal", "sparse", "ties", "small"]
@@ -201,6 +203,38 @@ def test_gradient_release_gives_the_same_bits():
         assert handle is None or not handle.is_open
         runs.append(optimizer)
     assert_same_run(*runs)
+
+
+def test_sums_of_a_refresh_are_those_of_a_step():
+    """Bit by bit, run by run: a parameter that is released in the backward pass has its sums taken apart from its step."""
+    params, optimizer = begun(normalization="zscore", mask_interval=None, steps=1)
+    entries, config = list(optimizer._parameters()), optimizer._config
+    table = find_layers(entries, config, None, 1, torch.device("cpu"))
+    in_step, alone = StatsByDevice(len(table.names), config), StatsByDevice(len(table.names), config)
+    give_gradients(params, 1)
+    grads = [param.grad for param in params.values()]
+    optimizer._plan.run(grads, grad_scale=None, found_inf=None, layers=table, stats=in_step)
+    (part,) = partition(entries, optimizer.state, table, set(), config)[0]
+    part.backend.accumulate(part.stats_pending, alone.on(part.device))
+    one, other = (stats.on(part.device).moments for stats in (in_step, alone))
+    assert one[: len(masks()) - 1].all() and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "target", [one for one in TARGETS if one.backend == "triton"], indirect=True, ids=str
+)
+def test_every_run_counts_its_steps_apart(target: Target):
+    """More runs than a program of the kernel that adds one to each row's ``step``."""
+    p = torch.nn.Parameter(torch.ones(8 * 140, 64, device=target.device))
+    optimizer = fresh({"w": p}, backend=target.backend, isolation_ratio=0.0)
+    mask = torch.ones_like(p, dtype=torch.bool)
+    mask[::8] = False
+    optimizer.set_isolation_mask(p, mask, persistent=True)
+    assert len(optimizer.state[p][RUNS_KEY]) == 141
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    assert len(p.detach()[::8].unique()) == 1 and torch.equal(p == 1, mask)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

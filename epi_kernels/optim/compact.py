@@ -40,7 +40,7 @@ _ELEMENTS_OF = (
 
 def runs_of(state: Mapping[str, Any]) -> np.ndarray | None:
     """[r, 2] int64: first element and number of those that have state; None where all have."""
-    return state[RUNS_KEY].numpy()[:-1] if RUNS_KEY in state else None
+    return state[RUNS_KEY].cpu().numpy()[:-1] if RUNS_KEY in state else None  # somebody may have moved it
 
 
 def state_shape(state: Mapping[str, Any], param: Tensor) -> torch.Size:
