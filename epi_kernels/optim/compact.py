@@ -6,8 +6,8 @@ A parameter whose persistent mask leaves few enough blocks of 64 elements to mov
     exp_avg, ...     [elements stored], with their scales, and the packed masks: the runs end to end
     persistent_mask  where a run holds isolated elements too, whose block of 64 something movable is in
 
-and no other. What is in no run is isolated persistently. Everything but the step and the refresh sees the whole state:
-``expanded``, without anything lost, in state dicts above all.
+and nothing of what is in no run, which is isolated persistently. Whatever else reads states sees them whole, with zeros
+there: state dicts above all. Nothing is lost on the way there and back.
 """
 
 from __future__ import annotations
