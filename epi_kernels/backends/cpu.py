@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends.batch import StepBatch
-from epi_kernels.backends.cuts import refresh_table
 from epi_kernels.backends.operators import cpu_operators
-from epi_kernels.backends.table import RNG_KEY, fill_layers
+from epi_kernels.backends.table import RNG_KEY, fill_layers, refresh_table
 from epi_kernels.reference.scalars import reciprocal_scale
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
@@ -79,8 +78,8 @@ class CpuBackend:
         if stats is not None:
             fill_layers(table, batch.tensors)
         self._ops.cpu_step(
-            torch.from_numpy(batch.cut.rows(table.rows)),
-            torch.from_numpy(batch.cut.spread(batch.scalars(t))),
+            torch.from_numpy(table.rows),
+            torch.from_numpy(batch.scalars(t)),
             stochastic_rounding,
             None if grad_scale is None else reciprocal_scale(float(grad_scale)),
             None if stats is None else stats.minimum,
@@ -94,7 +93,7 @@ class CpuBackend:
         batch.counts.advance()
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats: LayerStats) -> None:
-        table = refresh_table(tensors, by_runs=stats.with_moments)
+        table = refresh_table(tensors)
         self._ops.cpu_accumulate(
             torch.from_numpy(table.rows),
             stats.minimum,

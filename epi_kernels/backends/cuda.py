@@ -22,7 +22,6 @@ from torch import Tensor
 
 from epi_kernels.backends import table as table_
 from epi_kernels.backends.batch import StepBatch
-from epi_kernels.backends.cuts import refresh_table
 from epi_kernels.backends.operators import cuda_operators
 from epi_kernels.reference.rounding import mixed_seed
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
@@ -195,11 +194,12 @@ class CudaBackend:
         device = batch.tensors[0].param.device
         none = torch.empty(0, dtype=torch.float32, device=device)
         multiplier = none if grad_scale is None else torch.empty(1, dtype=torch.float32, device=device)
-        rows, constants = batch.cut.rows(pointers.rows), tuple(map(batch.cut.spread, batch.constants()))
-        batch.cut.count_apart(rows)
-        for kind, chosen in _by_dtypes(rows):
+        constants = batch.constants()
+        for kind, chosen in _by_dtypes(pointers.rows):
             of_kind = tuple(part[chosen] for part in constants)
-            work = self._work(device, rows[chosen], of_kind, _STEP_POINTERS, by_layer=stats is not None)
+            work = self._work(
+                device, pointers.rows[chosen], of_kind, _STEP_POINTERS, by_layer=stats is not None
+            )
             self._ops.cuda_prepare(
                 work.rows,
                 work.scalars,
@@ -234,7 +234,7 @@ class CudaBackend:
             self._ops.cuda_stats(work.rows, work.programs, work.runs, partials, stats.with_moments)
             self._merge(work, partials, stats)
 
-        self._refresh(tensors, launch, by_runs=stats.with_moments)
+        self._refresh(tensors, launch)
 
     def count(
         self, tensors: Sequence[ParamTensors], terms: ScoreTerms, search: KthSearch, sample_stride: int = 1
@@ -281,13 +281,11 @@ class CudaBackend:
 
         self._refresh(tensors, launch)
 
-    def _refresh(
-        self, tensors: Sequence[ParamTensors], launch: Callable[[DeviceWork], None], *, by_runs: bool = False
-    ) -> None:
+    def _refresh(self, tensors: Sequence[ParamTensors], launch: Callable[[DeviceWork], None]) -> None:
         """One launch over what the stages after the step read: u and the masks."""
         if not tensors:
             return
-        pointers = refresh_table(tensors, by_runs=by_runs)
+        pointers = table_.refresh_table(tensors)
         device = tensors[0].exp_avg_sq.device
         work = self._work(device, pointers.rows, (), _REFRESH_POINTERS, by_layer=True)
         if work.layout.n_programs:

@@ -1,7 +1,9 @@
-"""A table's rows, one a parameter, cut into one a run of elements that have state (``reference/runs.py``).
+"""A step's table of pointers, with a row for each run of elements that have state (``reference/runs.py``), not for each
+parameter.
 
-Kernels know nothing of it: a run's row points into the weight, the gradient and the state where the run begins in them.
-Cutting costs the host a copy of the table, and nothing where no parameter has runs.
+Kernels and their launchers know nothing of it: a run's row points into the weight, the gradient and the state where the
+run begins in them. It costs the host a copy of the table, and nothing where no parameter has runs. The stages after the
+step need no cut: what they read of a parameter lies end to end.
 """
 
 from __future__ import annotations
@@ -10,10 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from epi_kernels.backends import table
-from epi_kernels.backends.table import PointerTable
 from epi_kernels.reference.runs import BLOCK, places
 from epi_kernels.reference.tensors import ParamTensors
 
@@ -21,64 +21,42 @@ _EMPTY = np.zeros((1, 2), dtype=np.int64)  # of a parameter without any run: its
 
 
 class Cut:
-    """Of these parameters, for any number of tables over them."""
+    """Of parameters of which some have runs."""
 
-    def __init__(self, tensors: Sequence[ParamTensors]) -> None:
-        self._tensors = tensors
-        self._index: np.ndarray | None = None  # [rows] int64: the parameter of every row
-        if all(item.runs is None for item in tensors):
-            return
-        runs = [
-            _whole(item) if item.runs is None else item.runs if len(item.runs) else _EMPTY for item in tensors
-        ]
-        self._index = np.repeat(np.arange(len(tensors)), [len(one) for one in runs])
+    def __init__(self, items: Sequence[ParamTensors]) -> None:
+        self._items = items
+        runs = [_whole(one) if one.runs is None else one.runs if len(one.runs) else _EMPTY for one in items]
+        self.index = np.repeat(
+            np.arange(len(items)), [len(one) for one in runs]
+        )  # [rows]: each one's parameter
+        self.first = np.flatnonzero(
+            np.diff(self.index, prepend=-1)
+        )  # [parameters]: the row that is theirs alone
         self._numel = np.concatenate([one[:, 1] for one in runs])
-        self._offsets = np.concatenate([_offsets(item, one) for item, one in zip(tensors, runs, strict=True)])
-        self._further = np.flatnonzero(
-            np.diff(self._index, prepend=-1) == 0
-        )  # rows after a parameter's first
-        self._steps: tuple[Tensor, ...] = ()
-
-    def spread(self, values: np.ndarray) -> np.ndarray:
-        """[n, ...] of the parameters -> [rows, ...]."""
-        return values if self._index is None else values[self._index]
+        self._offsets = np.concatenate([_offsets(item, one) for item, one in zip(items, runs, strict=True)])
+        self._further = np.flatnonzero(np.diff(self.index, prepend=-1) == 0)
+        self._steps: torch.Tensor | None = None
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """[n, COLUMNS or more] int64 of the parameters -> [rows, ...]; what follows the columns goes along."""
-        if self._index is None:
-            return rows
-        cut = rows[self._index]
-        cut[:, : table.COLUMNS] += self._offsets
+        """[parameters, COLUMNS] int64 -> [rows, COLUMNS]"""
+        cut = rows[self.index]
+        cut += self._offsets
         cut[:, table.NUMEL] = self._numel
         return cut
 
     def count_apart(self, rows: np.ndarray) -> None:
-        """Where the device counts: it adds one to every row's ``step``, so all but a parameter's first get copies."""
-        if self._index is None or not len(self._further):
+        """A device that counts adds one to every row's ``step``: all but a parameter's first get copies."""
+        owners, place = np.unique(self.index[self._further], return_inverse=True)
+        if not len(owners):
             return
-        owners, place = np.unique(self._index[self._further], return_inverse=True)
-        steps = torch.stack([_step(self._tensors[owner]) for owner in owners.tolist()])
-        copies = steps[torch.from_numpy(place.astype(np.int64)).to(steps.device)]
+        steps = [step for owner in owners.tolist() if (step := self._items[owner].step) is not None]
+        copies = torch.stack(steps)[torch.from_numpy(place.astype(np.int64)).to(steps[0].device)]
         rows[self._further, table.STEP] = copies.data_ptr() + copies.element_size() * np.arange(len(place))
-        self._steps = (copies,)  # until the next step is in the stream
-
-
-def refresh_table(tensors: Sequence[ParamTensors], *, by_runs: bool = False) -> PointerTable:
-    """``table.refresh_table``: what a refresh reads lies end to end. ``by_runs``: a row a run, as in a step, for sums of
-    float64 (zscore) depend on it."""
-    made = table.refresh_table(tensors)
-    if by_runs:
-        made.rows = Cut(tensors).rows(made.rows)
-    return made
+        self._steps = copies  # until the next step is in the stream
 
 
 def _whole(item: ParamTensors) -> np.ndarray:
     return np.array([[0, item.param.numel()]], dtype=np.int64)
-
-
-def _step(item: ParamTensors) -> Tensor:
-    assert item.step is not None, "what is stepped counts"
-    return item.step
 
 
 def _offsets(item: ParamTensors, runs: np.ndarray) -> np.ndarray:

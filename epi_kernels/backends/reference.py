@@ -46,14 +46,15 @@ class ReferenceBackend:
             return
         multiplier = None if grad_scale is None else reciprocal_scale(float(grad_scale))
         scalars_of = functools.cache(step_scalars)
-        for item, grad, t in zip(batch.tensors, batch.grads, batch.counts.next().tolist(), strict=True):
+        counts = batch.counts.next() if batch.cut is None else batch.counts.next()[batch.cut.first]
+        for item, grad, t in zip(batch.items, batch.grads, counts.tolist(), strict=True):
             assert item.hyper is not None and grad is not None
             scalars = scalars_of(t, item.hyper, double=item.param.dtype == torch.float64)
             key = stream_key(seed, t, item.rng_id) if stochastic_rounding else None
             _step(item, grad, scalars, key, multiplier)
         batch.counts.advance()
         if stats is not None:
-            self.accumulate([item for item in batch.tensors if item.layer >= 0], stats)
+            self.accumulate([item for item in batch.items if item.layer >= 0], stats)
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats_: LayerStats) -> None:
         for item in tensors:

@@ -20,6 +20,7 @@ from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.state import complete_state
 from epi_kernels.policies import selection
 from epi_kernels.policies.layers import LayerTable
+from epi_kernels.reference.runs import pieces
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch, SearchProblem
@@ -61,7 +62,9 @@ def partition(
         (part.counted if param in layers.counted else part.repeated).append(tensors)
         stateless[row] += tensors.n_stateless if group["isolate"] and param in layers.counted else 0
         if group["isolate"] and param in layers.counted and param not in covered:
-            part.stats_pending.append(tensors)
+            # sums of float64 depend on their order, which is then that of a step
+            by_runs = config.normalization == "zscore"
+            part.stats_pending.extend(pieces(tensors, of_weight=False) if by_runs else [tensors])
     return list(partitions.values()), stateless
 
 

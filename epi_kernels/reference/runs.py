@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -57,16 +58,17 @@ def places(runs: np.ndarray) -> np.ndarray:
     return np.cumsum(runs[:, 1]) - runs[:, 1]
 
 
-def pieces(item: ParamTensors) -> Iterator[ParamTensors]:
-    """Every run as a parameter by itself: views, where a tensor is row-major."""
+def pieces(item: ParamTensors, *, of_weight: bool = True) -> Iterator[ParamTensors]:
+    """Every run as a parameter by itself: views, where a tensor is row-major. Without ``of_weight`` what is the weight's
+    stays whole, and is not looked at."""
     if item.runs is None:
         yield item
         return
-    flat = {name: None if (one := getattr(item, name)) is None else one.reshape(-1) for name in _ELEMENTS_OF}
+    names = [name for name in _ELEMENTS_OF if of_weight or name not in _OF_THE_WEIGHT]
+    flat = {name: one.reshape(-1) for name in names if (one := getattr(item, name)) is not None}
     for (start, count), at in zip(item.runs.tolist(), places(item.runs).tolist(), strict=True):
-        cut: dict[str, Tensor | None] = {}
-        for name, elements in _ELEMENTS_OF.items():
-            one, begin = flat[name], start if name in _OF_THE_WEIGHT else at
-            end = begin + count
-            cut[name] = None if one is None else one[begin // elements : -(-end // elements)]
+        cut: dict[str, Any] = {}
+        for name, one in flat.items():
+            begin, elements = start if name in _OF_THE_WEIGHT else at, _ELEMENTS_OF[name]
+            cut[name] = one[begin // elements : -(-(begin + count) // elements)]
         yield replace(item, **cut, index_offset=item.index_offset + start, runs=None)

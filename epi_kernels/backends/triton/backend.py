@@ -13,7 +13,6 @@ from torch import Tensor
 from epi_kernels.backends import capture
 from epi_kernels.backends import table as _table
 from epi_kernels.backends.batch import StepBatch
-from epi_kernels.backends.cuts import refresh_table
 from epi_kernels.backends.triton import bounds as _bounds
 from epi_kernels.backends.triton import mask as _mask
 from epi_kernels.backends.triton import prepare as _prepare
@@ -121,11 +120,9 @@ class TritonBackend:
             rows[start:stop, _prepare.LR] = 0 if lr is None else lr.data_ptr()
         # -(1 - beta1) * g is (1 - beta1) * -g to the bit, and g * g has no sign
         scalars[table.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
-        rows = batch.cut.rows(rows)
 
         variants = step_variants(rows, self._step_chunk)
         with self._on(device):
-            batch.cut.count_apart(rows)
             sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
             work = self._plan(sizes, variants, layers, self._step_chunk, device, captured=batch.capturable)
             device_rows = self._rows_of(batch, rows, device)
@@ -170,7 +167,7 @@ class TritonBackend:
         if not tensors:
             return
         with self._on(stats.minimum.device):
-            work, rows = self._refresh_tables(tensors, stats.minimum.device, by_runs=stats.with_moments)
+            work, rows = self._refresh_tables(tensors, stats.minimum.device)
             for variant, first, programs in work.launches:
                 _stats.stats_kernel[(programs,)](
                     work.chunks[first:],
@@ -276,17 +273,12 @@ class TritonBackend:
                 )
 
     def _refresh_tables(
-        self,
-        tensors: Sequence[ParamTensors],
-        device: torch.device,
-        stride: int = 1,
-        *,
-        by_runs: bool = False,
+        self, tensors: Sequence[ParamTensors], device: torch.device, stride: int = 1
     ) -> tuple[DevicePlan, Tensor]:
         """Chunks and rows of the stages that read u; the passes of one refresh share the rows."""
-        pointers = refresh_table(tensors, by_runs=by_runs).rows
+        pointers = _table.refresh_table(tensors).rows
         own = pointers[:, _table.IMPORTANCE]
-        rows = np.empty((len(pointers), _stats.REFRESH_ROW), dtype=np.int64)
+        rows = np.empty((len(tensors), _stats.REFRESH_ROW), dtype=np.int64)
         rows[:, _stats.U] = np.where(own != 0, own, pointers[:, _table.EXP_AVG_SQ])
         rows[:, _stats.ISOLATION_MASK] = pointers[:, _table.ISOLATION_MASK]
         rows[:, _stats.PERSISTENT_MASK] = pointers[:, _table.PERSISTENT_MASK]
