@@ -21,6 +21,7 @@ from bench import results
 from bench.gpu_device import CpuDevice
 from bench.gpu_timing import Effort, copy_gbps
 from bench.side_by_side import parameters, time_pair
+from bench.sources import changed_since
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.markdown import table
 from epi_kernels.optim.compact import runs_of
@@ -157,6 +158,7 @@ def section(folder: Path = results.RESULTS) -> str:
         f"{first['elements']:,} elements in rows of 4,096; bytes of state a parameter; {first['machine']['cpu']}, "
         f"{first['threads']} threads, `cpu` backend, {first['date'][:10]}, commit {first['commit']}"
         + (" with uncommitted changes" if first["dirty"] else "")
+        + changed_since(first, "cpu")
     )
     return f"{caption}.\n\n{table(header, lines, 'lrrrrrrr')}"
 

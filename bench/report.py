@@ -6,7 +6,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
                                    from real optimizers, here and now), exactness and stopped
-                                   (of bench.exactness and bench.stopped), gpu and gpu-large
+                                   (of bench.exactness and bench.stopped), isolated-rows (of
+                                   bench.isolated_rows), gpu and gpu-large
                                    (bench.gpu_table), gpu-status and reproduce-medium-status (bench.status)
 
 <!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from the bundles in REPRODUCED (epi_kernels.repro.readme)

@@ -68,9 +68,10 @@ def rows(sizes: Sequence[int], dtype: torch.dtype, isolated_rows: float | None =
     )
     for name, options in ours(dtype).items():
         found.append(Row(name, footprint.masked_ema_adamw(sizes, dtype, **options)["total"]))
-    for name, options in ours(dtype).items() if isolated_rows is not None else ():
-        kinds = footprint.masked_ema_adamw(sizes, dtype, **options, isolated_rows_share=isolated_rows)
-        found.append(Row(f"{name}, {100 * isolated_rows:g} % of rows isolated", kinds["total"]))
+    if isolated_rows is not None:
+        for name, options in ours(dtype).items():
+            kinds = footprint.masked_ema_adamw(sizes, dtype, **options, isolated_rows_share=isolated_rows)
+            found.append(Row(f"{name}, {100 * isolated_rows:g} % of rows isolated", kinds["total"]))
     peers = published.PEER_STATE_BYTES
     if dtype == torch.bfloat16:
         peers = peers | published.PEER_STATE_BYTES_BFLOAT16
