@@ -35,7 +35,13 @@ class Cut:
         self._numel = np.concatenate([one[:, 1] for one in runs])
         self._offsets = np.concatenate([_offsets(item, one) for item, one in zip(items, runs, strict=True)])
         self._further = np.flatnonzero(np.diff(self.index, prepend=-1) == 0)
-        self._steps: torch.Tensor | None = None
+        self._owners, place = np.unique(self.index[self._further], return_inverse=True)
+        device = items[0].param.device if items[0].step is None else items[0].step.device
+        self._place = torch.from_numpy(place.astype(np.int64)).to(
+            device
+        )  # of further rows, among their owners
+        self._copies = torch.empty(len(place), dtype=torch.float32, device=device)
+        self._addresses = self._copies.data_ptr() + self._copies.element_size() * np.arange(len(place))
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """[parameters, COLUMNS] int64 -> [rows, COLUMNS]"""
@@ -46,13 +52,10 @@ class Cut:
 
     def count_apart(self, rows: np.ndarray) -> None:
         """A device that counts adds one to every row's ``step``: all but a parameter's first get copies."""
-        owners, place = np.unique(self.index[self._further], return_inverse=True)
-        if not len(owners):
-            return
-        steps = [step for owner in owners.tolist() if (step := self._items[owner].step) is not None]
-        copies = torch.stack(steps)[torch.from_numpy(place.astype(np.int64)).to(steps[0].device)]
-        rows[self._further, table.STEP] = copies.data_ptr() + copies.element_size() * np.arange(len(place))
-        self._steps = copies  # until the next step is in the stream
+        steps = [step for owner in self._owners.tolist() if (step := self._items[owner].step) is not None]
+        if steps:
+            torch.index_select(torch.stack(steps), 0, self._place, out=self._copies)
+            rows[self._further, table.STEP] = self._addresses
 
 
 def _whole(item: ParamTensors) -> np.ndarray:
