@@ -6,7 +6,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
                                    from real optimizers, here and now), exactness and stopped
-                                   (of bench.exactness and bench.stopped), gpu and gpu-large
+                                   (of bench.exactness and bench.stopped), isolated-rows (of
+                                   bench.isolated_rows), gpu and gpu-large
                                    (bench.gpu_table), gpu-status and reproduce-medium-status (bench.status)
 
 <!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from the bundles in REPRODUCED (epi_kernels.repro.readme)
@@ -23,6 +24,7 @@ from pathlib import Path
 from bench import (
     exactness,
     gpu_table,
+    isolated_rows,
     memory_table,
     plots,
     quality_record,
@@ -222,6 +224,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "cpu": cpu,
     "memory": lambda _: memory_table.text(),
     "quality": quality_record.section,
+    "isolated-rows": isolated_rows.section,
     "side-by-side": side_by_side_table.text,
     "exactness": exactness.text,
     "stopped": stopped.text,

@@ -5,23 +5,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from epi_kernels.reference import codec, master
+from epi_kernels.reference import codec, master, runs
 from epi_kernels.reference.bits import packed_bytes
 
 STEP_BYTES = 4  # a float32 counter a tensor
 
 
-def moment_bytes(n_elements: int, dtype: torch.dtype | str) -> int:
-    """Of one moment of one tensor; "int8" with its scales, and float32 where the tensor is too small for it."""
+def moment_bytes(n_elements: int, dtype: torch.dtype | str, n_stored: int | None = None) -> int:
+    """Of one moment of one tensor; "int8" with its scales, and float32 where the tensor is too small for it.
+
+    ``n_stored``: elements that have state, where not all have.
+    """
+    stored = n_elements if n_stored is None else n_stored
     if isinstance(dtype, torch.dtype):
-        return n_elements * dtype.itemsize
+        return stored * dtype.itemsize
     if n_elements < codec.MIN_ELEMENTS:
-        return n_elements * torch.float32.itemsize
-    return n_elements + codec.scale_bytes(n_elements)
+        return stored * torch.float32.itemsize
+    return stored + codec.scale_bytes(stored)
+
+
+def isolated_rows(n_elements: int, share: float) -> tuple[int, int]:
+    """(elements that have state, bytes of the persistent mask) of a tensor whose first ``share`` is isolated for good with
+    ``isolation_granularity`` "row" or "block": whole blocks of 64 elements, as rows are whose length is a multiple of 64.
+    """
+    isolated = n_elements if share == 1 else math.floor(share * n_elements) // runs.BLOCK * runs.BLOCK
+    stored = n_elements - isolated
+    n_runs = int(stored > 0)
+    if runs.pays(stored, n_runs, n_elements):
+        return stored, runs.BYTES_A_RUN * (n_runs + 1)
+    return n_elements, packed_bytes(n_elements) if isolated else 0
 
 
 def adamw(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -41,23 +58,37 @@ def masked_ema_adamw(
     state_dtype: torch.dtype | str | None = None,
     master_weight_bits: int = 16,
     persistent_masks: bool = False,
+    isolated_rows_share: float | None = None,
 ) -> dict[str, int]:
     """``MaskedEMAAdamW`` with these options over parameters of ``dtype``.
 
-    ``persistent_masks``: a caller installs one for every parameter.
+    ``persistent_masks``: a caller installs one for every parameter; with ``isolated_rows_share`` (0 to 1) of whole rows in
+    one piece that begins every parameter, with ``isolation_granularity="row"``.
     """
-    moment = sum(moment_bytes(n, state_dtype or dtype) for n in sizes)
+    stored = list(sizes)
+    persistent = [packed_bytes(n) if persistent_masks else 0 for n in sizes]
+    if isolated_rows_share is not None:
+        pairs = [isolated_rows(n, isolated_rows_share) for n in sizes]
+        stored, persistent = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    moment = sum(moment_bytes(n, state_dtype or dtype, there) for n, there in zip(sizes, stored, strict=True))
     own = importance_beta not in (None, betas[1])
-    masks = sum(map(packed_bytes, sizes))
+    masks = [
+        packed_bytes(n) if isolation_ratio > 0 or lasting else 0
+        for n, lasting in zip(stored, persistent, strict=True)
+    ]
     correction = master.CORRECTION_DTYPES.get(master_weight_bits) if dtype == torch.bfloat16 else None
     corrections = {} if correction is None else {"weight_correction": sum(sizes) * correction.itemsize}
     return _with_total(
         {
             "exp_avg": moment,
             "exp_avg_sq": moment,
-            "importance": sum(moment_bytes(n, importance_dtype) for n in sizes) if own else 0,
-            "isolation_mask": masks if isolation_ratio > 0 or persistent_masks else 0,
-            "persistent_mask": masks if persistent_masks else 0,
+            "importance": sum(
+                moment_bytes(n, importance_dtype, there) for n, there in zip(sizes, stored, strict=True)
+            )
+            if own
+            else 0,
+            "isolation_mask": sum(masks),
+            "persistent_mask": sum(persistent),
             **corrections,
             "other": STEP_BYTES * len(sizes),
         }

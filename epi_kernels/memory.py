@@ -57,8 +57,11 @@ class Row:
     counted: bool = True
 
 
-def rows(sizes: Sequence[int], dtype: torch.dtype) -> list[Row]:
-    """Every optimizer over parameters of so many elements, their weights and gradients held in ``dtype``."""
+def rows(sizes: Sequence[int], dtype: torch.dtype, isolated_rows: float | None = None) -> list[Row]:
+    """Every optimizer over parameters of so many elements, their weights and gradients held in ``dtype``.
+
+    ``isolated_rows``: the share of every tensor that further lines of ours leave without state.
+    """
     n = sum(sizes)
     found = [Row("torch AdamW", footprint.adamw(sizes, dtype)["total"])]
     if dtype == torch.bfloat16:
@@ -69,6 +72,10 @@ def rows(sizes: Sequence[int], dtype: torch.dtype) -> list[Row]:
     )
     for name, options in ours(dtype).items():
         found.append(Row(name, footprint.masked_ema_adamw(sizes, dtype, **options)["total"]))
+    if isolated_rows is not None:
+        for name, options in ours(dtype).items():
+            kinds = footprint.masked_ema_adamw(sizes, dtype, **options, isolated_rows_share=isolated_rows)
+            found.append(Row(f"{name}, {100 * isolated_rows:g} % of rows isolated", kinds["total"]))
     peers = published.PEER_STATE_BYTES
     if dtype == torch.bfloat16:
         peers = peers | published.PEER_STATE_BYTES_BFLOAT16
@@ -106,12 +113,14 @@ def model_sizes(model: str) -> list[int]:
     return sizes_of(model_config(model))
 
 
-def report(model: str, sizes: Sequence[int], dtype_name: str) -> dict[str, Any]:
+def report(
+    model: str, sizes: Sequence[int], dtype_name: str, isolated_rows: float | None = None
+) -> dict[str, Any]:
     """The whole report, ready for JSON. Bytes, but for the cards' names: GB of 10^9."""
     dtype = DTYPES[dtype_name]
     weights = sum(sizes) * dtype.itemsize
     optimizers = []
-    for row in rows(sizes, dtype):
+    for row in rows(sizes, dtype, isolated_rows):
         total = 2 * weights + row.state + row.refresh
         optimizers.append(
             {
@@ -179,6 +188,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=tuple(DTYPES), default="bfloat16", help="of weights and gradients [bfloat16]"
     )
     parser.add_argument(
+        "--isolated-rows",
+        type=_share,
+        metavar="SHARE",
+        help="further lines of ours with isolation_granularity='row': this share of every tensor, in rows, isolated for good",
+    )
+    parser.add_argument(
         "--json",
         nargs="?",
         const="-",
@@ -186,6 +201,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as JSON, in bytes: to FILE beside the table, or without FILE in the table's place",
     )
     planner.add_arguments(parser)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1, not {text}")
+    return share
 
 
 def run(args: argparse.Namespace) -> int:
@@ -201,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
         if args.card is not None:
             facts, text = planner.run(args, config, sizes)
         else:
-            facts = report(args.model, sizes, args.dtype)
+            facts = report(args.model, sizes, args.dtype, args.isolated_rows)
             text = format_report(facts)
     except UserError as error:
         raise SystemExit(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from epi_kernels.optim.compact import expanded
 from python_tests import oracle, oracle_codec, oracle_master
 from python_tests.cases import Case, gradient, half, lay_out, optimizer_arguments
 
@@ -243,7 +244,7 @@ class Pair:
         assert int(buffer.isnan().sum()) - int(p.isnan().sum()) == buffer.numel() - p.numel(), (
             f"p{i}: written outside the view"
         )
-        state = self.optimizer.state.get(p, {})
+        state = expanded(self.optimizer.state.get(p, {}), p)
         packed = state.get("isolation_mask")
         if packed is not None:
             assert packed.dtype == torch.uint8 and packed.dim() == 1

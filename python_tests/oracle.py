@@ -89,6 +89,7 @@ class Settings:
     master_weight_bits: int = 16
     stochastic_rounding: bool | None = None
     seed: int = 0
+    isolation_granularity: str = "element"
 
 
 @dataclass
@@ -121,6 +122,7 @@ class Param:
     importance: np.ndarray | None = None  # [n], own importance only
     mask: np.ndarray = field(default=None)  # [n] bool
     persistent: np.ndarray | None = None
+    stateless: np.ndarray | None = None  # [n] bool: moments are not kept, and so 0
     # Logical positions [n] uint64 of these elements, where they are a few of a tensor too large to hold.
     index: np.ndarray | None = None
 
@@ -246,6 +248,9 @@ class Run:
         p.exp_avg_sq = self._store(v, state_dtype, low(w1))
         if not h.shared:
             p.importance = self._store(u, self._state_dtype(p, s.importance_dtype), high(w1))
+        if p.stateless is not None:
+            for moment in (p.exp_avg, p.exp_avg_sq, *([] if h.shared else [p.importance])):
+                moment[p.stateless] = 0
         return written
 
     @staticmethod

@@ -14,6 +14,7 @@ from python_tests import stage_checks as checks
 from python_tests.cases import CASES, Spec, case
 from python_tests.harness import Pair, Target
 from python_tests.oracle import Hyper
+from python_tests.row_runs import ROUNDS, row_pair
 
 pytestmark = pytest.mark.skipif(
     cuda_emulation.missing() is not None, reason=f"emulation: {cuda_emulation.missing()}"
@@ -64,6 +65,15 @@ def test_grad_scale_and_found_inf(scale, as_cuda):
     pair = Pair(case(Spec((33, 17)), Spec((7,), "bfloat16"), isolation_ratio=0.1, mask_interval=2), as_cuda)
     for found_inf in (False, True, False):
         pair.step(pair.gradients(["normal", "small"]), grad_scale=scale, found_inf=found_inf)
+        pair.check()
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_runs_of_rows_that_have_state(name, as_cuda):
+    """Every run is a row of the tables, and counts its steps apart: found_inf skips them all."""
+    pair = row_pair(as_cuda, isolation_ratio=0.1, mask_interval=2, **ROUNDS[name])
+    for kind, options in (("normal", {}), ("ties", {"found_inf": True}), ("small", {"found_inf": False})):
+        pair.step(pair.gradients([kind] * len(pair.params)), **options)
         pair.check()
 
 

@@ -88,6 +88,23 @@ def test_ours_are_what_the_optimizer_counts(dtype: torch.dtype, options: dict):
     assert footprint.masked_ema_adamw(SIZES, dtype, **options) == optimizer.state_bytes()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("options", [{}, {"isolation_ratio": 0.0}, INT8 | OWN], ids=str)
+def test_ours_without_state_for_isolated_rows(share: float, options: dict):
+    """In tensors whose rows have one element each, so that any share is one of whole rows."""
+    sizes = [7000, 8192, 1000, 15]
+    params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
+    optimizer = MaskedEMAAdamW(params, backend="cpu", isolation_granularity="row", **options)
+    for param, n in zip(params, sizes, strict=True):
+        param.grad = torch.ones_like(param)
+        isolated = n if share == 1 else math.floor(share * n) // 64 * 64
+        if isolated:
+            optimizer.set_isolation_mask(param, torch.arange(n) < isolated, persistent=True)
+    optimizer.step()
+    counted = footprint.masked_ema_adamw(sizes, torch.float32, **options, isolated_rows_share=share)
+    assert counted == optimizer.state_bytes()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adamws_are_what_torch_holds(dtype: torch.dtype):
     optimizer = torch.optim.AdamW(parameters(dtype))
@@ -290,3 +307,16 @@ def test_configs_that_make_no_model_are_refused(text: str, said: str, tmp_path):
     path.write_text(text)
     with pytest.raises(SystemExit, match=said):
         command(memory, "--model", path)
+
+
+def test_isolated_rows_add_lines_of_ours(capsys):
+    sizes = [4096 * 4096, 4096 * 14336]
+    plain, more = (totals(memory.report("", sizes, "bfloat16", share)) for share in (None, 0.9))
+    assert plain.items() <= more.items()
+    model = 2 * 2 * sum(sizes)  # weights and gradients stay
+    for name in ("ours", "ours, 8-bit states"):
+        state = more[f"{name}, 90 % of rows isolated"] - model
+        assert state == pytest.approx(0.1 * (plain[name] - model), rel=1e-3)
+    with pytest.raises(SystemExit):
+        command(memory, "--model", "Llama-3-8B", "--isolated-rows", "1.5")
+    assert "a number from 0 to 1, not 1.5" in capsys.readouterr().err

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.cuts import Cut
 from epi_kernels.backends.table import PointerTable, fill_grads, step_table
 from epi_kernels.reference.rounding import stream_key
 from epi_kernels.reference.scalars import HyperParameters, StepScalars, step_scalars
@@ -23,8 +25,10 @@ class StepCounts:
     Where they are views of one buffer, 300 of them are read and written in microseconds; else in a millisecond.
     """
 
-    def __init__(self, steps: Sequence[Tensor]) -> None:
+    def __init__(self, steps: Sequence[Tensor], rows: np.ndarray | None = None) -> None:
+        """``rows``: [n] the place in ``steps`` of each row that is asked for; None: a row a step."""
         self._steps = list(steps)
+        self._rows = slice(None) if rows is None else rows
         self._shared: np.ndarray | None = None
         if share_storage(steps):
             whole = torch.empty(0, dtype=torch.float32, device="cpu").set_(steps[0].untyped_storage())
@@ -34,8 +38,8 @@ class StepCounts:
     def next(self) -> np.ndarray:
         """[n] int64: the number of the step at hand, counted from 1."""
         if self._shared is not None:
-            return self._shared[self._index].astype(np.int64) + 1
-        return np.array([int(step) for step in self._steps], dtype=np.int64) + 1
+            return self._shared[self._index[self._rows]].astype(np.int64) + 1
+        return np.array([int(step) for step in self._steps], dtype=np.int64)[self._rows] + 1
 
     def advance(self) -> None:
         if self._shared is not None:
@@ -56,15 +60,23 @@ def share_storage(steps: Sequence[Tensor]) -> bool:
 class StepBatch:
     """Parameters with gradients, stepped by one backend on one device.
 
+    A row is a parameter, or a run of one whose state leaves elements out: ``tensors`` has one for every row, and whatever
+    is asked for here is of rows; ``items`` and ``grads`` are of parameters.
+
     It may be kept while every tensor but the gradients stays where it is: give it the new ``grads`` then; ``hyper``
     and ``layer`` of ``tensors`` are read anew at every step. Neighbours that share one ``HyperParameters`` object
     must go on sharing one.
     """
 
     def __init__(self, tensors: Sequence[ParamTensors]) -> None:
-        self.tensors = list(tensors)
-        self.grads: Sequence[Tensor] = [item.grad for item in self.tensors if item.grad is not None]
-        self.counts = StepCounts([item.step for item in self.tensors if item.step is not None])
+        self.items = list(tensors)
+        self.cut = Cut(self.items) if any(item.runs is not None for item in self.items) else None
+        self.tensors = (
+            self.items if self.cut is None else [self.items[item] for item in self.cut.index.tolist()]
+        )
+        self.grads: Sequence[Tensor] = [item.grad for item in self.items if item.grad is not None]
+        steps = [item.step for item in self.items if item.step is not None]
+        self.counts = StepCounts(steps, None if self.cut is None else self.cut.index)
         self.rng_ids = np.array([item.rng_id for item in self.tensors], dtype=np.int64)
         # tensors[start:stop] share their hyper-parameters
         self.runs: list[tuple[int, int]] = []
@@ -75,16 +87,20 @@ class StepBatch:
         self.host_rows: bytes | None = None
         self.device_rows: Tensor | None = None
         self.device_tables: tuple = ()  # all that the kernels of the last step read and write beside the tensors
-        self.any_low_precision = any(_is_low_precision(item) for item in self.tensors)
+        self.any_low_precision = any(_is_low_precision(item) for item in self.items)
         self._table: PointerTable | None = None
 
     def table(self, *, writes_grad: bool) -> PointerTable:
         """The rows of this step; of a kept batch only the gradients' addresses are filled in anew."""
         if self._table is None:
-            self._table = step_table(self.tensors)
-        assert len(self.grads) == len(self.tensors), "a parameter without a gradient has no step"
+            self._table = step_table(self.items)
+        assert len(self.grads) == len(self.items), "a parameter without a gradient has no step"
         fill_grads(self._table, self.grads, writes_grad=writes_grad)
-        return self._table
+        if self.cut is None:
+            return self._table
+        rows = self.cut.rows(self._table.rows)
+        self.cut.count_apart(rows)
+        return replace(self._table, rows=rows)
 
     def hypers(self) -> list[HyperParameters]:
         """One a run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from epi_kernels.backends.batch import StepBatch
 from epi_kernels.reference import mask, stats, step, threshold
 from epi_kernels.reference.rounding import stream_key
-from epi_kernels.reference.scalars import reciprocal_scale, step_scalars
+from epi_kernels.reference.runs import pieces
+from epi_kernels.reference.scalars import StepScalars, reciprocal_scale, step_scalars
 from epi_kernels.reference.stats import LayerStats, ScoreTerms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch
@@ -44,14 +46,15 @@ class ReferenceBackend:
             return
         multiplier = None if grad_scale is None else reciprocal_scale(float(grad_scale))
         scalars_of = functools.cache(step_scalars)
-        for item, grad, t in zip(batch.tensors, batch.grads, batch.counts.next().tolist(), strict=True):
+        counts = batch.counts.next() if batch.cut is None else batch.counts.next()[batch.cut.first]
+        for item, grad, t in zip(batch.items, batch.grads, counts.tolist(), strict=True):
             assert item.hyper is not None and grad is not None
             scalars = scalars_of(t, item.hyper, double=item.param.dtype == torch.float64)
             key = stream_key(seed, t, item.rng_id) if stochastic_rounding else None
-            step.step_(item, grad, scalars, rng_key=key, grad_multiplier=multiplier)
+            _step(item, grad, scalars, key, multiplier)
         batch.counts.advance()
         if stats is not None:
-            self.accumulate([item for item in batch.tensors if item.layer >= 0], stats)
+            self.accumulate([item for item in batch.items if item.layer >= 0], stats)
 
     def accumulate(self, tensors: Sequence[ParamTensors], stats_: LayerStats) -> None:
         for item in tensors:
@@ -73,3 +76,20 @@ class ReferenceBackend:
     ) -> None:
         for item in tensors:
             mask.select_(item, terms, thresholds, keep_factor, drift)
+
+
+def _step(
+    item: ParamTensors, grad: Tensor, scalars: StepScalars, key: int | None, multiplier: float | None
+) -> None:
+    if item.runs is None:
+        step.step_(item, grad, scalars, rng_key=key, grad_multiplier=multiplier)
+        return
+    dense_grad = grad.contiguous()
+    dense = replace(item, param=item.param.contiguous(), grad=dense_grad)
+    for piece in pieces(dense):
+        assert piece.grad is not None
+        step.step_(piece, piece.grad, scalars, rng_key=key, grad_multiplier=multiplier)
+    if dense.param is not item.param:
+        item.param.copy_(dense.param)
+    if dense_grad is not grad and multiplier is not None:
+        grad.copy_(dense_grad)

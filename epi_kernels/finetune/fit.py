@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from typing import Any
+
 import torch
 
 from epi_kernels.planner import command as planner
@@ -70,7 +72,7 @@ def fitted(options: Options) -> tuple[Options, list[str]]:
     if best is None:
         raise UserError(f"--fit {options.fit:g}: {planner.verdict(None, args, rates)}")
     chosen, one = best.configuration.options, best.configuration
-    state = chosen.get("state_dtype")
+    state: Any = chosen.get("state_dtype")
     notes = [
         f"--fit {options.fit:g}: {one.name}"
         + (", gradient checkpointing" if one.checkpointing else "")

@@ -27,6 +27,7 @@ from .errors import IsolationError
 from .fusion import FusionReport, fuse, fuse_checkpoints
 from .grouping import group_tasks
 from .overlap import jaccard_matrix
+from .rows import isolate_rows
 from .staging import order_groups
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "fuse",
     "fuse_checkpoints",
     "group_tasks",
+    "isolate_rows",
     "jaccard_matrix",
     "order_groups",
     "plan_stages",

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.compact import check_granularity, has_persistent_mask
 from epi_kernels.optim.names import bare_name
 
 from .checkpoints import require_same_shapes
@@ -110,6 +111,8 @@ def freeze(
     Raises:
         TypeError: it is no MaskedEMAAdamW.
         IsolationError (a ValueError): parameters without names, or cores of another model. Nothing has changed then.
+        ValueError: cores that are not of whole rows or blocks, where the optimizer has such an `isolation_granularity`;
+            likewise.
     """
     if not isinstance(optimizer, MaskedEMAAdamW):
         raise TypeError(f"cores are frozen by a MaskedEMAAdamW, got {type(optimizer).__name__}")
@@ -118,12 +121,15 @@ def freeze(
     require_same_model(opened)
     if opened:
         require_cores_of(opened, {name: tuple(param.shape) for name, param in named.items()}, partial=partial)
+    by_element = optimizer._config.isolation_granularity == "element"
+    for name, param in named.items() if opened and not by_element else ():  # of any before one is installed
+        check_granularity(union_mask(opened, name), param, optimizer._config, name)
     frozen = 0
     for name, param in named.items():
         if opened:
             mask = union_mask(opened, name)
             frozen += int(mask.sum())
-        elif "persistent_mask" in optimizer.state.get(param, {}):
+        elif has_persistent_mask(optimizer.state.get(param, {})):
             mask = torch.zeros(param.shape, dtype=torch.bool)
         else:
             continue

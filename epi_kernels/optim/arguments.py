@@ -25,6 +25,7 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
 OFFLOADS = (None, "cpu")
+GRANULARITIES = ("element", "row", "block")
 
 # what a param group may set; everything else the constructor takes is one value for the whole optimizer
 GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "isolate", "importance_beta")
@@ -48,6 +49,7 @@ GLOBAL_OPTIONS = (
     "seed",
     "backend",
     "offload",
+    "isolation_granularity",
 )
 
 
@@ -70,6 +72,7 @@ class IsolationConfig:
     backend: str
     capturable: bool = False
     offload: str | None = None
+    isolation_granularity: str = "element"
     ratio_schedule: RatioSchedule | None = None
     interval_schedule: IntervalSchedule | None = None
 
@@ -185,6 +188,7 @@ def make_config(
     backend: str,
     capturable: bool,
     offload: str | None,
+    isolation_granularity: str,
 ) -> IsolationConfig:
     """Validates the global options."""
     ratio, ratio_schedule = _ratio(isolation_ratio)
@@ -220,6 +224,13 @@ def make_config(
         offload,
         "None with capturable=True (a graph replays kernels, and the host steps what is offloaded)",
     )
+    _choice("isolation_granularity", isolation_granularity, GRANULARITIES)
+    _require(
+        isolation_granularity == "element" or not (capturable or offload),
+        "isolation_granularity",
+        isolation_granularity,
+        "'element' with capturable=True (a graph goes on with the memory that it was captured with) or offload='cpu'",
+    )
     _require(layer_key is None or callable(layer_key), "layer_key", layer_key, "None or a callable of a name")
     _require(
         stochastic_rounding is None or isinstance(stochastic_rounding, bool),
@@ -250,6 +261,7 @@ def make_config(
         backend=backend,
         capturable=bool(capturable),
         offload=offload,
+        isolation_granularity=isolation_granularity,
         ratio_schedule=ratio_schedule,
         interval_schedule=interval_schedule,
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from epi_kernels.distributed.shards import local
 from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.compact import compacted, whole_masks
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction
 from epi_kernels.optim.entries import Entry
-from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import read_moment, write_moment
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.sharded_state import localized
@@ -116,7 +116,9 @@ def fresh_states(
     fresh = []
     for (group, param, name, _), taken in zip(entries, carried, strict=True):
         old = state_of.get(param, {})
-        state: dict[str, Any] = {key: old[key] for key in (*MASK_KEYS, CORRECTION_KEY) if key in old}
+        state: dict[str, Any] = dict(whole_masks(old, param))
+        if CORRECTION_KEY in old:
+            state[CORRECTION_KEY] = old[CORRECTION_KEY]
         if taken is not None and CORRECTION_KEY not in state:
             state.update(load_correction(taken.source, param, config, f"the source's state of {name}"))
         if taken is not None or state:
@@ -126,7 +128,7 @@ def fresh_states(
             write_moment(state, "exp_avg_sq" if shared else "importance", taken.importance)
             if shared:
                 state["step"].copy_(taken.step)
-        fresh.append(state)
+        fresh.append(compacted(state, config))
     return fresh
 
 

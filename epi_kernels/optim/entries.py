@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from epi_kernels.backends import choose
 from epi_kernels.distributed import shards
 from epi_kernels.optim.arguments import IsolationConfig, check_parameter
+from epi_kernels.optim.compact import runs_of, state_shape
 from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.home import home, offload_refusal
 from epi_kernels.optim.masks import MASK_KEYS
@@ -193,14 +194,16 @@ def check_state(entry: Entry, state: Mapping[str, Any], config: IsolationConfig)
     It happens when a parameter is resized or moved after the first step.
     """
     param, state, device = entry.weight, local_state(state), home(entry.param, config)
+    shape = state_shape(state, param)
+    n_stored = shape.numel()
     for key in (*MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS):
         if key in state and not isinstance(state[key], Tensor):
             _refuse_state(entry, key, state[key])
     for key in MOMENT_KEYS:
         value = state.get(key)
-        if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, param, device)):
+        if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, shape, device)):
             _refuse_state(entry, key, value)
-        n_scales = scale_bytes(param.numel()) if value is not None and value.dtype == INT8 else None
+        n_scales = scale_bytes(n_stored) if value is not None and value.dtype == INT8 else None
         _check_bytes(entry, state, SCALE_OF[key], n_scales, device)
     if state and state["exp_avg"].dtype != state["exp_avg_sq"].dtype:
         _refuse_state(entry, "exp_avg", state["exp_avg"])
@@ -208,11 +211,11 @@ def check_state(entry: Entry, state: Mapping[str, Any], config: IsolationConfig)
     if correction is not None and not (
         param.dtype == torch.bfloat16
         and correction.dtype in CORRECTION_DTYPES.values()
-        and _lies_beside(correction, param, device)
+        and _lies_beside(correction, param.shape, device)
     ):
         _refuse_state(entry, CORRECTION_KEY, correction)
     for key in MASK_KEYS:
-        _check_bytes(entry, state, key, packed_bytes(param.numel()) if key in state else None, device)
+        _check_bytes(entry, state, key, packed_bytes(n_stored) if key in state else None, device)
 
 
 def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -220,8 +223,8 @@ def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: shards.local(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _lies_beside(value: Tensor, param: Tensor, device: torch.device) -> bool:
-    return value.shape == param.shape and value.device == device and value.is_contiguous()
+def _lies_beside(value: Tensor, shape: torch.Size, device: torch.device) -> bool:
+    return value.shape == shape and value.device == device and value.is_contiguous()
 
 
 def _check_bytes(
@@ -267,4 +270,5 @@ def param_tensors(
         exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
         importance_scale=state.get("importance_scale"),
         weight_correction=state.get(CORRECTION_KEY),
+        runs=runs_of(state),
     )

@@ -26,6 +26,7 @@ from epi_kernels.distributed.world import first_rank, on_first_rank
 from epi_kernels.files import whole
 from epi_kernels.optim import ranks, stepping
 from epi_kernels.optim.carry import match_source
+from epi_kernels.optim.compact import check_granularity, whole_masks
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
@@ -88,7 +89,7 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
             # 4 bits of mantissa, exponents within bf16's
             values = taken.importance.bfloat16() if codes else taken.importance.contiguous()
             tensors[name] = _whole(values, entry.param)
-        state = optimizer.state.get(entry.param, {})
+        state = whole_masks(optimizer.state.get(entry.param, {}), entry.param)
         for key in MASK_KEYS if shards.is_sharded(entry.param) else ():
             mask = bits.unpack(state.get(key, zero_mask(entry.param)), entry.weight.numel())
             state = state | {key: bits.pack(_whole(mask.view(entry.weight.shape), entry.param))}
@@ -152,7 +153,15 @@ def load_isolation(
             if masks
         }
 
-    saved, packed = ranks.all_or_none(read_all, optimizer._world, optimizer._device())
+    def read_checked() -> tuple[dict[str, SavedParameter], dict[str, dict[str, Tensor]]]:
+        found, packed = read_all()
+        for name, kinds in packed.items():
+            if "persistent_mask" in kinds:
+                mask, param = kinds["persistent_mask"], entries[name].param
+                check_granularity(mask, param, optimizer._config, f"{path}, {name}")
+        return found, packed
+
+    saved, packed = ranks.all_or_none(read_checked, optimizer._world, optimizer._device())
     if importance:
         optimizer.carry_importance(_as_state_dict(saved))
     for name, found in packed.items():

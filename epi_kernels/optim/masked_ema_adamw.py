@@ -13,6 +13,7 @@ from epi_kernels.distributed.world import World
 from epi_kernels.optim import arguments, ranks, saving, schedules, stepping
 from epi_kernels.optim import state as state_
 from epi_kernels.optim.captured import Captured, ReplayedSteps, is_captured, steps_done
+from epi_kernels.optim.compact import change_whole, check_granularity, whole_masks
 from epi_kernels.optim.corrections import master_weight
 from epi_kernels.optim.entries import Entry, Given, check_parameters, check_state, entry_of, list_entries
 from epi_kernels.optim.group_text import STATE_VERSION, VERSION_KEY
@@ -89,6 +90,11 @@ class MaskedEMAAdamW(Optimizer):
             ``enable_gradient_release`` during the backward pass. They pass through 512 MiB of pinned memory, or what the
             largest weight and its gradient take. ``step()`` waits until they are back, and for ``found_inf`` of a
             GradScaler. Not with ``capturable`` or DTensor parameters (FSDP2).
+        isolation_granularity: of persistent masks, not of what a refresh selects. "element", "row" (along dim 0) or "block"
+            (4,096 neighbours, row-major): masks of whole rows or blocks, whose elements have no moments and no importance
+            (u = 0) and whose gradients the step does not read. State is kept in runs, where that saves memory; a parameter's
+            moments are flat then in ``state``, and whole in ``state_dict()``, on the host. Not with ``capturable`` or
+            DTensor parameters.
 
     Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
     together, and ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all of them; else each
@@ -136,6 +142,7 @@ class MaskedEMAAdamW(Optimizer):
         seed: int = 0,
         backend: str = "auto",
         offload: str | None = None,
+        isolation_granularity: str = "element",
     ) -> None:
         arguments.check_torch_options(
             amsgrad=amsgrad,
@@ -169,6 +176,7 @@ class MaskedEMAAdamW(Optimizer):
             backend=backend,
             capturable=capturable,
             offload=offload,
+            isolation_granularity=isolation_granularity,
         )
         self._world: World | None = None
         self._report: IsolationReport | None = None
@@ -316,7 +324,7 @@ class MaskedEMAAdamW(Optimizer):
         """
         entry_of(param, self.param_groups)
         self._adopt_state()
-        return unpacked_mask(self.state.get(param, {}), param)
+        return unpacked_mask(whole_masks(self.state.get(param, {}), param), param)
 
     @uncompiled
     @torch.no_grad()
@@ -326,19 +334,30 @@ class MaskedEMAAdamW(Optimizer):
         For a DTensor: one with its mesh and placements, or the whole mask on every rank.
 
         Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
-        ``isolation_ratio=0`` and ``isolate=False`` too. An all-False one lifts it (a DTensor leaves it empty).
+        ``isolation_ratio=0`` and ``isolate=False`` too. An all-False one lifts it (a DTensor leaves it empty). Where rows or
+        blocks have no state (``isolation_granularity``), those that are released begin with moments of 0 at their
+        parameter's ``step``.
 
         Raises:
             TypeError: the mask is no dense bool tensor.
-            ValueError: its shape or device is not the parameter's, or the parameter is in no group.
+            ValueError: its shape or device is not the parameter's, the parameter is in no group, or a persistent mask is
+                not of whole rows or blocks where ``isolation_granularity`` asks for them.
+            NotImplementedError: such a mask for a DTensor.
         """
         self._refuse_in_a_step("set_isolation_mask()")
-        group = entry_of(param, self.param_groups).group
+        entry, config = entry_of(param, self.param_groups), self._config
         check_mask(mask, param)
+        if persistent:
+            check_granularity(mask, param, config, entry.name)
         self._adopt_state()
         state = self.state[param]
-        state_.complete_state(state, param, group, self._config)
-        install_mask(state, param, mask, self._config, persistent=persistent)
+        state_.complete_state(state, param, entry.group, config)
+        self.state[param] = change_whole(
+            state,
+            param,
+            config,
+            lambda whole: install_mask(whole, param, mask, config, persistent=persistent),
+        )
 
     @uncompiled
     @torch.no_grad()

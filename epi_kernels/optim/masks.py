@@ -21,9 +21,9 @@ def zero_mask(param: Tensor, config: IsolationConfig | None = None) -> Tensor:
     return home_zeros((packed_bytes(local(param).numel()),), torch.uint8, param, config)
 
 
-def unpacked_mask(state: Mapping[str, Any], param: Tensor) -> Tensor:
+def unpacked_mask(masks: Mapping[str, Any], param: Tensor) -> Tensor:
     """bool of param's shape (a DTensor with its placements where it is one), a copy."""
-    weight, packed = local(param), state.get("isolation_mask")
+    weight, packed = local(param), masks.get("isolation_mask")
     if packed is None:
         mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     else:

@@ -21,6 +21,7 @@ from epi_kernels.optim.report import IsolationReport
 from epi_kernels.optim.state import complete_state
 from epi_kernels.policies import selection
 from epi_kernels.policies.layers import LayerTable
+from epi_kernels.reference.runs import pieces
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch, SearchProblem
@@ -61,8 +62,11 @@ def partition(
         part = partitions.setdefault((backend.name, device), Partition(device, backend))
         tensors = param_tensors(param, state, group, row)
         (part.counted if param in layers.counted else part.repeated).append(tensors)
+        stateless[row] += tensors.n_stateless if group["isolate"] and param in layers.counted else 0
         if group["isolate"] and param in layers.counted and param not in covered:
-            part.stats_pending.append(tensors)
+            # sums of float64 depend on their order, which is then that of a step
+            by_runs = config.normalization == "zscore"
+            part.stats_pending.extend(pieces(tensors, of_weight=False) if by_runs else [tensors])
     return list(partitions.values()), stateless
 
 
@@ -174,6 +178,12 @@ def _mask(
             part.backend.select(masked, part_terms, part_thresholds, found.keep_factor, into)
         if part_drift is not drift:
             drift += part_drift.to(device)
+    without_state = [0] * len(table.names)
+    for part in partitions:
+        for item in part.counted:
+            without_state[item.layer] += item.n_stateless
+    if any(without_state):  # isolated persistently, before as after
+        drift[:, 0] += torch.tensor(without_state, dtype=torch.int64, device=device)
     return drift
 
 

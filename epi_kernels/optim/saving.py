@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.optim import carry, ranks, schedules, stepping
+from epi_kernels.optim.compact import expand_states
 from epi_kernels.optim.entries import list_entries
 from epi_kernels.optim.group_masks import put_in_groups
 from epi_kernels.optim.masks import MASK_KEYS, zero_mask
@@ -38,11 +39,12 @@ def saved(optimizer: MaskedEMAAdamW, of_torch: Callable[[], dict[str, Any]]) -> 
         found = of_torch()
     finally:
         optimizer._optimizer_state_dict_post_hooks = hooks
+    whole = expand_states(found["state"], optimizer.param_groups)
     export_states(found["state"], optimizer.param_groups)
     put_in_groups(
         found["param_groups"],
         optimizer.param_groups,
-        optimizer.state,
+        {**optimizer.state, **whole},
         template_has_masks=always_has_mask(optimizer._config),
     )
     for hook in hooks.values():  # they see what is saved

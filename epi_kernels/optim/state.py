@@ -15,6 +15,7 @@ from torch import Tensor
 from epi_kernels.distributed.shards import local
 from epi_kernels.optim import group_text
 from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.optim.compact import RUNS_KEY, change_whole, check_granularity, compacted
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
 from epi_kernels.optim.group_masks import left_behind
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, put_back_persistent, zero_mask
@@ -36,6 +37,10 @@ def complete_state(
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     wanted = MOMENT_KEYS[:2] if shares_importance(group) else MOMENT_KEYS
+    if RUNS_KEY in state and not all(key in state for key in wanted):
+        state.update(
+            change_whole(state, param, config, lambda whole: complete_state(whole, param, group, config))
+        )
     for key in wanted:
         if key not in state:
             state.update(new_moment(key, param, config))
@@ -114,7 +119,9 @@ def load_param_state(
         if key in given and not bool(local(given[key]).any()):
             del state[key]
     complete_state(state, param, group, config)
-    return state
+    if "persistent_mask" in state:
+        check_granularity(state["persistent_mask"], param, config, f"state of {name}")
+    return compacted(state, config)
 
 
 def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -127,6 +134,7 @@ def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     if any(CORRECTION_KEY in state for state in states):
         kinds.append(CORRECTION_KEY)
     kind_of = {key: key for key in kinds} | {scale: key for key, scale in SCALE_OF.items()}
+    kind_of[RUNS_KEY] = "persistent_mask"  # what it is told by
     sizes: dict[str, int] = dict.fromkeys((*kinds, "other"), 0)
     for state in states:
         for key, value in state.items():

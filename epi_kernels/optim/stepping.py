@@ -12,6 +12,7 @@ from epi_kernels.distributed.world import World
 from epi_kernels.optim import ranks, schedules
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.captured import ReplayedSteps, check_capture
+from epi_kernels.optim.compact import expanded
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.layers import check_before_refresh, find_layers
 from epi_kernels.optim.offload import HostPipeline, OffloadedPlan
@@ -164,11 +165,10 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     for entry, number in zip(optimizer._parameters(), given.ids, strict=True):
         old = gone.get(number)
         if old is not None and optimizer.state.get(old) and not optimizer.state.get(entry.param):
+            state = expanded(optimizer.state[old], entry.param)
             moved[old] = (
                 entry,
-                load_param_state(
-                    optimizer.state[old], entry.param, entry.group, optimizer._config, entry.name
-                ),
+                load_param_state(state, entry.param, entry.group, optimizer._config, entry.name),
             )
     for old, (entry, state) in moved.items():
         del optimizer.state[old]

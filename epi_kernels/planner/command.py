@@ -45,6 +45,10 @@ def check(args: argparse.Namespace) -> None:
     """Raises SystemExit naming the argument that cannot be."""
     if args.dtype != "bfloat16":
         raise SystemExit(f"epi-kernels memory: --card plans for bfloat16 weights, not --dtype {args.dtype}")
+    if args.isolated_rows is not None:
+        raise SystemExit(
+            "epi-kernels memory: --card plans without rows that are isolated for good: leave out --isolated-rows"
+        )
     for name in ("card", "batch_size", "max_length", "card_gbps", "card_tflops", "link_gbps", "host_gbps"):
         value = getattr(args, name)
         if value is not None and not value > 0:

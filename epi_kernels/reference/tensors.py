@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class ParamTensors:
     float32, bfloat16 or uint8. uint8 are codes, whose scales lie beside them (``codec.py``); other states have
     none. ``weight_correction`` (int8 or int16, beside bfloat16 weights alone) is what they are short of
     (``master.py``), or None. Masks are packed (``bits.py``) or None.
+
+    With ``runs`` the moments, their scales and the masks are flat, and of the elements in the runs alone.
     """
 
     param: Tensor
@@ -42,6 +45,13 @@ class ParamTensors:
     index_run: int = 0  # element i is at index_offset + i // run * stride + i % run; 0: at index_offset + i
     index_stride: int = 0
     lr: Tensor | None = None  # [] or [1] fp32 on the device: read anew at every step, in place of hyper.lr
+    # [r, 2] int64: first element and number of those that have state (runs.py); None: all have
+    runs: np.ndarray | None = None
+
+    @property
+    def n_stateless(self) -> int:
+        """Elements without state: isolated for good."""
+        return 0 if self.runs is None else self.param.numel() - int(self.runs[:, 1].sum())
 
     @property
     def u(self) -> Tensor:
