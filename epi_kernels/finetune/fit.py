@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-
 from typing import Any
 
 import torch
