@@ -9,18 +9,20 @@ from collections.abc import Sequence
 
 import torch
 
-from epi_kernels.reference import codec, master
+from epi_kernels.reference import codec, master, nibbles
 from epi_kernels.reference.bits import packed_bytes
 
 STEP_BYTES = 4  # a float32 counter a tensor
 
 
 def moment_bytes(n_elements: int, dtype: torch.dtype | str) -> int:
-    """Of one moment of one tensor; "int8" with its scales, and float32 where the tensor is too small for it."""
+    """Of one moment of one tensor; "int8" and "int4" with their scales, and float32 where the tensor is too small."""
     if isinstance(dtype, torch.dtype):
         return n_elements * dtype.itemsize
     if n_elements < codec.MIN_ELEMENTS:
         return n_elements * torch.float32.itemsize
+    if dtype == "int4":
+        return nibbles.packed_bytes(n_elements) + codec.scale_bytes(n_elements) * nibbles.SCALE_DTYPE.itemsize
     return n_elements + codec.scale_bytes(n_elements)
 
 

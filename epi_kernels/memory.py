@@ -31,15 +31,18 @@ LEFT_OUT = (
 BUILT_IN = ", ".join(architectures.ARCHITECTURES)
 
 EIGHT_BIT: dict[str, Any] = {"state_dtype": "int8"}
+FOUR_BIT: dict[str, Any] = {"state_dtype": "int4"}
 # Any importance_beta but beta2 gives the importance a tensor of its own.
 OWN_IMPORTANCE: dict[str, Any] = {"importance_beta": 0.9, "importance_dtype": "int8"}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, 8-bit states": EIGHT_BIT,
+    "ours, 4-bit states": FOUR_BIT,
     "ours, 8-bit states and importance of its own": EIGHT_BIT | OWN_IMPORTANCE,
 }
 OURS_BFLOAT16: dict[str, dict[str, Any]] = {  # other weights have every bit
     "ours, 8-bit states, 24-bit weights": EIGHT_BIT | {"master_weight_bits": 24},
+    "ours, 4-bit states, 24-bit weights": FOUR_BIT | {"master_weight_bits": 24},
     "ours, 32-bit weights": {"master_weight_bits": 32},
 }
 
