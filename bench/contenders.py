@@ -109,6 +109,14 @@ CONTENDERS = [
         REFRESH,
     ),
     Contender(
+        "ours, float32, 4-bit states",
+        F32,
+        _ours(state_dtype="int4"),
+        True,
+        "stochastic rounding of states",
+        REFRESH,
+    ),
+    Contender(
         "EPI as published, float32",
         F32,
         _published,
@@ -154,6 +162,9 @@ CONTENDERS = [
     ),
     Contender(
         "ours, bfloat16, 8-bit states", BF16, _ours(state_dtype="int8"), True, "stochastic rounding", REFRESH
+    ),
+    Contender(
+        "ours, bfloat16, 4-bit states", BF16, _ours(state_dtype="int4"), True, "stochastic rounding", REFRESH
     ),
     Contender(
         "ours, bfloat16, 8-bit states, 24-bit weights",

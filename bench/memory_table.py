@@ -11,7 +11,7 @@ from epi_kernels.markdown import table
 
 KINDS = (*published.STATE_BYTES, "weight_correction")
 TITLES = ("exp_avg", "exp_avg_sq", "importance", "mask", "correction")
-_N = 4096  # the fewest elements that may have 8-bit states
+_N = 4096  # the fewest elements that may have states that are codes
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def lines() -> list[Line]:
         ("ours, bfloat16 weights, bfloat16 importance of its own", bf16, own | {"importance_dtype": bf16}),
         ("ours, 8-bit states, bfloat16 weights", bf16, int8),
         ("ours, 8-bit states, 24-bit weights", bf16, int8 | {"master_weight_bits": 24}),
+        ("ours, 4-bit states, bfloat16 weights", bf16, {"state_dtype": "int4"}),
         ("ours, bfloat16 states, 32-bit weights", bf16, {"master_weight_bits": 32}),
     ]
 

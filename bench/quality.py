@@ -66,6 +66,8 @@ CONFIGURATIONS = (
     Configuration("bfloat16, 8-bit states", torch.bfloat16, "int8"),
     Configuration("bfloat16 with 24 bits, 8-bit states", torch.bfloat16, "int8", master_weight_bits=24),
     Configuration("float32, 8-bit states", torch.float32, "int8"),
+    Configuration("bfloat16, 4-bit states", torch.bfloat16, "int4"),
+    Configuration("float32, 4-bit states", torch.float32, "int4"),
 )
 
 

@@ -122,7 +122,7 @@ void cpu_step(Tensor table, Tensor scalars, bool stochastic_rounding, std::optio
       complete = complete && rows[i][column] != 0;
     }
     const int64_t flags = rows[i][epi::kFlags];
-    if ((flags & epi::kStateInt8) != 0) {
+    if ((flags & (epi::kStateInt8 | epi::kStateInt4)) != 0) {
       complete = complete && rows[i][epi::kExpAvgScale] != 0 && rows[i][epi::kExpAvgSqScale] != 0;
     }
     if ((flags & epi::kImportanceInt8) != 0) complete = complete && rows[i][epi::kImportanceScale] != 0;

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
-from epi_kernels.reference import codec, master, runs
+from epi_kernels.reference import codec, master, nibbles, runs
 from epi_kernels.reference.bits import packed_bytes
 
 STEP_BYTES = 4  # a float32 counter a tensor
 
 
 def moment_bytes(n_elements: int, dtype: torch.dtype | str, n_stored: int | None = None) -> int:
-    """Of one moment of one tensor; "int8" with its scales, and float32 where the tensor is too small for it.
+    """Of one moment of one tensor; "int8" and "int4" with their scales, and float32 where the tensor is too small.
 
     ``n_stored``: elements that have state, where not all have.
     """
@@ -26,6 +26,8 @@ def moment_bytes(n_elements: int, dtype: torch.dtype | str, n_stored: int | None
         return stored * dtype.itemsize
     if n_elements < codec.MIN_ELEMENTS:
         return stored * torch.float32.itemsize
+    if dtype == "int4":
+        return nibbles.packed_bytes(stored) + codec.scale_bytes(stored) * nibbles.SCALE_DTYPE.itemsize
     return stored + codec.scale_bytes(stored)
 
 

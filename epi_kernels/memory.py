@@ -31,15 +31,18 @@ LEFT_OUT = (
 BUILT_IN = ", ".join(architectures.ARCHITECTURES)
 
 EIGHT_BIT: dict[str, Any] = {"state_dtype": "int8"}
+FOUR_BIT: dict[str, Any] = {"state_dtype": "int4"}
 # Any importance_beta but beta2 gives the importance a tensor of its own.
 OWN_IMPORTANCE: dict[str, Any] = {"importance_beta": 0.9, "importance_dtype": "int8"}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, 8-bit states": EIGHT_BIT,
+    "ours, 4-bit states": FOUR_BIT,
     "ours, 8-bit states and importance of its own": EIGHT_BIT | OWN_IMPORTANCE,
 }
 OURS_BFLOAT16: dict[str, dict[str, Any]] = {  # other weights have every bit
     "ours, 8-bit states, 24-bit weights": EIGHT_BIT | {"master_weight_bits": 24},
+    "ours, 4-bit states, 24-bit weights": FOUR_BIT | {"master_weight_bits": 24},
     "ours, 32-bit weights": {"master_weight_bits": 32},
 }
 
@@ -74,6 +77,8 @@ def rows(sizes: Sequence[int], dtype: torch.dtype, isolated_rows: float | None =
         found.append(Row(name, footprint.masked_ema_adamw(sizes, dtype, **options)["total"]))
     if isolated_rows is not None:
         for name, options in ours(dtype).items():
+            if options.get("state_dtype") == "int4":
+                continue  # whose rows have state all the same
             kinds = footprint.masked_ema_adamw(sizes, dtype, **options, isolated_rows_share=isolated_rows)
             found.append(Row(f"{name}, {100 * isolated_rows:g} % of rows isolated", kinds["total"]))
     peers = published.PEER_STATE_BYTES

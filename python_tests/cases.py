@@ -177,6 +177,12 @@ CASES = {
         *_LARGE, hyper=Hyper(importance_beta=0.9), importance_dtype="int8", **_SOON
     ),
     "int8-layer-hysteresis": case(*_LARGE, state_dtype="int8", scope="layer", hysteresis=0.3, **_SOON),
+    "int4": case(*_LARGE, state_dtype="int4", **_SOON),
+    "int4-nearest": case(*_LARGE, state_dtype="int4", stochastic_rounding=False, **_SOON),
+    "int4-layer-hysteresis": case(
+        *_LARGE, hyper=Hyper(betas=(0.8, 0.95)), state_dtype="int4", scope="layer", hysteresis=0.3, **_SOON
+    ),
+    "master-24-int4": case(*_LARGE, state_dtype="int4", master_weight_bits=24, **_SOON),
     "none": case(*_MIXED, normalization="none", **_SOON),
     "layer-scope": case(*_MIXED, scope="layer", **_SOON),
     "layer-scope-none": case(*_MIXED, scope="layer", normalization="none", **_SOON),

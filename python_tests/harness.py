@@ -18,7 +18,7 @@ import torch
 from packaging.requirements import Requirement
 
 from epi_kernels.optim.compact import expanded
-from python_tests import oracle, oracle_codec, oracle_master
+from python_tests import oracle, oracle_codec, oracle_master, oracle_nibbles
 from python_tests.cases import Case, gradient, half, lay_out, optimizer_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,10 +120,14 @@ def logical(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy().reshape(-1)
 
 
-def stored(state: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+def stored(state: Mapping[str, torch.Tensor], name: str, n_elements: int | None = None) -> np.ndarray:
     """The values of a moment, flat and row-major."""
     if state[name].dtype != torch.uint8:
         return logical(state[name])
+    if state[f"{name}_scale"].dtype == torch.bfloat16:
+        beside = logical(state["exp_avg_sq"]) if name == "exp_avg" else None
+        found = oracle_nibbles.values(logical(state[name]), logical(state[f"{name}_scale"]), beside)
+        return found[:n_elements]
     codes, scales = logical(state[name]), logical(state[f"{name}_scale"])
     return oracle_codec.values(codes, scales, signed=name == "exp_avg")
 
@@ -260,8 +264,9 @@ class Pair:
         assert state["step"].dtype == torch.float32 and state["step"].item() == expected.step
         names = ["exp_avg", "exp_avg_sq"] + ([] if expected.hyper.shared else ["importance"])
         for name in names:
-            assert state[name].shape == p.shape
-            assert_same_bits(stored(state, name), getattr(expected, name), f"p{i}.{name}")
+            packed = f"{name}_scale" in state and state[f"{name}_scale"].dtype == torch.bfloat16
+            assert state[name].shape == (((p.numel() + 1) // 2,) if packed else p.shape)
+            assert_same_bits(stored(state, name, p.numel()), getattr(expected, name), f"p{i}.{name}")
         assert ("importance" in state) == (not expected.hyper.shared)
         assert ("weight_correction" in state) == (expected.master is not None)
         if expected.master is not None:

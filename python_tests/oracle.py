@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from python_tests import oracle_codec, oracle_master
+from python_tests import oracle_codec, oracle_master, oracle_nibbles
 
 F32 = np.float32
 FLOAT_DTYPES = {
     "float32": np.float32,
     "bfloat16": np.float32,
     "int8": np.float32,
+    "int4": np.float32,
     "float64": np.float64,
 }  # dtype it is computed in
 
@@ -120,6 +121,7 @@ class Param:
     exp_avg: np.ndarray | None = None  # [n]; None until the first step with a gradient
     exp_avg_sq: np.ndarray | None = None
     importance: np.ndarray | None = None  # [n], own importance only
+    mantissas: np.ndarray | None = None  # [blocks] of exp_avg_sq's scales, where it is 4-bit
     mask: np.ndarray = field(default=None)  # [n] bool
     persistent: np.ndarray | None = None
     stateless: np.ndarray | None = None  # [n] bool: moments are not kept, and so 0
@@ -244,8 +246,11 @@ class Run:
             new = oracle_master.narrowed(new, s.master_weight_bits, random)
             p.master = np.where(p.mask, p.master, new)
             p.theta = np.where(p.mask, p.theta, oracle_master.nearest_bfloat16(new))
-        p.exp_avg = self._store(m, state_dtype, high(w0), signed=True)
-        p.exp_avg_sq = self._store(v, state_dtype, low(w1))
+        if state_dtype == "int4":
+            self._store_nibbles(p, m, v, high(w0), w1 & np.uint32(0x7FFFFF))
+        else:
+            p.exp_avg = self._store(m, state_dtype, high(w0), signed=True)
+            p.exp_avg_sq = self._store(v, state_dtype, low(w1))
         if not h.shared:
             p.importance = self._store(u, self._state_dtype(p, s.importance_dtype), high(w1))
         if p.stateless is not None:
@@ -256,9 +261,21 @@ class Run:
     @staticmethod
     def _state_dtype(p: Param, dtype: str | None) -> str:
         """Of a state for which the settings say `dtype`; small tensors keep float32."""
-        if dtype == "int8":
-            return "int8" if p.theta.size >= oracle_codec.MIN_ELEMENTS else "float32"
+        if dtype in ("int8", "int4"):
+            return dtype if p.theta.size >= oracle_codec.MIN_ELEMENTS else "float32"
         return dtype or p.dtype
+
+    def _store_nibbles(
+        self, p: Param, m: np.ndarray, v: np.ndarray, r_m: np.ndarray, r_v: np.ndarray
+    ) -> None:
+        if self.settings.stochastic_rounding is False:
+            r_m = r_v = None
+        if p.mantissas is None:
+            p.mantissas = np.zeros(-(-m.size // oracle_nibbles.BLOCK), F32)
+        most = oracle_nibbles.bound(*p.hyper.betas)
+        p.exp_avg, p.exp_avg_sq, p.mantissas = oracle_nibbles.stored(
+            m.astype(F32), v.astype(F32), p.mantissas, r_m, r_v, most
+        )
 
     def _store(self, x: np.ndarray, dtype: str, r16: np.ndarray, *, signed: bool = False) -> np.ndarray:
         if dtype == "int8":

@@ -22,6 +22,7 @@ from python_tests.sharded import whole
 OPTIONS = {
     "float32": {"importance_beta": 0.9},
     "8-bit": {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"},
+    "4-bit": {"state_dtype": "int4"},
     "24 bits": {"dtype": torch.bfloat16, "master_weight_bits": 24},
 }
 

@@ -14,31 +14,31 @@ from epi_kernels.backends.batch import StepBatch
 from epi_kernels.backends.protocol import Backend
 from epi_kernels.backends.reference import ReferenceBackend
 from epi_kernels.policies import selection
-from epi_kernels.reference import codec, master
-from epi_kernels.reference.scalars import HyperParameters
+from epi_kernels.reference import codec
 from epi_kernels.reference.stats import LayerStats, ScoreTerms, score_terms
 from epi_kernels.reference.tensors import ParamTensors
 from epi_kernels.reference.threshold import KthSearch, SearchProblem
 from python_tests.harness import assert_same_bits, logical
+from python_tests.stage_tensors import (  # noqa: F401  what the tests of a backend take from here
+    BF16,
+    CPU,
+    DTYPES,
+    DTYPES_CORRECTED,
+    DTYPES_INT4,
+    DTYPES_INT8,
+    F32,
+    INT4,
+    INT8,
+    SIZES,
+    copies,
+    names,
+    nonempty,
+    params,
+    refresh_params,
+    to,
+)
 
-CPU = torch.device("cpu")
 REFERENCE = ReferenceBackend()
-F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.uint8  # uint8 holds the codes of reference/codec.py
-DTYPES = [(p, s, u) for p in (F32, BF16) for s in (F32, BF16) for u in (None, F32, BF16)]
-DTYPES_INT8 = [
-    (p, s, u)
-    for p in (F32, BF16)
-    for s in (F32, BF16, INT8)
-    for u in (None, F32, BF16, INT8)
-    if INT8 in (s, u)
-]
-DTYPES_CORRECTED = [
-    (BF16, s, u, correction)
-    for s, u in ((F32, None), (BF16, F32), (INT8, INT8))
-    for correction in master.CORRECTION_DTYPES.values()
-]
-# around a chunk of the cuda backend, with one and with no element
-SIZES = (5, 4099, 0, 8192, 1, 77, 300)
 KEEP = selection.keep_factor(0.3)
 NORMALIZATIONS = [  # hysteresis is refused with zscore
     ("minmax", 1.0),
@@ -49,125 +49,7 @@ NORMALIZATIONS = [  # hysteresis is refused with zscore
 ]
 
 
-def names(dtypes: tuple[torch.dtype | None, ...]) -> str:
-    """A test's id: param-state-importance, and the bits of a correction beside the weights."""
-    words = {None: "shared", F32: "f32", BF16: "bf16", INT8: "int8", torch.int8: "8", torch.int16: "16"}
-    return "-".join(words[dtype] for dtype in dtypes)
-
-
-# --- tensors ------------------------------------------------------------------------------------------------
-
-
-def params(
-    sizes: tuple[int, ...],
-    param: torch.dtype,
-    state: torch.dtype,
-    importance: torch.dtype | None,
-    correction: torch.dtype | None = None,
-    *,
-    shift: int = 0,
-) -> list[ParamTensors]:
-    """On the CPU, some weights with corrections that are not theirs. ``shift``: elements that every tensor lies behind its allocation's start."""
-    generator = torch.Generator().manual_seed(len(sizes) + shift)
-
-    def make(n: int, dtype: torch.dtype, positive: bool = False) -> torch.Tensor:
-        values = torch.randn(n + shift, generator=generator).to(dtype)[shift:]
-        return values.abs_() if positive else values
-
-    def make_state(n: int, dtype: torch.dtype, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if dtype != INT8:
-            return make(n, dtype, positive=not signed), None
-        values = make(n, F32, positive=not signed) * 10.0 ** torch.randint(-9, 3, (n,), generator=generator)
-        codes, scales = codec.encode(values, None, signed=signed)
-        return torch.cat([codes.new_zeros(shift), codes])[shift:], torch.cat(
-            [scales.new_zeros(shift), scales]
-        )[shift:]
-
-    beta_u = 0.99 if importance is None else 0.5
-    hyper = HyperParameters(lr=1e-2, beta1=0.9, beta2=0.99, beta_u=beta_u, eps=1e-8, weight_decay=0.1)
-    result = []
-    for row, n in enumerate(sizes):
-        mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, generator=generator)
-        if n % 8:
-            mask[-1] &= (1 << n % 8) - 1
-        (m, m_scale), (v, v_scale) = make_state(n, state, signed=True), make_state(n, state, signed=False)
-        u, u_scale = (None, None) if importance is None else make_state(n, importance, signed=False)
-        weights, corrections = make(n, param), None
-        if correction is not None:
-            weights[:6] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.3e38])[:n]
-            limits = torch.iinfo(correction)
-            corrections = torch.randint(
-                limits.min, limits.max + 1, (n + shift,), dtype=correction, generator=generator
-            )[shift:]
-        result.append(
-            ParamTensors(
-                param=weights,
-                weight_correction=corrections,
-                grad=make(n, param),
-                exp_avg=m,
-                exp_avg_sq=v,
-                importance=u,
-                exp_avg_scale=m_scale,
-                exp_avg_sq_scale=v_scale,
-                importance_scale=u_scale,
-                isolation_mask=mask if row % 3 else None,
-                persistent_mask=None if row % 2 else mask >> 1,
-                layer=row % 3 - 1 if row else 0,
-                step=torch.tensor(2.0 + row % 2),
-                hyper=hyper,
-                maximize=row % 2 == 1,
-                rng_id=12345 + row,
-                index_offset=[0, 2**32 - 3008, 2**33 + 64][row % 3],  # whole blocks of 64,
-            )
-        )
-    return result
-
-
-def refresh_params(dtype: torch.dtype, shift: int) -> list[ParamTensors]:
-    """Three layers, every row with a mask, non-finite and zero importances among the rest."""
-    tensors = params(SIZES, F32 if dtype == INT8 else dtype, dtype, None, shift=shift)
-    for row, t in enumerate(tensors):
-        t.layer = row % 3
-        if t.isolation_mask is None:
-            t.isolation_mask = torch.zeros((t.param.numel() + 7) // 8, dtype=torch.uint8)
-        if t.exp_avg_sq_scale is not None:
-            t.exp_avg_sq_scale[1:2] = codec.NONFINITE
-            t.exp_avg_sq[64:128] = 255
-            t.exp_avg_sq[200:204] = 0
-        elif t.exp_avg_sq.numel() > 4:
-            t.exp_avg_sq[:4] = torch.tensor([math.inf, math.nan, 0.0, -math.inf], dtype=dtype)
-    return nonempty(tensors)
-
-
-def nonempty(tensors: list[ParamTensors]) -> list[ParamTensors]:
-    """The reference's minimum wants an element."""
-    return [t for t in tensors if t.param.numel()]
-
-
-def copies(tensors: list[ParamTensors], device: torch.device, shift: int = 0) -> list[ParamTensors]:
-    """On a device; every tensor but masks ``shift`` elements behind its allocation's start there too."""
-
-    def copy(name: str, value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        behind = 0 if name.endswith("mask") else shift
-        buffer = torch.empty(value.numel() + behind, dtype=value.dtype, device=device)
-        return buffer[behind:].copy_(value)
-
-    fields = [field.name for field in dataclasses.fields(ParamTensors)]
-    return [
-        dataclasses.replace(t, **{name: copy(name, getattr(t, name)) for name in fields}) for t in tensors
-    ]
-
-
-def to(value, device: torch.device):
-    """A dataclass of tensors, on another device."""
-    moved = {
-        field.name: getattr(value, field.name).to(device, copy=True)
-        for field in dataclasses.fields(value)
-        if isinstance(getattr(value, field.name), torch.Tensor)
-    }
-    return dataclasses.replace(value, **moved)
+# --- searches -----------------------------------------------------------------------------------------------
 
 
 def search_problem(
@@ -276,7 +158,11 @@ def check_mixed_step(backend: Backend, device: torch.device) -> None:
 
 def check_tails(backend: Backend, device: torch.device, sizes: tuple[int, ...]) -> None:
     """Every combination of dtypes, 8-bit ones among them, of these sizes in one call."""
-    expected = [t for dtypes in (*DTYPES, *DTYPES_INT8, *DTYPES_CORRECTED) for t in params(sizes, *dtypes)]
+    expected = [
+        t
+        for dtypes in (*DTYPES, *DTYPES_INT8, *DTYPES_INT4, *DTYPES_CORRECTED)
+        for t in params(sizes, *dtypes)
+    ]
     ours = copies(expected, device)
     for _ in range(2):
         run_step(backend, ours)
@@ -286,8 +172,9 @@ def check_tails(backend: Backend, device: torch.device, sizes: tuple[int, ...]) 
 
 def check_spoiled_block(backend: Backend, device: torch.device, dtype: torch.dtype, bad: float) -> None:
     """A gradient that is not finite, or too large for its square, spoils its block of 64 alone, and for good."""
-    expected = params((300,), dtype, INT8, INT8)
-    expected[0].grad[70] = bad
+    expected = params((300,), dtype, INT8, INT8) + params((300,), dtype, INT4, None)
+    for item in expected:
+        item.grad[70] = bad
     ours = copies(expected, device)
     for _ in range(2):
         run_step(backend, ours)
@@ -296,17 +183,21 @@ def check_spoiled_block(backend: Backend, device: torch.device, dtype: torch.dty
     for name in ("exp_avg_sq_scale", "importance_scale"):
         scales = getattr(ours[0], name).tolist()
         assert [block for block, scale in enumerate(scales) if scale == codec.NONFINITE] == [1], name
+    assert (~torch.isfinite(ours[1].exp_avg_sq_scale.cpu())).tolist() == [False, True, False, False, False]
 
 
 def check_magnitudes(backend: Backend, device: torch.device) -> None:
-    """8-bit states of gradients over all exponents: tiny blocks, blocks at the code's end, zero blocks."""
+    """Codes of gradients over all exponents: tiny blocks, blocks at the code's end, zero blocks."""
     exponents = torch.arange(-150, 129, dtype=torch.float64).repeat_interleave(codec.BLOCK)
     generator = torch.Generator().manual_seed(1)
     values = torch.rand(len(exponents), generator=generator, dtype=torch.float64) * 2 - 1
-    (item,) = params((len(exponents),), F32, INT8, INT8)
-    states = ("exp_avg", "exp_avg_sq", "importance")
-    fresh = {name: torch.zeros_like(getattr(item, name)) for s in states for name in (s, f"{s}_scale")}
-    expected = [dataclasses.replace(item, grad=(values * 2.0**exponents).float(), **fresh)]
+    expected = []
+    for dtypes in ((INT8, INT8), (INT4, None)):
+        (item,) = params((len(exponents),), F32, *dtypes)
+        states = ("exp_avg", "exp_avg_sq", "importance")
+        held = [name for s in states for name in (s, f"{s}_scale") if getattr(item, name) is not None]
+        fresh = {name: torch.zeros_like(getattr(item, name)) for name in held}
+        expected.append(dataclasses.replace(item, grad=(values * 2.0**exponents).float(), **fresh))
     ours = copies(expected, device)
     for _ in range(3):
         run_step(backend, ours)

@@ -1,4 +1,4 @@
-"""8-bit states on the cpu backend: the reference's bits on every instruction set."""
+"""States of 8 and of 4 bits on the cpu backend: the reference's bits on every instruction set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from epi_kernels.reference import codec
 from epi_kernels.reference.stats import LayerStats, score_terms
 from python_tests import stage_checks as checks
 
+CODES = [pytest.param(checks.INT8, id="int8"), pytest.param(checks.INT4, id="int4")]
 ISAS = ("avx512", "avx2", "plain")
 TAILS = (1, 2, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 200, 511, 512, 513, 576, 1025, 4097)
 
@@ -28,7 +29,9 @@ def backend(request) -> CpuBackend:
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names)
+@pytest.mark.parametrize(
+    "dtypes", checks.DTYPES_INT8 + checks.DTYPES_INT4 + checks.DTYPES_CORRECTED, ids=checks.names
+)
 def test_step_and_its_stats(backend, dtypes, stochastic, shift):
     checks.check_step(backend, checks.CPU, dtypes, shift, stochastic)
 
@@ -50,13 +53,15 @@ def test_magnitudes_from_subnormal_to_beyond_the_code(backend):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("domains", [1, 3])
 @pytest.mark.parametrize(("normalization", "factor"), checks.NORMALIZATIONS)
-def test_refresh_stages(backend, normalization, factor, domains, shift):
-    checks.check_refresh(backend, checks.CPU, checks.INT8, shift, normalization, factor, domains)
+@pytest.mark.parametrize("dtype", CODES)
+def test_refresh_stages(backend, dtype, normalization, factor, domains, shift):
+    checks.check_refresh(backend, checks.CPU, dtype, shift, normalization, factor, domains)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 64])
-def test_sampled_counts(backend, stride):
-    checks.check_sampled_counts(backend, checks.CPU, stride, 0, dtype=checks.INT8)
+@pytest.mark.parametrize("dtype", CODES)
+def test_sampled_counts(backend, dtype, stride):
+    checks.check_sampled_counts(backend, checks.CPU, stride, 0, dtype=dtype)
 
 
 @pytest.mark.parametrize("domains", [1, 2])

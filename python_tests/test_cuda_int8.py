@@ -1,4 +1,4 @@
-"""8-bit states in the CUDA kernels' bodies, played by the CPU: the reference's bits, no GPU needed."""
+"""States of 8 and of 4 bits in the CUDA kernels' bodies, played by the CPU: the reference's bits, no GPU needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from epi_kernels.backends import cuda
 from python_tests import cuda_emulation
 from python_tests import stage_checks as checks
-from python_tests.stage_checks import CPU, INT8
+from python_tests.stage_checks import CPU, INT4, INT8, KEEP
 
 pytestmark = pytest.mark.skipif(
     cuda_emulation.missing() is not None, reason=f"emulation: {cuda_emulation.missing()}"
@@ -25,7 +25,9 @@ def emulated(request, monkeypatch) -> cuda_emulation.EmulatedCudaBackend:
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names)
+@pytest.mark.parametrize(
+    "dtypes", checks.DTYPES_INT8 + checks.DTYPES_INT4 + checks.DTYPES_CORRECTED, ids=checks.names
+)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_step_and_its_stats_in_every_dtype(dtypes, shift, stochastic, emulated):
     checks.check_step(emulated, CPU, dtypes, shift, stochastic)
@@ -56,3 +58,14 @@ def test_refresh_stages(domains, factor, normalization, shift, emulated):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sampled_counts(stride, shift, emulated):
     checks.check_sampled_counts(emulated, CPU, stride, shift, dtype=INT8)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "factor", "domains", "shift"), [("zscore", 1.0, 1, 0), ("none", KEEP, 3, 1)]
+)
+def test_refresh_stages_of_4_bit_states(normalization, factor, domains, shift, emulated):
+    checks.check_refresh(emulated, CPU, INT4, shift, normalization, factor, domains)
+
+
+def test_sampled_counts_of_4_bit_states(emulated):
+    checks.check_sampled_counts(emulated, CPU, 3, 1, dtype=INT4)

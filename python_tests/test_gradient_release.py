@@ -21,6 +21,7 @@ OPTIONS = {
     "minmax": {},
     "zscore over several parameters": {"normalization": "zscore", "layer_key": halves},
     "none, by layer": {"normalization": "none", "scope": "layer", "hysteresis": 0.3},
+    "4-bit states": {"state_dtype": "int4"},
     "8-bit states": {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"},
     "own importance": {"importance_beta": 0.9, "importance_dtype": torch.bfloat16, "mask_warmup": 5},
     "schedules": {

@@ -1,4 +1,4 @@
-"""8-bit states as a user meets them: saved, loaded, carried, and EMAs that neither stall nor explode."""
+"""8-bit states as a user meets them: saved, loaded, carried; EMAs of 8 and of 4 bits that neither stall nor explode."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from bench import stopped
 from epi_kernels import MaskedEMAAdamW
+from epi_kernels.optim.moments import read_moment
 from epi_kernels.reference import codec
 from python_tests.harness import assert_same_run, train
 
@@ -119,18 +120,19 @@ def test_scales_of_another_length_are_refused_before_a_step():
 
 
 def second_moment(optimizer: MaskedEMAAdamW, p: torch.Tensor) -> torch.Tensor:
-    state = optimizer.state[p]
-    if state["exp_avg_sq"].dtype == torch.uint8:
-        return codec.decode(state["exp_avg_sq"].reshape(-1), state["exp_avg_sq_scale"], signed=False)
-    return state["exp_avg_sq"].reshape(-1)
+    return read_moment(optimizer.state[p], "exp_avg_sq", p.shape, "state").reshape(-1)
 
 
-def test_a_stale_element_decays_to_its_true_value():
-    """SPEC 5: 65,536 elements whose gradient stops beside neighbours up to three times larger that go on."""
-    n, steps, beta2 = 1 << 17, 5000, 0.999
+@pytest.mark.parametrize(("state_dtype", "n"), [("int8", 1 << 17), ("int4", 1 << 19)])
+def test_a_stale_element_decays_to_its_true_value(state_dtype, n):
+    """SPEC 5: 65,536 elements and more whose gradient stops beside neighbours up to three times larger that go on.
+
+    Of 4 bits the mean of 65,536 still moves by 1.3 % with the seed, of as many as here by 0.6 %.
+    """
+    steps, beta2 = 5000, 0.999
     p = torch.nn.Parameter(torch.zeros(n))
     optimizer = MaskedEMAAdamW(
-        [p], lr=0.0, betas=(0.9, beta2), weight_decay=0.0, mask_interval=None, state_dtype="int8"
+        [p], lr=0.0, betas=(0.9, beta2), weight_decay=0.0, mask_interval=None, state_dtype=state_dtype
     )
     stale = torch.arange(n) % 2 == 0
     first = torch.where(stale, 1.0, torch.linspace(0.3, 3.0, n))
@@ -149,13 +151,14 @@ def test_a_stale_element_decays_to_its_true_value():
     assert abs(float(found) / expected - 1) < 0.02
 
 
-def test_sparse_rows_update_no_more_than_twice_as_far_as_float32():
+@pytest.mark.parametrize("narrow", ["int8", "int4"])
+def test_sparse_rows_update_no_more_than_twice_as_far_as_float32(narrow):
     """SPEC 5: an embedding whose rows are hit now and then, block maxima 10^4 apart."""
     rows, width, steps = 64, 128, 400
     generator = torch.Generator().manual_seed(2)
     scale = 10.0 ** torch.linspace(-4, 0, width)[torch.randperm(width, generator=generator)]
     largest = []
-    for state_dtype in (torch.float32, "int8"):
+    for state_dtype in (torch.float32, narrow):
         generator = torch.Generator().manual_seed(3)
         p = torch.nn.Parameter(torch.zeros(rows, width))
         optimizer = MaskedEMAAdamW([p], lr=1.0, weight_decay=0.0, mask_interval=None, state_dtype=state_dtype)
@@ -172,9 +175,10 @@ def test_sparse_rows_update_no_more_than_twice_as_far_as_float32():
     assert largest[1] <= 2 * largest[0]
 
 
-def test_a_positive_second_moment_never_becomes_zero():
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+def test_a_positive_second_moment_never_becomes_zero(state_dtype):
     p = torch.nn.Parameter(torch.zeros(4096))
-    optimizer = MaskedEMAAdamW([p], lr=0.0, mask_interval=None, state_dtype="int8")
+    optimizer = MaskedEMAAdamW([p], lr=0.0, mask_interval=None, state_dtype=state_dtype)
     p.grad = 10.0 ** torch.linspace(-15, 3, 4096)[torch.randperm(4096)]
     optimizer.step()
     p.grad = torch.zeros(4096)
@@ -183,12 +187,13 @@ def test_a_positive_second_moment_never_becomes_zero():
     assert bool((second_moment(optimizer, p) > 0).all())
 
 
-def test_a_group_that_stops_leaves_the_mask_with_the_float32_one_and_comes_back():
+@pytest.mark.parametrize("narrow", ["int8", "int4"])
+def test_a_group_that_stops_leaves_the_mask_with_the_float32_one_and_comes_back(narrow):
     """SPEC 5: the share of the group that is isolated falls to half within one refresh of float32's."""
     n, interval = 1 << 15, 100
     stops = torch.arange(n) < n // 8
     halved, back = [], []
-    for state_dtype in (torch.float32, "int8"):
+    for state_dtype in (torch.float32, narrow):
         generator = torch.Generator().manual_seed(4)
         p = torch.nn.Parameter(torch.zeros(n))
         optimizer = MaskedEMAAdamW(

@@ -58,6 +58,7 @@ OPTIONS = [
     {"state_dtype": torch.bfloat16},
     INT8,
     INT8 | {"isolation_ratio": 0.0},
+    {"state_dtype": "int4"},
     OWN,
     OWN | {"importance_dtype": torch.bfloat16},
     OWN | {"importance_dtype": "int8"},

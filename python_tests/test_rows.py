@@ -304,6 +304,11 @@ def test_arguments():
         MaskedEMAAdamW(params, isolation_granularity="column")
     with pytest.raises(ValueError, match="isolation_granularity must be 'element' with capturable=True"):
         MaskedEMAAdamW(params, isolation_granularity="row", capturable=True)
+    for other in ({"offload": "cpu"}, {"state_dtype": "int4"}):
+        with pytest.raises(
+            ValueError, match="isolation_granularity must be 'element' .* with offload='cpu' and"
+        ):
+            MaskedEMAAdamW(params, isolation_granularity="row", **other)
     with pytest.raises(ValueError, match="isolation_granularity cannot be set per param group"):
         MaskedEMAAdamW([{"params": params, "isolation_granularity": "row"}])
 

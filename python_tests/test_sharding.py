@@ -35,6 +35,7 @@ OPTIONS = {
     },
     "bfloat16": {},
     "bfloat16, 24 bits": {"master_weight_bits": 24},
+    "bfloat16, 4-bit": {"state_dtype": "int4"},
     "bfloat16, 8-bit": {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"},
 }
 # what each mesh does with a tensor of one, two and three dimensions
@@ -106,7 +107,10 @@ def differing(one: dict, other: dict) -> list:
 # every layout with and without random numbers, every option on the layouts that ask most of it
 PAIRS = [(layout, case) for layout in LAYOUTS for case in ("float32", "bfloat16")]
 PAIRS += [
-    (layout, case) for layout in ("FSDP on 3", "HSDP") for case in OPTIONS if "," in case and "8" not in case
+    (layout, case)
+    for layout in ("FSDP on 3", "HSDP")
+    for case in OPTIONS
+    if "," in case and "-bit" not in case
 ]
 
 
@@ -120,13 +124,20 @@ def test_a_sharded_run_has_the_bits_of_one_process(layout, case):
         assert differing(found, expected) == []
 
 
-@pytest.mark.parametrize("layout", ["FSDP on 3", "the last dimension on 3", "columns and FSDP"])
-def test_backends_agree_on_shards_with_8_bit_states(layout):
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        *(
+            (layout, "bfloat16, 8-bit")
+            for layout in ("FSDP on 3", "the last dimension on 3", "columns and FSDP")
+        ),
+        ("columns and FSDP", "bfloat16, 4-bit"),
+    ],
+)
+def test_backends_agree_on_shards_whose_states_are_codes(layout, case):
     """Blocks begin with the shard, random numbers go by places in the whole."""
     n_ranks = int(np.prod(LAYOUTS[layout][0]))
-    both = [
-        on_ranks(n_ranks, sharded, layout, "bfloat16, 8-bit", backend) for backend in ("cpu", "reference")
-    ]
+    both = [on_ranks(n_ranks, sharded, layout, case, backend) for backend in ("cpu", "reference")]
     for mine, theirs in zip(*both):
         assert differing(mine, theirs) == []
 

@@ -28,6 +28,12 @@ TABLE = [
     (torch.bfloat16, {"importance_beta": 0.9, "importance_dtype": "int8"}, 5.140625),
     (torch.bfloat16, {"state_dtype": "int8", "master_weight_bits": 24}, 3.15625),
     (torch.bfloat16, {"state_dtype": "int8", "master_weight_bits": 32}, 4.15625),
+    (
+        torch.float32,
+        {"state_dtype": "int4"},
+        1.1875,
+    ),  # two codes, two scales of two bytes a block of 64, the mask
+    (torch.bfloat16, {"state_dtype": "int4", "master_weight_bits": 24}, 2.1875),
     (torch.float32, {"master_weight_bits": 32}, 8.125),  # float32 weights have every bit
 ]
 

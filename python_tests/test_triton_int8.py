@@ -1,4 +1,4 @@
-"""8-bit states in the Triton kernels: the reference's bits, through the interpreter or on a device."""
+"""States of 8 and of 4 bits in the Triton kernels: the reference's bits, through the interpreter or on a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from python_tests import stage_checks as checks
 from python_tests.harness import need_triton
-from python_tests.stage_checks import INT8
+from python_tests.stage_checks import INT4, INT8, KEEP
 from python_tests.triton_stages import DEVICE, backend
 
 need_triton()
@@ -26,7 +26,9 @@ def triton_backend():
 @pytest.mark.parametrize(
     ("shift", "stochastic"), [(0, True), (1, False)], ids=["aligned-stochastic", "shifted-nearest"]
 )
-@pytest.mark.parametrize("dtypes", checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names)
+@pytest.mark.parametrize(
+    "dtypes", checks.DTYPES_INT8 + checks.DTYPES_INT4 + checks.DTYPES_CORRECTED, ids=checks.names
+)
 def test_step_and_its_stats_in_every_dtype(dtypes, shift, stochastic, triton_backend):
     checks.check_step(triton_backend, DEVICE, dtypes, shift, stochastic)
 
@@ -56,3 +58,14 @@ def test_refresh_stages(domains, factor, normalization, shift, triton_backend):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sampled_counts(stride, shift, triton_backend):
     checks.check_sampled_counts(triton_backend, DEVICE, stride, shift, dtype=INT8)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "factor", "domains", "shift"), [("zscore", 1.0, 1, 0), ("none", KEEP, 3, 1)]
+)
+def test_refresh_stages_of_4_bit_states(normalization, factor, domains, shift, triton_backend):
+    checks.check_refresh(triton_backend, DEVICE, INT4, shift, normalization, factor, domains)
+
+
+def test_sampled_counts_of_4_bit_states(triton_backend):
+    checks.check_sampled_counts(triton_backend, DEVICE, 3, 1, dtype=INT4)

@@ -66,6 +66,22 @@ EPI_INLINE void store_codes_signed(uint8_t* p, U8 even, U8 odd, Pair x) {
   store_bytes(p, _mm256_or_si256(codes, _mm256_slli_epi16(signs, 7)));
 }
 
+// 4-bit codes (math/nibbles.h): of sixteen elements, the even and the odd ones apart.
+EPI_INLINE Lanes<Pair>::U load_nibbles(const uint8_t* p) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {{_mm256_and_si256(bytes, _mm256_set1_epi32(15))}, {_mm256_srli_epi32(bytes, 4)}};
+}
+EPI_INLINE void store_nibbles(uint8_t* p, U8 even, U8 odd) {
+  const __m256i bytes = _mm256_or_si256(even.v, _mm256_slli_epi32(odd.v, 4));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+EPI_INLINE F8 lookup(const float (&table)[16], U8 index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index.v);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index.v);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
+}
+
 // A bit each of a block's codes that are at least `bound`, at most 255.
 EPI_INLINE uint32_t codes_from_half(const uint8_t* p, int bound) {
   const __m256i codes = load_words(p).v;

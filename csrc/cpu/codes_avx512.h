@@ -61,6 +61,19 @@ EPI_INLINE void store_codes_signed(uint8_t* p, U16 even, U16 odd, Pair x) {
   store_bytes(p, _mm512_or_si512(join_halves(even, odd), _mm512_slli_epi16(signs, 7)));
 }
 
+// 4-bit codes (math/nibbles.h): of thirty-two elements, the even and the odd ones apart.
+EPI_INLINE Lanes<Pair>::U load_nibbles(const uint8_t* p) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {{_mm512_and_si512(bytes, _mm512_set1_epi32(15))}, {_mm512_srli_epi32(bytes, 4)}};
+}
+EPI_INLINE void store_nibbles(uint8_t* p, U16 even, U16 odd) {
+  const __m512i bytes = _mm512_or_si512(even.v, _mm512_slli_epi32(odd.v, 4));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bytes));
+}
+EPI_INLINE F16 lookup(const float (&table)[16], U16 index) {
+  return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+}
+
 // A bit each of a block's codes that are at least `bound`, at most 255.
 EPI_INLINE uint64_t codes_from(const uint8_t* p, int bound) {
   return _mm512_cmpge_epu8_mask(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(bound)));

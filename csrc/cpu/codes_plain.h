@@ -85,6 +85,25 @@ EPI_INLINE void store_codes_signed(uint8_t* p, U16 even, U16 odd, Pair x) {
   store_bytes(p, joined_codes(even, odd) ^ signs);
 }
 
+// 4-bit codes (math/nibbles.h): of thirty-two elements, the even and the odd ones apart.
+EPI_INLINE Lanes<Pair>::U load_nibbles(const uint8_t* p) {
+  const U16 bytes = widened(p);
+  return {bytes & Lanes<F16>::u32(15), bytes >> 4};
+}
+EPI_INLINE void store_nibbles(uint8_t* p, U16 even, U16 odd) {
+  uint32_t low[kLanes], high[kLanes];
+  store(low, even);
+  store(high, odd);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(low[i] | high[i] << 4);
+}
+EPI_INLINE F16 lookup(const float (&table)[16], U16 index) {
+  uint32_t at[kLanes];
+  float found[kLanes];
+  store(at, index);
+  for (int i = 0; i < kLanes; ++i) found[i] = table[at[i]];
+  return load<F16>(found);
+}
+
 struct CodeExtrema {
   uint32_t low, high;
 };

@@ -6,12 +6,14 @@
 #include "cpu/mask.h"
 #include "cpu/stats.h"
 #include "cpu/step_codes.h"
+#include "cpu/step_nibbles.h"
 #include "cpu/threshold.h"
 #include "math/score.h"
 
 namespace epi::EPI_ISA {
 
 inline void step(TableRow row, int64_t start, int64_t stop, const StepArguments& a) {
+  if ((row[kFlags] & kStateInt4) != 0) return step_nibbles(row, start, stop, a);
   (row[kFlags] & (kStateInt8 | kImportanceInt8)) != 0 ? step_codes(row, start, stop, a)
                                                       : step_floats(row, start, stop, a);
 }

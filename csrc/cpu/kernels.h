@@ -39,6 +39,8 @@ enum Flag : int64_t {
   kStateInt8 = 32,
   kImportanceInt8 = 64,
   kUInt8 = 128,
+  kStateInt4 = 2048,
+  kUInt4 = 8192,
   kCorrectionInt8 = 1024,
 };
 

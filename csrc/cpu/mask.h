@@ -3,8 +3,7 @@
 
 #pragma once
 
-#include "cpu/rows.h"
-#include "math/codec.h"
+#include "cpu/code_blocks.h"
 
 namespace epi::EPI_ISA {
 
@@ -40,18 +39,40 @@ EPI_INLINE uint64_t selected(const uint16_t* u, uint64_t old, const SelectBounds
          static_cast<uint64_t>(finite_from(u + 32, b.word, static_cast<uint32_t>(old >> 32))) << 32;
 }
 
-// Bits of a block of codes.
-template <class F>
-EPI_INLINE uint64_t selected(const uint8_t* codes, Block<false> block, uint64_t old,
-                             const SelectBounds<F>& b) {
-  const uint64_t now = values_from(codes, block, b.number[0]);
-  if (!b.by_old_bit || old == 0) return now;
-  return (values_from(codes, block, b.number[1]) & old) | (now & ~old);
-}
+// The sixty-four elements from `i` on, of which `count` exist; a place for those that are not codes.
+template <class T>
+struct Floats {
+  const T* u;
 
-template <class F, class T>
-EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
-  const T* u = importances<T>(row);
+  template <class F>
+  EPI_INLINE uint64_t selected_at(int64_t i, int count, uint64_t old, const SelectBounds<F>& b) const {
+    const T* at = u + i;
+    ahead<64>(at, kReadAhead);
+    T rest[64];
+    if (count < 64) [[unlikely]]
+      at = padded(rest, at, count);
+    return selected(at, old, b);
+  }
+};
+// Bits of a block of codes.
+template <class Codes>
+struct Coded {
+  Codes u;
+
+  template <class F>
+  EPI_INLINE uint64_t selected_at(int64_t i, int count, uint64_t old, const SelectBounds<F>& b) const {
+    uint8_t space[kCodeBlock];
+    ahead<32>(static_cast<const uint8_t*>(u.address(i)), kReadAhead);
+    const auto block = u.block(i, count, space);
+    const uint64_t now = block.from(b.number[0]);
+    if (!b.by_old_bit || old == 0) return now;
+    return (block.from(b.number[1]) & old) | (now & ~old);
+  }
+};
+
+template <class F, class Source>
+EPI_INLINE void select_range(const Source& source, TableRow row, int64_t start, int64_t stop,
+                             SelectArguments& a) {
   uint8_t* mask = pointer<uint8_t>(row, kIsolationMask);
   const uint8_t* persistent = pointer<const uint8_t>(row, kPersistentMask);
   const SelectBounds<F> b{{a.bound[0], a.bound[1]},
@@ -62,26 +83,15 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
   for (int64_t i = start; i < stop; i += 64) {
     const int count = stop - i < 64 ? static_cast<int>(stop - i) : 64;
     const uint64_t in_bounds = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    T rest[64];
-    const T* at = u + i;
-    ahead<64>(at, kReadAhead);
     uint64_t old, kept;
     if (count == 64) [[likely]] {
       old = mask_word<uint64_t>(mask, i);
       kept = mask_word<uint64_t>(persistent, i);
     } else {
-      for (int j = 0; j < 64; ++j) rest[j] = j < count ? at[j] : T{};
-      at = rest;
       old = mask_bits<uint64_t>(mask, i, count) & in_bounds;
       kept = mask_bits<uint64_t>(persistent, i, count);
     }
-    uint64_t now;
-    if constexpr (sizeof(T) == 1) {
-      now = selected(at, Block<false>::of_scale(importance_scales(row)[i / kCodeBlock]), old, b);
-    } else {
-      now = selected(at, old, b);
-    }
-    now = (now | kept) & in_bounds;
+    const uint64_t now = (source.selected_at(i, count, old, b) | kept) & in_bounds;
     if (count == 64) [[likely]] {
       memcpy(mask + i / 8, &now, 8);
     } else {
@@ -99,11 +109,13 @@ EPI_INLINE void select_range(TableRow row, int64_t start, int64_t stop, SelectAr
 template <class F>
 void select_mask(TableRow row, int64_t start, int64_t stop, SelectArguments& a) {
   if ((row[kFlags] & kUInt8) != 0) {
-    select_range<F, uint8_t>(row, start, stop, a);
+    select_range<F>(Coded<ByteCodes>{byte_codes(row)}, row, start, stop, a);
+  } else if ((row[kFlags] & kUInt4) != 0) {
+    select_range<F>(Coded<NibbleCodes>{nibble_codes(row)}, row, start, stop, a);
   } else if ((row[kFlags] & kUBf16) != 0) {
-    select_range<F, uint16_t>(row, start, stop, a);
+    select_range<F>(Floats<uint16_t>{importances<uint16_t>(row)}, row, start, stop, a);
   } else {
-    select_range<F, float>(row, start, stop, a);
+    select_range<F>(Floats<float>{importances<float>(row)}, row, start, stop, a);
   }
 }
 

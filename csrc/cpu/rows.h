@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "math/codec.h"
 
 namespace epi::EPI_ISA {
 
@@ -68,12 +67,6 @@ EPI_INLINE Word mask_word(const uint8_t* mask, int64_t start) {
   Word bits = 0;
   if (mask != nullptr) memcpy(&bits, mask + (start >> 3), sizeof bits);
   return bits;
-}
-
-// A bit each of a block's codes whose value is finite and at least `bound`.
-EPI_INLINE uint64_t values_from(const uint8_t* codes, Block<false> block, float bound) {
-  const int least = code_bound(block, bound);
-  return block.finite && least < 256 ? codes_from(codes, least) : 0;
 }
 
 template <int kElements>

@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "cpu/rows.h"
-#include "math/codec.h"
+#include "cpu/code_blocks.h"
 #include "math/rounding.h"
 
 namespace epi::EPI_ISA {
@@ -95,7 +94,7 @@ EPI_INLINE void add_range(StatsSums<F>& sums, const T* u, int64_t n, bool moment
   sums.nonfinite -= whole + kWords - n;
 }
 
-// 8-bit importances. A block's extrema are those of its codes.
+// Importances that are codes. A block's extrema are those of its codes.
 EPI_INLINE CodeExtrema code_extrema(const uint8_t* codes, int n) {
   if (n == kCodeBlock) return code_extrema(codes);
   CodeExtrema e{codes[0], codes[0]};
@@ -106,30 +105,28 @@ EPI_INLINE CodeExtrema code_extrema(const uint8_t* codes, int n) {
   return e;
 }
 
-template <class F>
-__attribute__((noinline)) void add_codes(StatsSums<F>& sums, const uint8_t* codes, const uint8_t* scales,
-                                         int64_t n, bool moments) {
+// Elements start to stop; `start` is a multiple of 64.
+template <class F, class Codes>
+__attribute__((noinline)) void add_codes(StatsSums<F>& sums, const Codes& u, int64_t start, int64_t stop,
+                                         bool moments) {
   using L = Lanes<F>;
   const float infinity = float_of(0x7F800000u);
   float minimum = infinity, maximum = -infinity;
   D16 sum = sums.sum, sum_of_squares = sums.sum_of_squares;
-  for (int64_t i = 0; i < n; i += kCodeBlock) {
-    const auto block = Block<false>::of_scale(scales[i / kCodeBlock]);
-    const int count = n - i < kCodeBlock ? static_cast<int>(n - i) : kCodeBlock;
-    if (!block.finite) {
+  for (int64_t i = start; i < stop; i += kCodeBlock) {
+    const int count = stop - i < kCodeBlock ? static_cast<int>(stop - i) : kCodeBlock;
+    uint8_t space[kCodeBlock];
+    const auto block = u.block(i, count, space);
+    if (!block.finite()) {
       sums.nonfinite += count;
       continue;
     }
-    const CodeExtrema e = code_extrema(codes + i, count);
-    const float low = half_of_code<float>(e.low << 19) * block.factor();
-    const float high = half_of_code<float>(e.high << 19) * block.factor();
+    const CodeExtrema e = code_extrema(block.codes, count);
+    const float low = block.value(e.low), high = block.value(e.high);
     minimum = low < minimum ? low : minimum;
     maximum = high > maximum ? high : maximum;
     for (int j = 0; moments && j < count; j += kWidth) {
-      uint8_t rest[kWidth];
-      const uint8_t* at = codes + i + j;
-      const F x = load_codes_in_order<F>(count - j < kWidth ? padded(rest, at, count - j) : at);
-      add_moments(sum, sum_of_squares, x * L::f32(block.factor()));
+      add_moments(sum, sum_of_squares, block.template values<F>(j));
     }
   }
   sums.minimum = min(sums.minimum, L::f32(minimum));
@@ -179,8 +176,9 @@ template <class F>
 void stats(TableRow row, int64_t start, int64_t stop, bool moments, StatsPartial* partial) {
   StatsSums<F> sums = empty_sums<F>();
   if ((row[kFlags] & kUInt8) != 0) {
-    const uint8_t* scales = importance_scales(row) + start / kCodeBlock;
-    add_codes(sums, importances<uint8_t>(row) + start, scales, stop - start, moments);
+    add_codes(sums, byte_codes(row), start, stop, moments);
+  } else if ((row[kFlags] & kUInt4) != 0) {
+    add_codes(sums, nibble_codes(row), start, stop, moments);
   } else if ((row[kFlags] & kUBf16) != 0) {
     add_range(sums, importances<uint16_t>(row) + start, stop - start, moments);
   } else {

@@ -128,15 +128,14 @@ EPI_INLINE void step_blocks(const StepContext& x, const CodedPointers<P, S>& p, 
 template <class P, class S>
 EPI_INLINE void add_stored(StatsSums<F16>& sums, const CodedPointers<P, S>& p, int64_t i, int64_t n,
                            bool moments) {
-  const int64_t block = i / kCodeBlock;
   if (p.importance_u8 != nullptr) {
-    add_codes(sums, p.importance_u8 + i, p.importance_scale + block, n, moments);
+    add_codes(sums, ByteCodes{p.importance_u8, p.importance_scale}, i, i + n, moments);
   } else if (p.importance_f32 != nullptr) {
     add_range(sums, p.importance_f32 + i, n, moments);
   } else if (p.importance_bf16 != nullptr) {
     add_range(sums, p.importance_bf16 + i, n, moments);
   } else if constexpr (sizeof(S) == 1) {
-    add_codes(sums, p.exp_avg_sq + i, p.exp_avg_sq_scale + block, n, moments);
+    add_codes(sums, ByteCodes{p.exp_avg_sq, p.exp_avg_sq_scale}, i, i + n, moments);
   }
 }
 

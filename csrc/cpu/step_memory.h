@@ -59,7 +59,8 @@ EPI_INLINE StepPointers<P, S> step_pointers(TableRow row) {
 }
 
 // The last, incomplete unit of a range: copied here, followed by zeros, updated as a whole, copied back.
-template <class P, class S, int kElements>
+// kMoments: exp_avg and exp_avg_sq too, which else are somebody else's business.
+template <class P, class S, int kElements, bool kMoments = true>
 struct StepTail {
   P param[kElements] = {}, grad[kElements] = {};
   S exp_avg[kElements] = {}, exp_avg_sq[kElements] = {};
@@ -71,8 +72,10 @@ struct StepTail {
   __attribute__((noinline)) StepPointers<P, S> load(const StepPointers<P, S>& p, int64_t i, int count) {
     copy(param, p.param + i, count);
     copy(grad, p.grad + i, count);
-    copy(exp_avg, p.exp_avg + i, count);
-    copy(exp_avg_sq, p.exp_avg_sq + i, count);
+    if constexpr (kMoments) {
+      copy(exp_avg, p.exp_avg + i, count);
+      copy(exp_avg_sq, p.exp_avg_sq + i, count);
+    }
     StepPointers<P, S> here{param, grad, exp_avg, exp_avg_sq, nullptr, nullptr, {nullptr, nullptr}};
     if (p.importance_f32 != nullptr) {
       copy(here.importance_f32 = importance_f32, p.importance_f32 + i, count);
@@ -90,8 +93,10 @@ struct StepTail {
                                        bool with_grad) const {
     copy(p.param + i, param, count);
     if (with_grad) copy(p.grad + i, grad, count);
-    copy(p.exp_avg + i, exp_avg, count);
-    copy(p.exp_avg_sq + i, exp_avg_sq, count);
+    if constexpr (kMoments) {
+      copy(p.exp_avg + i, exp_avg, count);
+      copy(p.exp_avg_sq + i, exp_avg_sq, count);
+    }
     if (p.importance_f32 != nullptr) copy(p.importance_f32 + i, importance_f32, count);
     if (p.importance_bf16 != nullptr) copy(p.importance_bf16 + i, importance_bf16, count);
     if (p.corrections.of_16 != nullptr) copy(p.corrections.of_16 + i, correction_16, count);

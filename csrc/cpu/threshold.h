@@ -3,8 +3,7 @@
 
 #pragma once
 
-#include "cpu/rows.h"
-#include "math/codec.h"
+#include "cpu/code_blocks.h"
 #include "math/score.h"
 
 namespace epi::EPI_ISA {
@@ -141,30 +140,26 @@ EPI_INLINE int64_t count_words(const uint16_t* u, const uint8_t* mask, int64_t s
   return above;
 }
 
-// The same for 8-bit importances: a block's codes are compared as they are.
-template <class F>
-EPI_INLINE int64_t count_codes(const uint8_t* u, const uint8_t* scales, const uint8_t* mask, int64_t start,
-                               int64_t stop, const CountArguments& a) {
+// The same for codes: a block's are compared as they are.
+template <class F, class Codes>
+EPI_INLINE int64_t count_codes(const Codes& u, const uint8_t* mask, int64_t start, int64_t stop,
+                               const CountArguments& a) {
   using L = Lanes<F>;
   int64_t above = 0;
   for (int64_t i = start; i < stop; i += kCodeBlock) {
-    const auto block = Block<false>::of_scale(scales[i / kCodeBlock]);
-    if (!block.finite) continue;
     const int count = stop - i < kCodeBlock ? static_cast<int>(stop - i) : kCodeBlock;
-    uint8_t rest[kCodeBlock];
-    const uint8_t* at = u + i;
+    uint8_t space[kCodeBlock];
+    const auto block = u.block(i, count, space);
+    if (!block.finite()) continue;
     uint64_t in_bounds = ~uint64_t{0}, old = 0;
-    if (count < kCodeBlock) [[unlikely]] {
-      for (int j = 0; j < kCodeBlock; ++j) rest[j] = j < count ? at[j] : uint8_t{0};
-      at = rest;
+    if (count < kCodeBlock) [[unlikely]]
       in_bounds = (uint64_t{1} << count) - 1;
-    }
-    uint64_t over = values_from(at, block, a.hi_bound[0]), in = values_from(at, block, a.lo_bound[0]);
+    uint64_t over = block.from(a.hi_bound[0]), in = block.from(a.lo_bound[0]);
     if (mask != nullptr) {
       old = count == kCodeBlock ? mask_word<uint64_t>(mask, i) : mask_bits<uint64_t>(mask, i, count);
       if (old != 0) {
-        over = (values_from(at, block, a.hi_bound[1]) & old) | (over & ~old);
-        in = (values_from(at, block, a.lo_bound[1]) & old) | (in & ~old);
+        over = (block.from(a.hi_bound[1]) & old) | (over & ~old);
+        in = (block.from(a.lo_bound[1]) & old) | (in & ~old);
       }
     }
     above += __builtin_popcountll(over & in_bounds);
@@ -172,13 +167,38 @@ EPI_INLINE int64_t count_codes(const uint8_t* u, const uint8_t* scales, const ui
     for (int j = 0; in >> j != 0; j += kWidth) {
       const uint32_t part = static_cast<uint32_t>(in >> j) & 0xFFFFu;
       if (part != 0) {
-        const F values = load_codes_in_order<F>(at + j) * L::f32(block.factor());
+        const F values = block.template values<F>(j);
         add_to_bins(values, part, from_bits<typename L::M>(static_cast<uint32_t>(old >> j) & 0xFFFFu), a);
       }
       if (j + kWidth == kCodeBlock) break;
     }
   }
   return above;
+}
+
+// Calls visit(start, stop) for what is to be counted of a range: all of it, or every sample_stride-th block.
+// `address(i)`: where an element lies; `bits`: of one.
+template <class Address, class Visit>
+EPI_INLINE void for_each_counted(int64_t start, int64_t stop, int bits, const CountArguments& a,
+                                 const Address& address, const Visit& visit) {
+  if (a.sample_stride <= 1) return visit(start, stop);
+  const int64_t pace = kSampleBlock * a.sample_stride;
+  for (int64_t i = (start + pace - 1) / pace * pace; i < stop; i += pace) {
+    // the next block lies on a page of its own
+    const char* next = static_cast<const char*>(address(i + pace));
+    for (int j = 0; j < kSampleBlock * bits / 8; j += 64) __builtin_prefetch(next + j);
+    visit(i, i + kSampleBlock < stop ? i + kSampleBlock : stop);
+  }
+}
+
+template <class F, class Codes>
+EPI_INLINE void count_coded_range(const Codes& u, int bits, TableRow row, int64_t start, int64_t stop,
+                                  const CountArguments& a) {
+  const uint8_t* mask = a.keep_factor != 1.0f ? pointer<const uint8_t>(row, kIsolationMask) : nullptr;
+  for_each_counted(
+      start, stop, bits, a, [&](int64_t i) __attribute__((always_inline)) { return u.address(i); },
+      [&](int64_t i, int64_t end)
+          __attribute__((always_inline)) { a.histogram[a.last_bin] += count_codes<F>(u, mask, i, end, a); });
 }
 
 template <class F, class T>
@@ -194,27 +214,18 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
                                             mask != nullptr};
   [[maybe_unused]] const bool positive = a.lo_bound[0] > 0.0f && (mask == nullptr || a.lo_bound[1] > 0.0f);
   auto above = L::u32(0);
-  // without a sample the one span is the range
-  const bool sampled = a.sample_stride > 1;
-  const int64_t span = sampled ? kSampleBlock : stop - start;
-  const int64_t pace = span * (sampled ? a.sample_stride : 1);
-  for (int64_t i = sampled ? (start + pace - 1) / pace * pace : start; i < stop; i += pace) {
-    if (sampled) {  // the next block lies on a page of its own
-      const char* next = reinterpret_cast<const char*>(u + i + pace);
-      for (size_t j = 0; j < kSampleBlock * sizeof(T); j += 64) __builtin_prefetch(next + j);
-    }
-    const int64_t end = i + span < stop ? i + span : stop;
-    if constexpr (sizeof(T) == 1) {
-      a.histogram[a.last_bin] += count_codes<F>(u, importance_scales(row), mask, i, end, a);
-      continue;
-    } else if constexpr (sizeof(T) == 2) {
-      if (positive) {
-        a.histogram[a.last_bin] += count_words<F>(u, mask, i, end, words, a);
-        continue;
-      }
-    }
-    if constexpr (sizeof(T) > 1) count_span(u, mask, i, end, brackets, a, above);
-  }
+  for_each_counted(
+      start, stop, 8 * sizeof(T), a,
+      [&](int64_t i) __attribute__((always_inline)) { return static_cast<const void*>(u + i); },
+      [&](int64_t i, int64_t end) __attribute__((always_inline)) {
+        if constexpr (sizeof(T) == 2) {
+          if (positive) {
+            a.histogram[a.last_bin] += count_words<F>(u, mask, i, end, words, a);
+            return;
+          }
+        }
+        count_span(u, mask, i, end, brackets, a, above);
+      });
   uint32_t lanes[kWidth];
   store(lanes, above);
   for (const uint32_t n : lanes) a.histogram[a.last_bin] += n;
@@ -223,7 +234,9 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
 template <class F>
 void count(TableRow row, int64_t start, int64_t stop, const CountArguments& a) {
   if ((row[kFlags] & kUInt8) != 0) {
-    count_range<F, uint8_t>(row, start, stop, a);
+    count_coded_range<F>(byte_codes(row), 8, row, start, stop, a);
+  } else if ((row[kFlags] & kUInt4) != 0) {
+    count_coded_range<F>(nibble_codes(row), 4, row, start, stop, a);
   } else if ((row[kFlags] & kUBf16) != 0) {
     count_range<F, uint16_t>(row, start, stop, a);
   } else {

@@ -74,6 +74,10 @@ template <class H>
 EPI_INLINE Twice<H> add_exact_product(const Twice<H>& x, const Twice<H>& y, const Twice<H>& z) {
   return twice(add_exact_product(x.a, y.a, z.a), add_exact_product(x.b, y.b, z.b));
 }
+template <class H>
+EPI_INLINE auto lookup(const float (&table)[16], const Twice<H>& index) {
+  return twice(lookup(table, index.a), lookup(table, index.b));
+}
 template <class M>
 EPI_INLINE bool any(const Twice<M>& x) {
   return any(x.a | x.b);

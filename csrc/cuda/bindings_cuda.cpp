@@ -143,10 +143,10 @@ void prepare(Tensor rows, Tensor scalars, Tensor hyper, int64_t mixed_seed, Tens
   launch.finish(launch_prepare(args, launch.stream()), "cuda_prepare");
 }
 
-// kind: param + 3 * state + 9 * importance, the numbers of table.h's enums. No partials: no stats.
+// kind: param + 3 * state + 12 * importance, the numbers of table.h's enums. No partials: no stats.
 void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kind, bool stochastic_rounding,
           Tensor grad_multiplier, Tensor partials, bool moments) {
-  check(kind >= 0 && kind < kStepKinds, "kind", "is not one of the 36");
+  check(kind >= 0 && kind < kStepKinds, "kind", "is not one of the 48");
   const Launch launch(rows);
   StepArgs args{};
   args.work = work_of(rows, programs, launch.device());
@@ -157,8 +157,10 @@ void step(Tensor rows, Tensor programs, Tensor runs, Tensor scalars, int64_t kin
   if (stats) args.stats = stats_of(rows, runs, partials, moments, launch.device());
   args.stochastic_rounding = stochastic_rounding;
   args.grad_multiplier = optional<const float>(grad_multiplier, "grad_multiplier", launch.device());
-  const StepKind step_kind{static_cast<Weights>(kind % 3), static_cast<Stored>(kind / 3 % 3),
-                           static_cast<Importance>(kind / 9), stats};
+  const StepKind step_kind{static_cast<Weights>(kind % 3), static_cast<Stored>(kind / 3 % 4),
+                           static_cast<Importance>(kind / 12), stats};
+  check(step_kind.state != Stored::kInt4 || step_kind.importance == Importance::kShared, "kind",
+        "is of 4-bit states and an importance of its own");
   const decltype(&launch_step) of_source[] = {launch_step, launch_step_codes, launch_step_corrected};
   const auto start = of_source[static_cast<int>(step_kind.source())];
   launch.finish(start(args, step_kind, launch.stream()), "cuda_step");

@@ -75,14 +75,18 @@ EPI_KERNEL Quad pack(const uint16_t* v) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-EPI_KERNEL Quad pack(const uint8_t* v) {
-  uint32_t words[4];
+EPI_KERNEL Pair pack_pair(const uint8_t* v) {
+  uint32_t words[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 2; ++i) {
     words[i] = static_cast<uint32_t>(v[4 * i]) | static_cast<uint32_t>(v[4 * i + 1]) << 8 |
                static_cast<uint32_t>(v[4 * i + 2]) << 16 | static_cast<uint32_t>(v[4 * i + 3]) << 24;
   }
-  return {words[0], words[1], words[2], words[3]};
+  return {words[0], words[1]};
+}
+EPI_KERNEL Quad pack(const uint8_t* v) {
+  const Pair low = pack_pair(v), high = pack_pair(v + 8);
+  return {low.x, low.y, high.x, high.y};
 }
 
 // kWide: N * sizeof(T) is 8 or a multiple of 16, and so is the address. Else any pointer, and only the

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "cuda/memory.h"
+#include "cuda/nibbles.h"
 #include "cuda/spans.h"
 
 namespace epi::cuda {
@@ -100,13 +100,30 @@ EPI_KERNEL void stats_span(const Span& span, const Block& block, StatsCollector<
   }
 }
 
+// The same of 4-bit codes, eight elements at a time.
+template <class Block>
+EPI_KERNEL void stats_nibbles(const Span& span, const Block& block, StatsCollector<Block>& collector) {
+  const auto* u = span.pointer<const Nibbles>(kExpAvgSq);
+  const uint8_t* scales = span.pointer<const uint8_t>(kExpAvgSqScale);
+  for (int64_t start = span.begin + 8 * block.thread(); start < span.end; start += 8 * block.threads()) {
+    const int count = span.end - start < 8 ? static_cast<int>(span.end - start) : 8;
+    const auto x = squares(load_nibbles<8, false>(u, start, count), scale_at(scales, start));
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j < count) collector.include(x.v[j]);
+    }
+  }
+}
+
 // shared: [threads]
 template <class Block>
 EPI_KERNEL void stats_program(const StatsArgs& args, const Block& block, StatsPartial* shared) {
   StatsCollector<Block> collector{block, args.stats, block.index(), shared};
   for_each_span(args.work, block.index(), [&](const Span& span) {
     collector.enter(span);
-    if (span.has(kUInt8)) {
+    if (span.has(kUInt4)) {
+      stats_nibbles(span, block, collector);
+    } else if (span.has(kUInt8)) {
       stats_span<uint8_t>(span, block, collector);
     } else if (span.has(kUBf16)) {
       stats_span<uint16_t>(span, block, collector);

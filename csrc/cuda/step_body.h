@@ -22,6 +22,8 @@ inline constexpr bool kOwn<SharedImportance> = false;
 struct Corrected {};
 template <class P>
 constexpr bool kCorrected = std::is_same_v<P, Corrected>;
+template <class S>
+constexpr bool kNibbles = std::is_same_v<S, Nibbles>;
 template <class P>
 using weight_t = std::conditional_t<kCorrected<P>, uint16_t, P>;
 
@@ -46,7 +48,7 @@ struct RandomStream {
 };
 
 // P, S: param and grad, exp_avg and exp_avg_sq, as stored (float, uint16_t for bfloat16, uint8_t for codes; P
-// may be Corrected).
+// may be Corrected, S Nibbles).
 template <class P, class S, class U>
 struct StepTensors {
   using Own = std::conditional_t<kOwn<U>, U, S>;
@@ -60,6 +62,7 @@ struct StepTensors {
   uint8_t* exp_avg_sq_scale;
   uint8_t* importance_scale;
   const uint8_t* isolation_mask;  // nullptr: nothing is isolated
+  float bound = 0.0f;             // of 4-bit states: math::moment_bound
   uint16_t* correction;           // of Corrected
   bool bytes;                     // corrections have 8 bits
 
@@ -148,11 +151,20 @@ EPI_KERNEL void update(const Block& block, const StepTensors<P, S, U>& t, const 
   Pack<uint16_t, N> low;
   if constexpr (kCorrected<P>) low = load_corrections<N, kWide>(t, start, count);
   Pack<Weight, N> grad = load<Weight, N, kWide>(t.grad + start, count);
-  const auto exp_avg = load<S, N, kWide>(t.exp_avg + start, count);
-  const auto exp_avg_sq = load<S, N, kWide>(t.exp_avg_sq + start, count);
-  Pack<float, N> m = values<true>(exp_avg, load_scale<S>(t.exp_avg_scale, start, count));
-  Pack<float, N> v = values<false>(exp_avg_sq, load_scale<S>(t.exp_avg_sq_scale, start, count));
-  Pack<float, N> u;
+  Pack<float, N> m, v, u;
+  float square_scale = 0.0f;
+  if constexpr (kNibbles<S>) {
+    square_scale = scale_at(t.exp_avg_sq_scale, start, count);
+    const auto square_codes = load_nibbles<N, kWide>(t.exp_avg_sq, start, count);
+    const auto codes = load_nibbles<N, kWide>(t.exp_avg, start, count);
+    m = averages(codes, scale_at(t.exp_avg_scale, start, count), square_codes);
+    v = squares(square_codes, square_scale);
+  } else {
+    const auto exp_avg = load<S, N, kWide>(t.exp_avg + start, count);
+    const auto exp_avg_sq = load<S, N, kWide>(t.exp_avg_sq + start, count);
+    m = values<true>(exp_avg, load_scale<S>(t.exp_avg_scale, start, count));
+    v = values<false>(exp_avg_sq, load_scale<S>(t.exp_avg_sq_scale, start, count));
+  }
   if constexpr (kOwn<U>) {
     const auto importance = load<Own, N, kWide>(t.importance + start, count);
     u = values<false>(importance, load_scale<Own>(t.importance_scale, start, count));
@@ -204,10 +216,17 @@ EPI_KERNEL void update(const Block& block, const StepTensors<P, S, U>& t, const 
   }
   store<Weight, N, kWide>(t.param + start, theta, count);
   if constexpr (kCorrected<P>) store_corrections<N, kWide>(t, start, low, count);
-  store_state<true, kWide>(block, t.exp_avg, t.exp_avg_scale, start, count, m, to_nearest,
-                           [&](int j) { return w0[j].high(); });
-  store_state<false, kWide>(block, t.exp_avg_sq, t.exp_avg_sq_scale, start, count, v, to_nearest,
-                            [&](int j) { return w1[j].word() & 0xFFFFu; });
+  if constexpr (kNibbles<S>) {
+    store_moments<kWide>(
+        block, t.exp_avg, t.exp_avg_sq, t.exp_avg_scale, t.exp_avg_sq_scale, start, count, t.bound,
+        square_scale, m, v, [&](int j) { return w0[j].high(); },
+        [&](int j) { return to_nearest != 0 ? math::kNearestSquare : w1[j].word() & 0x7FFFFFu; });
+  } else {
+    store_state<true, kWide>(block, t.exp_avg, t.exp_avg_scale, start, count, m, to_nearest,
+                             [&](int j) { return w0[j].high(); });
+    store_state<false, kWide>(block, t.exp_avg_sq, t.exp_avg_sq_scale, start, count, v, to_nearest,
+                              [&](int j) { return w1[j].word() & 0xFFFFu; });
+  }
   if constexpr (kOwn<U>) {
     store_state<false, kWide>(block, t.importance, t.importance_scale, start, count, u, to_nearest,
                               [&](int j) { return w1[j].high(); });
@@ -236,9 +255,13 @@ EPI_KERNEL void step_span(const StepArgs& args, const Span& span, const Block& b
   constexpr bool kBlocks = kWidth == 16;  // of codes: units go to whole warps, and are 16 long everywhere
   constexpr int kStride = kBlocks ? kWarp : 1;  // units are handed out so many at a time
   constexpr int kRestWidth = kBlocks ? kWidth : 1;
-  const StepTensors<P, S, U> tensors(span);
+  StepTensors<P, S, U> tensors(span);
   const RandomStream random(span);
   auto constants = math::step_constants<float>(args.scalars + span.row_index * math::kStepScalars);
+  if constexpr (kNibbles<S>) {
+    tensors.bound = math::moment_bound(constants.beta1, constants.one_minus_beta1, constants.beta2,
+                                       constants.one_minus_beta2);
+  }
   // (1 - beta1) * -g is -(1 - beta1) * g to the bit, and g * g has no sign
   if (span.has(kMaximize)) constants.one_minus_beta1 = -constants.one_minus_beta1;
   const float multiplier = args.grad_multiplier != nullptr ? *args.grad_multiplier : 1.0f;

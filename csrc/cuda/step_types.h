@@ -39,6 +39,8 @@ void with_state(const StepKind& kind, const Visit& visit) {
       return with_importance<kSource, P, uint16_t>(kind, visit);
     case Stored::kInt8:
       return with_importance<kSource, P, uint8_t>(kind, visit);
+    case Stored::kInt4:
+      return with_types<kSource, P, Nibbles, SharedImportance>(visit);
   }
 }
 

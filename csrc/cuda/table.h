@@ -39,6 +39,8 @@ enum Flag : int64_t {
   kStateInt8 = 32,
   kImportanceInt8 = 64,
   kUInt8 = 128,
+  kStateInt4 = 2048,
+  kUInt4 = 8192,
   kCorrectionInt8 = 1024,
   kSkipped = 512,  // found_inf was not 0: the step leaves the row alone; prepare_body.h sets it
   kAligned = 256,  // every tensor the kernel reads or writes starts on 16 bytes (backends/cuda.py)
@@ -73,12 +75,13 @@ struct StatsOut {
   bool moments;
 };
 
-// Which of the 36 combinations a step launch is for, and which source holds its kernels.
+// Which of the 48 combinations a step launch is for, and which source holds its kernels. 4-bit states have no
+// importance beside them.
 enum class Weights : int { kFloat32, kBfloat16, kCorrected };
-enum class Stored : int { kFloat32, kBfloat16, kInt8 };
+enum class Stored : int { kFloat32, kBfloat16, kInt8, kInt4 };
 enum class Importance : int { kShared, kFloat32, kBfloat16, kInt8 };
 enum class StepSource { kFloats, kCodes, kCorrected };
-constexpr int kStepKinds = 36;
+constexpr int kStepKinds = 48;
 struct StepKind {
   Weights param;
   Stored state;
@@ -87,7 +90,7 @@ struct StepKind {
 
   StepSource source() const {
     if (param == Weights::kCorrected) return StepSource::kCorrected;
-    const bool codes = state == Stored::kInt8 || importance == Importance::kInt8;
+    const bool codes = state == Stored::kInt8 || state == Stored::kInt4 || importance == Importance::kInt8;
     return codes ? StepSource::kCodes : StepSource::kFloats;
   }
 };

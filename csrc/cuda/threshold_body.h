@@ -24,7 +24,18 @@ EPI_KERNEL Pack<float, kUnit> load_unit(const Span& span, int64_t start) {
   return r;
 }
 
+EPI_KERNEL Pack<float, kUnit> load_nibble_unit(const Span& span, int64_t start) {
+  const int64_t left = span.end - start;
+  const int count = left < kUnit ? static_cast<int>(left) : kUnit;
+  const auto codes = load_nibbles<kUnit, false>(span.pointer<const Nibbles>(kExpAvgSq), start, count);
+  auto r = squares(codes, scale_at(span.pointer<const uint8_t>(kExpAvgSqScale), start));
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) r.v[j] = j < count ? r.v[j] : math::float_of(0x7FC00000u);
+  return r;
+}
+
 EPI_KERNEL Pack<float, kUnit> load_u(const Span& span, int64_t start) {
+  if (span.has(kUInt4)) return load_nibble_unit(span, start);
   if (span.has(kUInt8)) return load_unit<uint8_t>(span, start);
   return span.has(kUBf16) ? load_unit<uint16_t>(span, start) : load_unit<float>(span, start);
 }

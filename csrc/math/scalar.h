@@ -64,6 +64,9 @@ EPI_INLINE bool any(bool where) {
   return where;
 }
 
+EPI_INLINE float min(float x, float y) {
+  return x < y ? x : y;
+}
 // Words as signed integers.
 EPI_INLINE uint32_t max_signed(uint32_t x, uint32_t y) {
   return static_cast<int32_t>(x) > static_cast<int32_t>(y) ? x : y;

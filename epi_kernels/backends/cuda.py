@@ -346,8 +346,8 @@ def _as_words(values: np.ndarray) -> np.ndarray:
 def _by_dtypes(rows: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     """(kind, its rows) of each combination of dtypes: one launch each, nearly always one in all.
 
-    kind: param + 3 * state + 9 * importance, each 0 float32, 1 bfloat16, 2 8-bit (of weights: bfloat16 with a
-    correction beside it); the importance one more, 0 where it is shared.
+    kind: param + 3 * state + 12 * importance, each 0 float32, 1 bfloat16, 2 8-bit (of weights: bfloat16 with a
+    correction beside it), of states 3 4-bit; the importance one more, 0 where it is shared.
     """
 
     def stored(bf16: int, int8: int = 0) -> np.ndarray:
@@ -356,9 +356,10 @@ def _by_dtypes(rows: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     flags, own = rows[:, table_.FLAGS], rows[:, table_.IMPORTANCE] != 0
     corrected = rows[:, table_.WEIGHT_CORRECTION] != 0
     param = np.where(corrected, 2, stored(table_.PARAM_BF16))
-    kinds = param + 3 * stored(table_.STATE_BF16, table_.STATE_INT8)
+    state = np.where(flags & table_.STATE_INT4 != 0, 3, stored(table_.STATE_BF16, table_.STATE_INT8))
+    kinds = param + 3 * state
     importance = 1 + stored(table_.IMPORTANCE_BF16, table_.IMPORTANCE_INT8)
-    kinds = kinds + 9 * np.where(own, importance, 0)
+    kinds = kinds + 12 * np.where(own, importance, 0)
     distinct = np.unique(kinds).tolist()
     if len(distinct) == 1:
         return [(distinct[0], slice(None))]

@@ -33,7 +33,7 @@ from epi_kernels.reference.tensors import ParamTensors
     RNG_KEY,  # uint32; step only. Where the device counts, its input: the parameter's rng_id
     INDEX_OFFSET,  # logical position of element 0; step only
     FLAGS,
-    EXP_AVG_SCALE,  # of 8-bit states, 0 otherwise; step only
+    EXP_AVG_SCALE,  # of states that are codes, 0 otherwise; step only
     EXP_AVG_SQ_SCALE,
     IMPORTANCE_SCALE,
     STEP,  # the parameter's ``step``; step only, where the device counts
@@ -54,6 +54,8 @@ IMPORTANCE_INT8 = 64  # the parameter's own importance; unset when shared
 U_INT8 = 128  # u, whichever of the two it is
 # 256: the cuda backend's
 SKIPPED = 512  # found_inf was not 0: the step leaves the row alone; set on the device
+STATE_INT4 = 2048  # exp_avg and exp_avg_sq are packed codes (reference/nibbles.py)
+U_INT4 = 8192  # then u is one of them
 CORRECTION_INT8 = 1024  # the weights' corrections have 8 bits, not 16 (reference/master.py)
 
 SCALAR_COLUMNS = len(StepScalars._fields)
@@ -96,7 +98,7 @@ def step_table(tensors: Sequence[ParamTensors]) -> PointerTable:
     _fill_optional(rows, WEIGHT_CORRECTION, corrections)
     _fill(rows, NUMEL, Tensor.numel, params)
     _fill(rows, RNG_KEY, attrgetter("rng_id"), tensors)
-    rows[:, FLAGS] = _u_flags(exp_avg_sqs, importances) | _flags(params, "param", PARAM_BF16)
+    rows[:, FLAGS] = _state_flags(tensors) | _flags(params, "param", PARAM_BF16)
     rows[:, FLAGS] |= np.fromiter((item.maximize * MAXIMIZE for item in tensors), np.int64, len(tensors))
     for row, correction in enumerate(corrections):
         if correction is not None and correction.dtype == torch.int8:
@@ -129,8 +131,8 @@ def refresh_table(tensors: Sequence[ParamTensors]) -> PointerTable:
     rows = np.zeros((len(tensors), COLUMNS), dtype=np.int64)
     _fill(rows, EXP_AVG_SQ, Tensor.data_ptr, exp_avg_sqs)
     _fill_optional(rows, IMPORTANCE, importances)
-    _fill(rows, NUMEL, Tensor.numel, exp_avg_sqs)
-    rows[:, FLAGS] = _u_flags(exp_avg_sqs, importances)
+    _fill(rows, NUMEL, Tensor.numel, [item.param for item in tensors])
+    rows[:, FLAGS] = _state_flags(tensors)
     others = _fill_common(rows, tensors)
     return PointerTable(rows, [exp_avg_sqs, _present(importances), others])
 
@@ -197,8 +199,13 @@ def _flags(tensors: Sequence[Tensor], what: str, bf16: int, int8: int = 0) -> in
     return np.array([flag_of[dtype] for dtype in dtypes], dtype=np.int64)
 
 
-def _u_flags(exp_avg_sqs: list[Tensor], importances: list[Tensor | None]) -> int | np.ndarray:
+def _state_flags(tensors: Sequence[ParamTensors]) -> int | np.ndarray:
+    exp_avg_sqs = [item.exp_avg_sq for item in tensors]
+    importances = [item.importance for item in tensors]
     state = _flags(exp_avg_sqs, "exp_avg_sq", STATE_BF16, STATE_INT8)
+    packed = [item.has_nibbles for item in tensors]
+    if any(packed):
+        state = np.where(packed, STATE_INT4, state)
     shared = state * _U_OF_STATE
     own = [importance is not None for importance in importances]
     if not any(own):

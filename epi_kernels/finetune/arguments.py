@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import BACKENDS, DTYPES, MASTER_WEIGHT_BITS, OFFLOADS, STATE_DTYPES, Options
+from .options import BACKENDS, DTYPES, IMPORTANCE_DTYPES, MASTER_WEIGHT_BITS, OFFLOADS, STATE_DTYPES, Options
 from .packing import ATTENTION
 from .trackers import CHOICES as TRACKERS
 
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="BETA",
     )
-    add(group, "--importance-dtype", "of an own importance", choices=STATE_DTYPES)
+    add(group, "--importance-dtype", "of an own importance", choices=IMPORTANCE_DTYPES)
     add(group, "--normalization", "of importance inside a layer", choices=("minmax", "zscore", "none"))
     add(group, "--scope", "one threshold for all layers, or one for each", choices=("global", "layer"))
     add(

@@ -40,7 +40,7 @@ def build_optimizer(options: Options, groups: list[dict], label: str) -> torch.o
         return torch.optim.AdamW(
             groups, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay
         )
-    named = model.TORCH_DTYPES | {"int8": "int8"}
+    named = model.STATE_DTYPES
     try:
         return epi_kernels.MaskedEMAAdamW(
             groups, lr=options.lr, betas=betas, eps=options.eps, weight_decay=options.weight_decay,

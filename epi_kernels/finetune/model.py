@@ -19,6 +19,8 @@ from .errors import UserError
 from .ranks import Ranks
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# what --state-dtype and --importance-dtype are called by the optimizer
+STATE_DTYPES: dict[str, torch.dtype | str] = {**TORCH_DTYPES, "int8": "int8", "int4": "int4"}
 DEFAULT_MAX_LENGTH = 1024
 
 

@@ -15,7 +15,8 @@ from .errors import UserError
 from .packing import ATTENTION
 
 DTYPES = ("fp32", "bf16")
-STATE_DTYPES = ("fp32", "bf16", "int8")
+IMPORTANCE_DTYPES = ("fp32", "bf16", "int8")
+STATE_DTYPES = (*IMPORTANCE_DTYPES, "int4")
 MASTER_WEIGHT_BITS = (16, 24, 32)
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 OFFLOADS = ("cpu",)

@@ -11,7 +11,7 @@ from epi_kernels import footprint, published
 from epi_kernels.policies.schedule import refresh_steps
 from epi_kernels.text import columns, human_bytes
 
-from .model import TORCH_DTYPES
+from .model import STATE_DTYPES
 from .options import Options
 
 
@@ -35,7 +35,7 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
     sizes = [(tensor.numel(), tensor.requires_grad) for tensor in parameters]
     every = sum(count for count, _ in sizes)
     trained = [count for count, trains in sizes if trains]
-    named = TORCH_DTYPES | {"int8": "int8"}
+    named = STATE_DTYPES
     ours = footprint.masked_ema_adamw(
         trained,
         dtype,

@@ -13,6 +13,9 @@ MAX_INSTRUCTIONS = 100
 # Where a state is 8-bit. On sm_90 bfloat16 weights and states take 88; codes instead of bfloat16 add 21, an importance
 # of codes of its own 18 more, zscore's float64 sums 19.
 MAX_INSTRUCTIONS_INT8 = 135
+# Where states have 4 bits: 165 and 170 on sm_90, 188 and 194 with stats. That is more than an H200 has time for while it
+# moves their 9.3 bytes.
+MAX_INSTRUCTIONS_INT4 = 210
 MAX_INSTRUCTIONS_BF16 = 110  # sm_90 has 73 to 104 with bfloat16 states
 MAX_INSTRUCTIONS_CORRECTION = 10  # what weights with a correction beside them may add to it
 FULL_WIDTH = 128  # bits
@@ -25,7 +28,7 @@ class Expectation:
 
     elements: float  # elements a thread handles in a block; 0: no loop over elements
     loads: float = 0  # accesses of FULL_WIDTH bits a thread makes in a block, or their worth in narrower ones
-    stores: int = 0
+    stores: float = 0
     full_width: bool = False  # the full-chunk path of a step kernel: none may be narrower
     max_instructions: int = 0  # an element; 0: not limited
 

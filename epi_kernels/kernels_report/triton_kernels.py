@@ -21,6 +21,7 @@ from epi_kernels.kernels_report.rows import (
     MAX_INSTRUCTIONS,
     MAX_INSTRUCTIONS_BF16,
     MAX_INSTRUCTIONS_CORRECTION,
+    MAX_INSTRUCTIONS_INT4,
     MAX_INSTRUCTIONS_INT8,
     Expectation,
     Row,
@@ -65,7 +66,7 @@ class Entry:
 def catalog() -> list[Entry]:
     """What is compiled: the step in every combination of dtypes, its other switches on the pure ones, corrections of
     weights beside every kind of state and where the most registers are taken."""
-    from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT8
+    from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT4, INT8
     from epi_kernels.backends.triton.master import ONE_BYTE, TWO_BYTES
     from epi_kernels.backends.triton.stats import EXTREMA, NO_STATS, WITH_MOMENTS
     from epi_kernels.backends.triton.step import OWN, SHARED
@@ -76,10 +77,12 @@ def catalog() -> list[Entry]:
     for importance in (SHARED, *(OWN + kind for kind in kinds)):
         for param in (FLOAT32, BFLOAT16):  # there are no 8-bit weights
             entries += [step_entry(StepVariant(param, state, importance, True)) for state in kinds]
+    entries += [step_entry(StepVariant(param, INT4, SHARED, True)) for param in (FLOAT32, BFLOAT16)]
     for pure in (
         StepVariant(FLOAT32, FLOAT32, SHARED, True),
         StepVariant(BFLOAT16, BFLOAT16, SHARED, True),
         StepVariant(BFLOAT16, INT8, SHARED, True),
+        StepVariant(BFLOAT16, INT4, SHARED, True),
     ):
         entries += [
             step_entry(pure, stats=EXTREMA),
@@ -98,6 +101,7 @@ def catalog() -> list[Entry]:
         ]
     for correction in (TWO_BYTES, ONE_BYTE):
         corrected = [StepVariant(BFLOAT16, state, SHARED, True, correction) for state in kinds]
+        entries.append(step_entry(StepVariant(BFLOAT16, INT4, SHARED, True, correction)))
         corrected.append(StepVariant(BFLOAT16, INT8, OWN + FLOAT32, True, correction))
         entries += map(step_entry, corrected)
         entries.append(step_entry(corrected[3], stats=WITH_MOMENTS))
@@ -106,11 +110,12 @@ def catalog() -> list[Entry]:
     return entries + list(_refresh())
 
 
-_KIND_NAMES = ("f32", "bf16", "int8")
+_KIND_NAMES = ("f32", "bf16", "int8", "int4")
+_KIND_BYTES = (4, 2, 1, 0.5)  # of an element
 
 
 def step_entry(variant, *, stats: int = 0, unscale: bool = False, stochastic: bool = True) -> Entry:
-    from epi_kernels.backends.triton.common import ITEM_BYTES, THREADS
+    from epi_kernels.backends.triton.common import INT4, THREADS
 
     stochastic = stochastic and variant.any_rounded
     param, state, *own = variant.kinds
@@ -131,12 +136,12 @@ def step_entry(variant, *, stats: int = 0, unscale: bool = False, stochastic: bo
     elements = variant.block // THREADS
     corrections = [variant.correction] if variant.correction else []
     n_param, n_state, n_own, n_correction = (
-        elements * sum(ITEM_BYTES[kind] for kind in kinds) // 16
+        elements * sum(_KIND_BYTES[kind] for kind in kinds) / 16
         for kinds in ([param], [state], own, corrections)
     )
     expected = Expectation(
         elements=elements,
-        full_width=variant.full,
+        full_width=variant.full and state != INT4,  # whose 16 codes are 64 bits
         loads=2 * n_param + 2 * n_state + n_own + n_correction,
         stores=(2 if unscale else 1) * n_param + 2 * n_state + n_own + n_correction,
         max_instructions=_limit(variant),
@@ -158,11 +163,13 @@ def step_entry(variant, *, stats: int = 0, unscale: bool = False, stochastic: bo
 
 
 def _limit(variant) -> int:
-    from epi_kernels.backends.triton.common import FLOAT32, INT8
+    from epi_kernels.backends.triton.common import FLOAT32, INT4, INT8
 
     if not variant.full:
         return 0
-    if INT8 in variant.kinds:
+    if variant.state == INT4:
+        limit = MAX_INSTRUCTIONS_INT4
+    elif INT8 in variant.kinds:
         limit = MAX_INSTRUCTIONS_INT8
     else:
         limit = MAX_INSTRUCTIONS if variant.state == FLOAT32 else MAX_INSTRUCTIONS_BF16
@@ -172,7 +179,7 @@ def _limit(variant) -> int:
 def _refresh() -> Iterator[Entry]:
     from epi_kernels.backends.triton.backend import MERGE_BLOCK
     from epi_kernels.backends.triton.bounds import BOUNDS_BLOCK
-    from epi_kernels.backends.triton.common import ITEM_BYTES, THREADS
+    from epi_kernels.backends.triton.common import THREADS
     from epi_kernels.backends.triton.prepare import PREPARE_BLOCK
     from epi_kernels.backends.triton.stats import WIDTH
     from epi_kernels.backends.triton.variants import REFRESH_ROWS
@@ -180,7 +187,7 @@ def _refresh() -> Iterator[Entry]:
     elements = REFRESH_ROWS * WIDTH // THREADS
     scalar = Expectation(elements=0)
     for kind, kind_name in enumerate(_KIND_NAMES):
-        expected = Expectation(elements, loads=elements * ITEM_BYTES[kind] / 16)
+        expected = Expectation(elements, loads=elements * _KIND_BYTES[kind] / 16)
         common = (("KIND", kind), ("FULL", True), ("ROWS", REFRESH_ROWS))
         for stats, name in ((1, "minmax"), (2, "zscore")):
             constants = (*common, ("STATS", stats))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,10 @@ from epi_kernels.policies.schedule import AdaptiveInterval, AdaptiveRatio, Inter
 NORMALIZATIONS = ("minmax", "zscore", "none")
 SCOPES = ("global", "layer")
 BACKENDS = ("auto", *dispatch.NAMES)
-STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+# what stands for codes in IsolationConfig: states of 8-bit ones have this dtype, 4-bit ones are packed into bytes
+INT8, INT4 = torch.uint8, torch.uint4  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
+_CODES = {"int8": INT8, "int4": INT4}
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8", "int4")
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
 OFFLOADS = (None, "cpu")
@@ -55,7 +59,7 @@ GLOBAL_OPTIONS = (
 
 @dataclass(frozen=True)
 class IsolationConfig:
-    """The options that hold for the whole optimizer. torch.uint8 stands for 8-bit codes."""
+    """The options that hold for the whole optimizer. INT8 and INT4 stand for codes."""
 
     isolation_ratio: float  # where a schedule sets it, its value at T = 0; mask_interval likewise
     mask_interval: int | None
@@ -132,6 +136,17 @@ def check_group_options(options: dict[str, Any]) -> None:
     for name in ("maximize", "isolate"):
         if name in options:
             _require(isinstance(options[name], bool), name, options[name], "True or False")
+
+
+def check_importance(options: Mapping[str, Any], config: IsolationConfig) -> None:
+    """Refuses an own importance where states have 4 bits; ``options`` of a whole group."""
+    beta, beta2 = options["importance_beta"], options["betas"][1]
+    _require(
+        config.state_dtype != INT4 or beta is None or beta == beta2,
+        "importance_beta",
+        beta,
+        f"None or beta2 ({beta2!r}) with state_dtype='int4', whose importance is exp_avg_sq (use 'int8' with one of its own)",
+    )
 
 
 def check_torch_options(*, amsgrad: bool, foreach: Any, differentiable: bool, fused: Any) -> None:
@@ -226,10 +241,11 @@ def make_config(
     )
     _choice("isolation_granularity", isolation_granularity, GRANULARITIES)
     _require(
-        isolation_granularity == "element" or not (capturable or offload),
+        isolation_granularity == "element" or not (capturable or offload or state_dtype == "int4"),
         "isolation_granularity",
         isolation_granularity,
-        "'element' with capturable=True (a graph goes on with the memory that it was captured with) or offload='cpu'",
+        "'element' with capturable=True (a graph goes on with the memory that it was captured with), with offload='cpu' and "
+        "with state_dtype='int4'",
     )
     _require(layer_key is None or callable(layer_key), "layer_key", layer_key, "None or a callable of a name")
     _require(
@@ -249,12 +265,12 @@ def make_config(
         isolation_ratio=ratio,
         mask_interval=interval,
         mask_warmup=None if mask_warmup is None else int(mask_warmup),
-        importance_dtype=torch.uint8 if importance_dtype == "int8" else importance_dtype,
+        importance_dtype=_CODES.get(importance_dtype, importance_dtype),
         normalization=normalization,
         scope=scope,
         layer_key=layer_key,
         hysteresis=float(hysteresis),
-        state_dtype=torch.uint8 if state_dtype == "int8" else state_dtype,
+        state_dtype=_CODES.get(state_dtype, state_dtype),
         master_weight_bits=int(master_weight_bits),
         stochastic_rounding=stochastic_rounding is not False,
         seed=int(seed),
@@ -267,8 +283,11 @@ def make_config(
     )
 
 
-def checked_param_group(given: Any) -> dict[str, Any]:
-    """A group as the caller hands it over, validated before it joins the optimizer; a copy, whose parameters are listed."""
+def checked_param_group(given: Any, defaults: Mapping[str, Any], config: IsolationConfig) -> dict[str, Any]:
+    """A group as the caller hands it over, validated before it joins the optimizer; a copy, whose parameters are listed.
+
+    ``defaults``: what it leaves to the optimizer.
+    """
     if not isinstance(given, dict):
         raise TypeError(f"param_group must be a dict, but got {type(given)}")
     group = dict(given)
@@ -279,6 +298,7 @@ def checked_param_group(given: Any) -> dict[str, Any]:
             f"(a group may set {', '.join(GROUP_OPTIONS)})"
         )
     check_group_options(group)
+    check_importance({**defaults, **group}, config)
     if not isinstance(group["params"], (Tensor, set)):
         group["params"] = list(group["params"])
     return group

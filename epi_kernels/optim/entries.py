@@ -12,12 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from epi_kernels.backends import choose
 from epi_kernels.distributed import shards
-from epi_kernels.optim.arguments import IsolationConfig, check_parameter
+from epi_kernels.optim.arguments import INT8, IsolationConfig, check_parameter
 from epi_kernels.optim.compact import runs_of, state_shape
 from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.home import home, offload_refusal
 from epi_kernels.optim.masks import MASK_KEYS
-from epi_kernels.optim.moments import INT8, MOMENT_KEYS, SCALE_OF
+from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, has_nibbles
 from epi_kernels.optim.state import shares_importance
 from epi_kernels.reference.bits import packed_bytes
 from epi_kernels.reference.codec import scale_bytes
@@ -199,7 +199,7 @@ def check_state(entry: Entry, state: Mapping[str, Any], config: IsolationConfig)
     for key in (*MOMENT_KEYS, *SCALE_OF.values(), CORRECTION_KEY, *MASK_KEYS):
         if key in state and not isinstance(state[key], Tensor):
             _refuse_state(entry, key, state[key])
-    for key in MOMENT_KEYS:
+    for key in () if _has_nibbles(state, param, device) else MOMENT_KEYS:
         value = state.get(key)
         if value is not None and not (value.dtype in _MOMENT_DTYPES and _lies_beside(value, shape, device)):
             _refuse_state(entry, key, value)
@@ -216,6 +216,14 @@ def check_state(entry: Entry, state: Mapping[str, Any], config: IsolationConfig)
         _refuse_state(entry, CORRECTION_KEY, correction)
     for key in MASK_KEYS:
         _check_bytes(entry, state, key, packed_bytes(n_stored) if key in state else None, device)
+
+
+def _has_nibbles(state: Mapping[str, Any], param: Tensor, device: torch.device) -> bool:
+    """Whether the moments are packed 4-bit codes as kernels take them; what is not is looked at one by one."""
+    parts = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    return has_nibbles(state, "exp_avg", param.numel()) and all(
+        state[part].device == device and state[part].is_contiguous() for part in parts
+    )
 
 
 def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:

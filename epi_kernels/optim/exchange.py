@@ -25,12 +25,13 @@ from epi_kernels.distributed import shards
 from epi_kernels.distributed.world import first_rank, on_first_rank
 from epi_kernels.files import whole
 from epi_kernels.optim import ranks, stepping
+from epi_kernels.optim.arguments import INT8
 from epi_kernels.optim.carry import match_source
 from epi_kernels.optim.compact import check_granularity, whole_masks
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
-from epi_kernels.optim.moments import INT8
+from epi_kernels.optim.moments import SCALE_OF
 from epi_kernels.optim.names import bare_name
 from epi_kernels.reference import bits
 
@@ -85,9 +86,10 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
             group = entry.group
             beta = group["importance_beta"] if taken.key == "importance" else group["betas"][1]
             parameters[name] |= {"step": int(taken.step), "beta": float(beta)}
-            codes = taken.source[taken.key].dtype == INT8
-            # 4 bits of mantissa, exponents within bf16's
-            values = taken.importance.bfloat16() if codes else taken.importance.contiguous()
+            scale = taken.source.get(SCALE_OF[taken.key])
+            # 8-bit codes: 4 bits of mantissa, exponents within bf16's
+            eight = scale is not None and scale.dtype == INT8
+            values = taken.importance.bfloat16() if eight else taken.importance.contiguous()
             tensors[name] = _whole(values, entry.param)
         state = whole_masks(optimizer.state.get(entry.param, {}), entry.param)
         for key in MASK_KEYS if shards.is_sharded(entry.param) else ():

@@ -77,11 +77,11 @@ class MaskedEMAAdamW(Optimizer):
         scope: "global" ranks all layers together, "layer" each by itself.
         layer_key: name -> hashable; parameters of one value form a layer. Needs named parameters.
         hysteresis: h in [0, 1): scores of isolated elements are divided by 1 - h before selection.
-        state_dtype: of exp_avg and exp_avg_sq; None is the parameter's. torch.float32, torch.bfloat16 or "int8":
-            8-bit floats under a scale a block of 64; tensors below 4,096 elements keep float32.
+        state_dtype: of exp_avg and exp_avg_sq; None is the parameter's. torch.float32, torch.bfloat16, "int8" or "int4":
+            codes under a scale a block of 64; tensors below 4,096 elements keep float32. "int4" shares exp_avg_sq.
         master_weight_bits: of bfloat16 weights: 16; 24 or 32 keep an 8- or 16-bit correction beside each, with which
             the step computes as with float32 weights (24: rounded to 16 bits of mantissa). Other weights have none.
-        stochastic_rounding: of bfloat16 weights and of bfloat16 and 8-bit states; None means on.
+        stochastic_rounding: of bfloat16 weights and of states of 16 bits and less; None means on.
         seed: of the stochastic rounding.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
         offload: None, or "cpu": states, and the corrections of ``master_weight_bits`` (32: with the weights an exact float32
@@ -199,7 +199,7 @@ class MaskedEMAAdamW(Optimizer):
             NotImplementedError: a parameter is sharded in a way that is not supported, with what to use instead.
             RuntimeError: the backend asked for cannot step a parameter.
         """
-        group = arguments.checked_param_group(param_group)
+        group = arguments.checked_param_group(param_group, self.defaults, self._config)
         names = {entry.name: entry.param for entry in self._parameters()}
         check_parameters(group["params"], names, self._config)
         group[_STEP] = self.param_groups[0][_STEP] if self.param_groups else 0
@@ -402,7 +402,7 @@ class MaskedEMAAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.
 
-        Of a DTensor, masks and the scales of 8-bit states are DTensors of its shape, so that they reshard. Of plain
+        Of a DTensor, masks, codes and their scales are DTensors of its shape, so that they reshard. Of plain
         parameters, masks that a fresh optimizer's dict has no key for are in ``isolation_version`` of their group as well.
         """
         return saving.saved(self, super().state_dict)

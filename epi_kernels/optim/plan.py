@@ -19,7 +19,13 @@ from epi_kernels.backends import Backend, choose
 from epi_kernels.backends.addresses import Watch, addresses
 from epi_kernels.backends.batch import LOW_PRECISION, StepBatch, share_storage
 from epi_kernels.distributed import shards
-from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.optim.arguments import (
+    GROUP_OPTIONS,
+    INT4,
+    IsolationConfig,
+    check_group_options,
+    check_importance,
+)
 from epi_kernels.optim.entries import (
     Entry,
     check_gradient,
@@ -257,13 +263,16 @@ def check_step(
     return stepped, groups, {id(group): _hyper_parameters(group, config) for group in groups}
 
 
+_ROUNDED = (*LOW_PRECISION, INT4)
+
+
 def check_index(entry: Entry, config: IsolationConfig) -> None:
     """Refuses a shard whose elements' places in the whole the backend cannot count, where random bits need them."""
     param = entry.param
     kinds = {param.dtype, moment_dtype("exp_avg", param, config)}
     if not shares_importance(entry.group):
         kinds.add(moment_dtype("importance", param, config))
-    if not shards.is_sharded(param) or not config.stochastic_rounding or kinds.isdisjoint(LOW_PRECISION):
+    if not shards.is_sharded(param) or not config.stochastic_rounding or kinds.isdisjoint(_ROUNDED):
         return
     shard = shards.largest_shard(param)
     index = None if shard is None else shard.index()
@@ -346,6 +355,7 @@ def _hyper_parameters(
         hyper = None
     if hyper is None or hyper != known:
         check_group_options({key: group[key] for key in options})
+        check_importance(group, config)
     assert hyper is not None, "options that pass the check are numbers"
     return hyper
 

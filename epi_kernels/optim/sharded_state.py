@@ -1,7 +1,8 @@
 """State of sharded parameters in a state dict: every tensor a DTensor of its parameter's shape, so that it reshards.
 
-A packed mask and a scale a block of 64 have shapes of their own, which no other number of ranks could cut. In a state
-dict a mask is bools, and a scale stands beside every code; both are made for the dict and packed again by loading.
+A packed mask, packed 4-bit codes and a scale a block of 64 have shapes of their own, which no other number of ranks
+could cut. In a state dict a mask is bools, a code has a byte and a scale beside it; they are made for the dict and
+packed again by loading.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import is_sharded, local, shard_of, wrap
+from epi_kernels.optim.arguments import INT8
 from epi_kernels.optim.masks import MASK_KEYS, zero_mask
-from epi_kernels.optim.moments import INT8, SCALE_OF
-from epi_kernels.reference import bits, codec
+from epi_kernels.optim.moments import NIBBLE_KEYS, SCALE_OF
+from epi_kernels.reference import bits, codec, nibbles
 
 OURS = "epi_kernels.integrations.save_checkpoint and load_checkpoint"
 _CODES_OF = {scale: key for key, scale in SCALE_OF.items()}
@@ -32,7 +34,9 @@ def exported(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     for key in MASK_KEYS:
         found.setdefault(key, zero_mask(param))
     for key, value in found.items():
-        if key in MASK_KEYS:
+        if key in NIBBLE_KEYS and _is_nibbles(found, key):
+            found[key] = wrap(nibbles.unpack(value, weight.numel()).view(weight.shape), param)
+        elif key in MASK_KEYS:
             found[key] = wrap(bits.unpack(value, weight.numel()).view(weight.shape), param)
         elif key in _CODES_OF:
             each = value.repeat_interleave(codec.BLOCK)[: weight.numel()]
@@ -57,21 +61,64 @@ def localized(saved: Mapping[str, Any], param: Tensor, what: str) -> dict[str, A
         ValueError: a DTensor laid out otherwise or cut out of something packed, or a tensor that is no part of a whole of
             ``param``'s shape.
     """
-    found = {key: _part(key, value, param, f"{what}, {key}") for key, value in saved.items()}
+    found = {key: _part(key, value, saved, param, f"{what}, {key}") for key, value in saved.items()}
+    _join_nibbles(found)
     for scale_key, key in _CODES_OF.items():
         codes, scales = found.get(key), found.get(scale_key)
         if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or codes.shape != scales.shape:
             continue
         if codes.dtype != INT8 or scales.dtype != torch.uint8:
             continue
-        each = scales.reshape(-1)
-        of_blocks = each[:: codec.BLOCK].contiguous()
-        if torch.equal(of_blocks.repeat_interleave(codec.BLOCK)[: each.numel()], each):
+        of_blocks = _of_blocks(scales)
+        if of_blocks is not None:
             found[scale_key] = of_blocks
         else:
             found[key] = codec.decode_each(codes, scales, signed=key == "exp_avg")
             del found[scale_key]
     return found
+
+
+def _of_blocks(scales: Tensor) -> Tensor | None:
+    """A scale a block of 64, where scales beside every code say no more."""
+    each = scales.reshape(-1)
+    of_blocks = each[:: codec.BLOCK].contiguous()
+    same = torch.equal(_words(of_blocks.repeat_interleave(codec.BLOCK)[: each.numel()]), _words(each))
+    return of_blocks if same else None
+
+
+def _words(scales: Tensor) -> Tensor:
+    """Compared as they are stored: a NaN is itself."""
+    return scales if scales.dtype == torch.uint8 else scales.view(torch.int16)
+
+
+def _is_nibbles(entry: Mapping[str, Any], key: str) -> bool:
+    """Whether ``key`` are 4-bit codes, packed or a byte each."""
+    value, scales = entry.get(key), entry.get(SCALE_OF[key])
+    return (
+        isinstance(value, Tensor)
+        and isinstance(scales, Tensor)
+        and value.dtype == torch.uint8
+        and scales.dtype == nibbles.SCALE_DTYPE
+    )
+
+
+def _join_nibbles(found: dict[str, Any]) -> None:
+    """4-bit codes of a byte each packed; both moments as floats where the blocks of one began elsewhere."""
+    if not all(
+        _is_nibbles(found, key) and found[key].shape == found[SCALE_OF[key]].shape for key in NIBBLE_KEYS
+    ):
+        return
+    codes, scales = [found[key] for key in NIBBLE_KEYS], [found[SCALE_OF[key]] for key in NIBBLE_KEYS]
+    of_blocks = [_of_blocks(one) for one in scales]
+    floats = any(one is None for one in of_blocks)
+    if floats:
+        found["exp_avg"] = nibbles.decode_exp_avg_each(codes[0], scales[0], codes[1])
+        found["exp_avg_sq"] = nibbles.decode_exp_avg_sq_each(codes[1], scales[1])
+    for key, code, one in zip(NIBBLE_KEYS, codes, of_blocks, strict=True):
+        if floats:
+            del found[SCALE_OF[key]]
+        else:
+            found[key], found[SCALE_OF[key]] = nibbles.pack(code.reshape(-1)), one
 
 
 def compact(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,16 +132,19 @@ def compact(entry: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = bits.pack(found[key])
     if "persistent_mask" in found and not bool(found["persistent_mask"].any()):
         del found["persistent_mask"]  # `exported` had put it there
-    for scale_key in _CODES_OF:
-        if scale_key in found:
-            each = found[scale_key].reshape(-1)
-            of_blocks = each[:: codec.BLOCK].contiguous()
-            if torch.equal(of_blocks.repeat_interleave(codec.BLOCK)[: each.numel()], each):
-                found[scale_key] = of_blocks
+    blocks = {key: _of_blocks(found[key]) for key in _CODES_OF if key in found}
+    whole = all(one is not None for one in blocks.values())
+    for scale_key, of_blocks in blocks.items():
+        key = _CODES_OF[scale_key]
+        if _is_nibbles(found, key):  # one moment is read by the other
+            if whole:
+                found[key], found[scale_key] = nibbles.pack(found[key].reshape(-1)), of_blocks
+        elif of_blocks is not None:
+            found[scale_key] = of_blocks
     return found
 
 
-def _part(key: str, value: Any, param: Tensor, what: str) -> Any:
+def _part(key: str, value: Any, saved: Mapping[str, Any], param: Tensor, what: str) -> Any:
     if not isinstance(value, Tensor) or key == "step":
         return value
     if is_sharded(value):
@@ -121,6 +171,12 @@ def _part(key: str, value: Any, param: Tensor, what: str) -> Any:
     whole = value
     if key in MASK_KEYS and value.dtype == torch.uint8 and value.shape == (bits.packed_bytes(param.numel()),):
         whole = bits.unpack(value, param.numel()).view(param.shape)
+    elif (
+        key in NIBBLE_KEYS
+        and _is_nibbles(saved, key)
+        and value.shape == (nibbles.packed_bytes(param.numel()),) != param.shape
+    ):
+        whole = nibbles.unpack(value, param.numel()).view(param.shape)
     elif key in _CODES_OF and value.shape == (codec.scale_bytes(param.numel()),):
         whole = value.repeat_interleave(codec.BLOCK)[: param.numel()].view(param.shape)
     if whole.shape != param.shape:

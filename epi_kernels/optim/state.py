@@ -14,12 +14,17 @@ from torch import Tensor
 
 from epi_kernels.distributed.shards import local
 from epi_kernels.optim import group_text
-from epi_kernels.optim.arguments import GLOBAL_OPTIONS, IsolationConfig, check_group_options
+from epi_kernels.optim.arguments import (
+    GLOBAL_OPTIONS,
+    IsolationConfig,
+    check_group_options,
+    check_importance,
+)
 from epi_kernels.optim.compact import RUNS_KEY, change_whole, check_granularity, compacted
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
 from epi_kernels.optim.group_masks import left_behind
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, put_back_persistent, zero_mask
-from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moment, new_moment
+from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moments, new_moment
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.optim.sharded_state import localized
@@ -104,10 +109,9 @@ def load_param_state(
         if missing:
             raise ValueError(f"state of {name} lacks {', '.join(missing)}")
         state["step"] = read_step(saved["step"], f"state of {name}")
-        for key in MOMENT_KEYS:
-            if key == "importance" and (key not in saved or shares_importance(group)):
-                continue
-            state.update(load_moment(saved, key, param, config, f"state of {name}"))
+        own = "importance" in saved and not shares_importance(group)
+        keys = MOMENT_KEYS if own else MOMENT_KEYS[:2]
+        state.update(load_moments(saved, keys, param, config, f"state of {name}"))
         state.update(load_correction(saved, param, config, f"state of {name}"))
     for key in MASK_KEYS:
         if key in saved:
@@ -216,6 +220,8 @@ def read_state_dict(
     else:
         isolation_step = max(map(int, steps), default=0)
     groups = [_load_group(g, s, isolation_step) for g, s in zip(param_groups, saved_groups, strict=True)]
+    for group in groups:
+        check_importance(group, config)
     load_schedules(groups, saved_groups, config)
 
     saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))

@@ -36,6 +36,7 @@ STATES: list[tuple[str, dict[str, Any]]] = [
     ("32-bit weights, bfloat16 states", EXACT),
     ("24-bit weights, 8-bit states", {"state_dtype": "int8", "master_weight_bits": 24}),
     ("bfloat16 weights, 8-bit states", {"state_dtype": "int8"}),
+    ("bfloat16 weights, 4-bit states", {"state_dtype": "int4"}),
     (
         "states on the host: 32-bit weights, float32 states",
         EXACT | {"state_dtype": torch.float32, "offload": "cpu"},

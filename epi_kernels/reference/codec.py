@@ -41,8 +41,8 @@ def encode(x: Tensor, random_bits: Tensor | None, *, signed: bool) -> tuple[Tens
     it is not negative.
     """
     n = x.numel()
-    word = _blocks(x.contiguous().view(torch.int32))
-    random = _HALF if random_bits is None else _blocks(random_bits.to(torch.int32))
+    word = blocks(x.contiguous().view(torch.int32))
+    random = _HALF if random_bits is None else blocks(random_bits.to(torch.int32))
     magnitude = word & 0x7FFFFFFF
     top = magnitude.amax(1, keepdim=True)  # as integers: NaN > inf > finite
     limit = _LIMIT_SIGNED if signed else _LIMIT_UNSIGNED
@@ -51,7 +51,7 @@ def encode(x: Tensor, random_bits: Tensor | None, *, signed: bool) -> tuple[Tens
     magnitude = torch.where(nonfinite, 0, magnitude)
     if signed:
         # the smallest normal becomes 2.0; below it, adding 2.0 lays the subnormals on their grid
-        y = magnitude.view(torch.float32) * _power_of_two(261 - exponent)
+        y = magnitude.view(torch.float32) * power_of_two(261 - exponent)
         scaled = torch.maximum(y.view(torch.int32), (y + 2.0).view(torch.int32) - (1 << 23))
         code = ((scaled + (random << 3)) >> 19) - 2032
         code = torch.where(nonfinite, 0, code | ((word >> 24) & 0x80))
@@ -65,7 +65,7 @@ def encode(x: Tensor, random_bits: Tensor | None, *, signed: bool) -> tuple[Tens
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Inverse of ``encode``: [n] fp32, exact."""
-    return decode_each(_blocks(codes), scales.view(-1, 1), signed=signed).view(-1)[: codes.numel()]
+    return decode_each(blocks(codes), scales.view(-1, 1), signed=signed).view(-1)[: codes.numel()]
 
 
 def decode_each(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
@@ -75,16 +75,16 @@ def decode_each(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     exponent = scale.masked_fill(nonfinite, 0) + _LOWEST
     bits = ((code & 0x7F) if signed else code) << 19
     x = torch.minimum((bits + 0x3F800000).view(torch.float32), (bits + 0x40000000).view(torch.float32) - 2.0)
-    x = x * _power_of_two(exponent - (7 if signed else 15))
+    x = x * power_of_two(exponent - (7 if signed else 15))
     if signed:
         x = (x.view(torch.int32) | ((code & 0x80) << 24)).view(torch.float32)
     return x.masked_fill(nonfinite, torch.nan if signed else torch.inf)
 
 
-def _blocks(x: Tensor) -> Tensor:
+def blocks(x: Tensor) -> Tensor:
     """[n] -> [blocks, 64], the last block filled up with zeros."""
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def _power_of_two(biased_exponent: Tensor) -> Tensor:
+def power_of_two(biased_exponent: Tensor) -> Tensor:
     return (biased_exponent << 23).view(torch.float32)

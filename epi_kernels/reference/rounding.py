@@ -58,3 +58,8 @@ def round_bfloat16(x: Tensor, random_bits: Tensor) -> Tensor:
     high = ((bits + random_bits) >> 16) & 0xFFFF
     high = torch.where(high >= 0x8000, high - 0x10000, high).to(torch.int16)
     return torch.where(torch.isfinite(x), high.view(torch.bfloat16), x.to(torch.bfloat16))
+
+
+def exact_sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded square root. torch's float32 root on CPUs is an ulp off for some inputs."""
+    return x.double().sqrt().to(x.dtype)

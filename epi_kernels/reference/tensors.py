@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_kernels.reference import codec
+from epi_kernels.reference import codec, nibbles
 from epi_kernels.reference.scalars import HyperParameters
 
 
@@ -18,8 +18,9 @@ class ParamTensors:
 
     Dtypes: ``grad`` has the parameter's; ``exp_avg`` and ``exp_avg_sq`` share one of float32, bfloat16, uint8
     (float64 on the reference backend); ``importance`` is None when shared with ``exp_avg_sq``, else
-    float32, bfloat16 or uint8. uint8 are codes, whose scales lie beside them (``codec.py``); other states have
-    none. ``weight_correction`` (int8 or int16, beside bfloat16 weights alone) is what they are short of
+    float32, bfloat16 or uint8. uint8 are codes, whose scales lie beside them; other states have none. Scales are
+    uint8 of 8-bit codes (``codec.py``) and bfloat16 of 4-bit ones (``nibbles.py``), which are packed, ``exp_avg``
+    and ``exp_avg_sq`` alike, and have no importance beside them. ``weight_correction`` (int8 or int16, beside bfloat16 weights alone) is what they are short of
     (``master.py``), or None. Masks are packed (``bits.py``) or None.
 
     With ``runs`` the moments, their scales and the masks are flat, and of the elements in the runs alone.
@@ -54,6 +55,11 @@ class ParamTensors:
         return 0 if self.runs is None else self.param.numel() - int(self.runs[:, 1].sum())
 
     @property
+    def has_nibbles(self) -> bool:
+        """Whether ``exp_avg`` and ``exp_avg_sq`` are packed 4-bit codes."""
+        return self.exp_avg_scale is not None and self.exp_avg_scale.dtype == nibbles.SCALE_DTYPE
+
+    @property
     def u(self) -> Tensor:
         """The importance: the shared second moment, or the parameter's own tensor."""
         return self.exp_avg_sq if self.importance is None else self.importance
@@ -64,8 +70,12 @@ class ParamTensors:
 
     def read_u(self, start: int, stop: int) -> Tensor:
         """Elements start .. stop - 1 of u as float32, row-major; ``start`` is a multiple of 64."""
-        u, scale = self.u.reshape(-1)[start:stop], self.u_scale
+        scale = self.u_scale
+        blocks = slice(start // codec.BLOCK, -(-stop // codec.BLOCK))
+        if scale is not None and self.has_nibbles:
+            packed = self.u[start // 2 : nibbles.packed_bytes(stop)]
+            return nibbles.decode_exp_avg_sq(nibbles.unpack(packed, stop - start), scale[blocks])
+        u = self.u.reshape(-1)[start:stop]
         if scale is None:
             return u.to(torch.float32)
-        blocks = slice(start // codec.BLOCK, -(-stop // codec.BLOCK))
         return codec.decode(u, scale[blocks], signed=False)

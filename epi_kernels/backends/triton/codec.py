@@ -35,7 +35,7 @@ def load_values(
 
 
 @inlined
-def _power_of_two(biased_exponent):
+def power_of_two(biased_exponent):
     return (biased_exponent << 23).to(tl.float32, bitcast=True)
 
 
@@ -48,15 +48,15 @@ def decode(codes, scale, SIGNED: tl.constexpr):
     if SIGNED:
         # sign-extended: the sign is where float16 has it, its copies are cut
         half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 6) & -0x6040
-        factor = tl.where(scale == _NONFINITE, float("nan"), _power_of_two(scale + 32))
+        factor = tl.where(scale == _NONFINITE, float("nan"), power_of_two(scale + 32))
     else:
         half = codes.to(tl.int16) << 6
-        factor = _power_of_two(tl.minimum(scale + 24, 255))  # 255: infinity
+        factor = power_of_two(tl.minimum(scale + 24, 255))  # 255: infinity
     return half.to(tl.float16, bitcast=True).to(tl.float32) * factor
 
 
 @inlined
-def _block_maximum(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def block_maximum(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """[ROWS, WIDTH] uint32 -> [ROWS, 1]: the largest of the 64 that a row belongs to."""
     PER_BLOCK: tl.constexpr = _BLOCK // WIDTH
     BLOCKS: tl.constexpr = ROWS // PER_BLOCK
@@ -83,7 +83,7 @@ def encode(
         magnitude = word & 0x7FFFFFFF
     if not FULL:
         magnitude = tl.where(in_bounds, magnitude, 0)
-    top = _block_maximum(magnitude, ROWS, WIDTH)
+    top = block_maximum(magnitude, ROWS, WIDTH)
     nonfinite = top >= (LIMIT << 23) - 0x7FFFF
     biased = tl.where(nonfinite, 256, ((top + 0x7FFFF) >> 23).to(tl.int32))
     biased = tl.maximum(biased, 24)
@@ -93,7 +93,7 @@ def encode(
     if SIGNED:
         # the smallest normal code is to be float32's smallest normal number: then the word is code << 19,
         # subnormals laid on their grid by the multiplication. One factor would not cover all exponents.
-        scaled = x * _power_of_two(260 - biased) * 1.1754943508222875e-38  # 2^-126
+        scaled = x * power_of_two(260 - biased) * 1.1754943508222875e-38  # 2^-126
         scaled = scaled.to(tl.int32, bitcast=True) + rounding
         code = (((scaled << 5) & 0x7FFFFFFF) | (scaled & -0x80000000)).to(tl.uint32) >> 24
         code = tl.where(nonfinite, 0, code)

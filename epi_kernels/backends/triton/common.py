@@ -23,11 +23,11 @@ NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 ALIGNMENT = 16  # bytes of the widest access
 
-# How a tensor's elements are stored; INT8: codes, whose scales lie elsewhere (codec.py).
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-ITEM_BYTES = (4, 2, 1)
+# How a tensor's elements are stored; INT8, INT4: codes, whose scales lie elsewhere (codec.py; nibbles.py, packed).
+FLOAT32, BFLOAT16, INT8, INT4 = 0, 1, 2, 3
+ITEM_BYTES = (4, 2, 1, 1)  # of packed codes, twice what they take: what is aligned by it is aligned
 
-_BFLOAT16, _INT8 = tl.constexpr(BFLOAT16), tl.constexpr(INT8)
+_BFLOAT16, _INT8, _INT4 = tl.constexpr(BFLOAT16), tl.constexpr(INT8), tl.constexpr(INT4)
 
 # enable_fp_fusion: a product and a sum contracted into one rounding would change the bits.
 LAUNCH = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
@@ -49,7 +49,7 @@ def load_address(slot, KIND: tl.constexpr, FULL: tl.constexpr):
     The hint sits on the pointer: on the integer before the cast Triton drops it, and every access
     becomes 16 or 32 bits wide. It is given only where the host has proven it.
     """
-    if KIND == _INT8:
+    if KIND == _INT8 or KIND == _INT4:
         pointer = tl.load(slot).to(tl.pointer_type(tl.uint8))
     elif KIND == _BFLOAT16:
         pointer = tl.load(slot).to(tl.pointer_type(tl.uint16))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.codec import load_values, scale_offsets
+from epi_kernels.backends.triton.codec import scale_offsets
 from epi_kernels.backends.triton.common import (
     bytes_present,
     inlined,
@@ -13,6 +13,7 @@ from epi_kernels.backends.triton.common import (
     load_bits,
     load_byte_address,
 )
+from epi_kernels.backends.triton.nibbles import first_element, load_importances, load_scale_address
 from epi_kernels.backends.triton.stats import (
     ISOLATION_MASK,
     PERSISTENT_MASK,
@@ -51,8 +52,8 @@ def select_kernel(
     row = tensors + tl.load(chunk) * _REFRESH_ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
     count = tl.load(chunk + 2).to(tl.int32)
-    u_first = load_address(row + _U, KIND, FULL) + start
-    u_scale = load_byte_address(row + _U_SCALE) + (start >> 6)
+    u_first = first_element(load_address(row + _U, KIND, FULL), start, KIND)
+    u_scale = load_scale_address(row + _U_SCALE, KIND) + (start >> 6)
     mask_bytes = load_byte_address(row + _ISOLATION_MASK) + (start >> 3)
     mask_rows = bytes_present(row + _ISOLATION_MASK, count, FULL)
     persistent_bytes = load_byte_address(row + _PERSISTENT_MASK) + (start >> 3)
@@ -67,8 +68,9 @@ def select_kernel(
         offsets = begin + rows * 8 + columns
         in_bounds = offsets < count
         byte = begin // 8 + rows
-        scales = u_scale + scale_offsets(begin, rows, _WIDTH)
-        u = load_values(u_first + offsets, scales, in_bounds, begin + rows * 8 < count, KIND, False, FULL)
+        scale_at = scale_offsets(begin, rows, _WIDTH)
+        row_in_bounds = begin + rows * 8 < count
+        u = load_importances(u_first, offsets, u_scale, scale_at, in_bounds, row_in_bounds, KIND, FULL)
         old = load_bits(mask_bytes + byte, byte, mask_rows)
         least = low
         if HYSTERESIS:

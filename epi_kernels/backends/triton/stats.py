@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.codec import load_values, scale_offsets
-from epi_kernels.backends.triton.common import inlined, is_finite, load_address, load_byte_address
+from epi_kernels.backends.triton.codec import scale_offsets
+from epi_kernels.backends.triton.common import inlined, is_finite, load_address
+from epi_kernels.backends.triton.nibbles import first_element, load_importances, load_scale_address
 
 NO_STATS, EXTREMA, WITH_MOMENTS = 0, 1, 2
 
@@ -107,8 +108,8 @@ def stats_kernel(
     row = tensors + tl.load(chunk) * _REFRESH_ROW
     start = tl.multiple_of(tl.load(chunk + 1), 64)
     count = tl.load(chunk + 2).to(tl.int32)
-    u_first = load_address(row + _U, KIND, FULL) + start
-    u_scale = load_byte_address(row + _U_SCALE) + (start >> 6)
+    u_first = first_element(load_address(row + _U, KIND, FULL), start, KIND)
+    u_scale = load_scale_address(row + _U_SCALE, KIND) + (start >> 6)
     layer = tl.load(row + _U_LAYER)
 
     rows = tl.arange(0, ROWS)[:, None]
@@ -117,9 +118,9 @@ def stats_kernel(
     for begin in range(0, count, ROWS * _WIDTH):
         offsets = begin + rows * _WIDTH + columns
         in_bounds = offsets < count
-        scales = u_scale + scale_offsets(begin, rows, _WIDTH)
+        scale_at = scale_offsets(begin, rows, _WIDTH)
         row_in_bounds = begin + rows * _WIDTH < count
-        u = load_values(u_first + offsets, scales, in_bounds, row_in_bounds, KIND, False, FULL)
+        u = load_importances(u_first, offsets, u_scale, scale_at, in_bounds, row_in_bounds, KIND, FULL)
         lowest, highest, strange, total, squares = fold(
             u, in_bounds, lowest, highest, strange, total, squares, FULL, STATS
         )

@@ -12,6 +12,7 @@ from epi_kernels.backends import table
 from epi_kernels.backends.triton.codec import BLOCK, decode, encode, load_values, scale_offsets
 from epi_kernels.backends.triton.common import (
     BFLOAT16,
+    INT4,
     INT8,
     bytes_present,
     inlined,
@@ -25,6 +26,18 @@ from epi_kernels.backends.triton.common import (
     widen,
 )
 from epi_kernels.backends.triton.master import NO_CORRECTION, joined_weight, split_weight
+from epi_kernels.backends.triton.nibbles import (
+    decode_average,
+    decode_square,
+    encode_average,
+    encode_square,
+    first_element,
+    load_codes,
+    load_scale_address,
+    load_scale_words,
+    moment_bound,
+    store_codes,
+)
 from epi_kernels.backends.triton.prepare import KEY, ROW, SCALARS
 from epi_kernels.backends.triton.stats import NO_STATS, accumulators, fold, publish
 
@@ -43,7 +56,7 @@ _EXP_AVG_SCALE, _EXP_AVG_SQ_SCALE = tl.constexpr(table.EXP_AVG_SCALE), tl.conste
 _IMPORTANCE_SCALE = tl.constexpr(table.IMPORTANCE_SCALE)
 _CORRECTION, _NO_CORRECTION = tl.constexpr(table.WEIGHT_CORRECTION), tl.constexpr(NO_CORRECTION)
 _SHARED, _OWN = tl.constexpr(SHARED), tl.constexpr(OWN)
-_BFLOAT16, _INT8 = tl.constexpr(BFLOAT16), tl.constexpr(INT8)
+_BFLOAT16, _INT8, _INT4 = tl.constexpr(BFLOAT16), tl.constexpr(INT8), tl.constexpr(INT4)
 _NO_STATS, _BLOCK = tl.constexpr(NO_STATS), tl.constexpr(BLOCK)
 
 
@@ -113,10 +126,10 @@ def step_kernel(
     grad = load_address(row + _GRAD, PARAM, FULL) + start
     if CORRECTION != _NO_CORRECTION:
         correction = load_address(row + _CORRECTION, CORRECTION, FULL) + start
-    exp_avg = load_address(row + _EXP_AVG, STATE, FULL) + start
-    exp_avg_sq = load_address(row + _EXP_AVG_SQ, STATE, FULL) + start
-    exp_avg_scale = load_byte_address(row + _EXP_AVG_SCALE) + (start >> 6)
-    exp_avg_sq_scale = load_byte_address(row + _EXP_AVG_SQ_SCALE) + (start >> 6)
+    exp_avg = first_element(load_address(row + _EXP_AVG, STATE, FULL), start, STATE)
+    exp_avg_sq = first_element(load_address(row + _EXP_AVG_SQ, STATE, FULL), start, STATE)
+    exp_avg_scale = load_scale_address(row + _EXP_AVG_SCALE, STATE) + (start >> 6)
+    exp_avg_sq_scale = load_scale_address(row + _EXP_AVG_SQ_SCALE, STATE) + (start >> 6)
     if IMPORTANCE != _SHARED:
         importance = load_address(row + _IMPORTANCE, U, FULL) + start
         importance_scale = load_byte_address(row + _IMPORTANCE_SCALE) + (start >> 6)
@@ -132,6 +145,9 @@ def step_kernel(
         beta_u, one_minus_beta_u = tl.load(scalars + 4), tl.load(scalars + 5)
     if UNSCALE:
         multiplier = tl.load(scalars + 9)
+    if STATE == _INT4:
+        bound = moment_bound(beta1, one_minus_beta1, beta2, one_minus_beta2)
+        byte_columns = tl.arange(0, WIDTH // 2)[None, :]
 
     # a chunk crosses at most one multiple of 2^32, so two keys serve all of its elements
     index_offset = tl.load(row + _INDEX_OFFSET)
@@ -155,10 +171,23 @@ def step_kernel(
         if CORRECTION != _NO_CORRECTION:
             correction_raw = load_block(correction + offsets, in_bounds, FULL)
         g = widen(load_block(grad + offsets, in_bounds, FULL), PARAM)
-        m = load_values(exp_avg + offsets, exp_avg_scale + block, in_bounds, row_in_bounds, STATE, True, FULL)
-        v = load_values(
-            exp_avg_sq + offsets, exp_avg_sq_scale + block, in_bounds, row_in_bounds, STATE, False, FULL
-        )
+        if STATE == _INT4:
+            bytes_ = begin // 2 + rows * (WIDTH // 2) + byte_columns
+            byte_in_bounds = 2 * bytes_ < count
+            square_scale = load_scale_words(exp_avg_sq_scale + block, row_in_bounds, FULL)
+            square_code = load_codes(exp_avg_sq + bytes_, byte_in_bounds, FULL)
+            v = decode_square(square_code, square_scale)
+            code = load_codes(exp_avg + bytes_, byte_in_bounds, FULL)
+            m = decode_average(
+                code, load_scale_words(exp_avg_scale + block, row_in_bounds, FULL), square_code
+            )
+        else:
+            m = load_values(
+                exp_avg + offsets, exp_avg_scale + block, in_bounds, row_in_bounds, STATE, True, FULL
+            )
+            v = load_values(
+                exp_avg_sq + offsets, exp_avg_sq_scale + block, in_bounds, row_in_bounds, STATE, False, FULL
+            )
 
         if UNSCALE:
             g = g * multiplier
@@ -191,14 +220,27 @@ def step_kernel(
         bits = load_row_bits(mask_bytes, begin // 8 + rows * (WIDTH // 8), n_mask_bytes, WIDTH)
         # one row of a block of 64 stores its scale
         stores_scale = row_in_bounds & (rows % (_BLOCK // WIDTH) == 0)
-        _store_values(
-            exp_avg + offsets, exp_avg_scale + block, m, w0 >> 16, in_bounds, stores_scale,
-            STATE, True, STOCHASTIC, FULL, ROWS, WIDTH,
-        )  # fmt: skip
-        u_stored = _store_values(
-            exp_avg_sq + offsets, exp_avg_sq_scale + block, v, w1 & 0xFFFF, in_bounds, stores_scale,
-            STATE, False, STOCHASTIC, FULL, ROWS, WIDTH,
-        )  # fmt: skip
+        if STATE == _INT4:
+            square_code, square_scale = encode_square(
+                v, square_scale, w1 & 0x7FFFFF, in_bounds, STOCHASTIC, FULL, ROWS, WIDTH
+            )
+            store_codes(exp_avg_sq + bytes_, square_code, in_bounds, byte_in_bounds, FULL, ROWS, WIDTH)
+            tl.store(exp_avg_sq_scale + block, (square_scale >> 16).to(tl.uint16), mask=stores_scale)
+            code, scale = encode_average(
+                m, square_code, square_scale, bound, w0 >> 16, in_bounds, STOCHASTIC, FULL, ROWS, WIDTH
+            )
+            store_codes(exp_avg + bytes_, code, in_bounds, byte_in_bounds, FULL, ROWS, WIDTH)
+            tl.store(exp_avg_scale + block, (scale >> 16).to(tl.uint16), mask=stores_scale)
+            u_stored = decode_square(square_code, square_scale)
+        else:
+            _store_values(
+                exp_avg + offsets, exp_avg_scale + block, m, w0 >> 16, in_bounds, stores_scale,
+                STATE, True, STOCHASTIC, FULL, ROWS, WIDTH,
+            )  # fmt: skip
+            u_stored = _store_values(
+                exp_avg_sq + offsets, exp_avg_sq_scale + block, v, w1 & 0xFFFF, in_bounds, stores_scale,
+                STATE, False, STOCHASTIC, FULL, ROWS, WIDTH,
+            )  # fmt: skip
         isolated = ((bits >> columns) & 1) != 0
         store_block(param + offsets, tl.where(isolated, theta_raw, new_raw), in_bounds, FULL)
         if CORRECTION != _NO_CORRECTION:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epi_kernels.backends.triton.codec import load_values
 from epi_kernels.backends.triton.common import (
     bytes_present,
     inlined,
@@ -20,6 +19,7 @@ from epi_kernels.backends.triton.common import (
     score,
     score_key,
 )
+from epi_kernels.backends.triton.nibbles import load_importances, load_scale_address
 from epi_kernels.backends.triton.stats import ISOLATION_MASK, REFRESH_ROW, U_LAYER, U_SCALE, U
 
 _U, _ISOLATION_MASK = tl.constexpr(U), tl.constexpr(ISOLATION_MASK)
@@ -83,7 +83,7 @@ def count_kernel(
         start = tl.multiple_of(tl.load(chunk + 1), 64)
         count = tl.load(chunk + 2).to(tl.int32)
         u_first = load_address(row + _U, KIND, FULL)
-        u_scale = load_byte_address(row + _U_SCALE)
+        u_scale = load_scale_address(row + _U_SCALE, KIND)
         mask_bytes = load_byte_address(row + _ISOLATION_MASK)
         mask_rows = bytes_present(row + _ISOLATION_MASK, count, FULL)
         low, high = tl.load(bounds + layer * 4), tl.load(bounds + layer * 4 + 1)
@@ -103,9 +103,10 @@ def count_kernel(
         for begin in range(0, count, ROWS * 8):
             first = (start + begin) * stride
             in_bounds = begin + rows * 8 + columns < count
-            scales = u_scale + (first >> 6) + (rows >> 3) * stride
+            scale_at = (first >> 6) + (rows >> 3) * stride
             row_in_bounds = begin + rows * 8 < count
-            u = load_values(u_first + first + elements, scales, in_bounds, row_in_bounds, KIND, False, FULL)
+            offsets = first + elements
+            u = load_importances(u_first, offsets, u_scale, scale_at, in_bounds, row_in_bounds, KIND, FULL)
             least = low
             end = high
             if HYSTERESIS:

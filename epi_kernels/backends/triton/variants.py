@@ -9,7 +9,7 @@ import numpy as np
 from epi_kernels.backends import table as _table
 from epi_kernels.backends.triton import step as _step
 from epi_kernels.backends.triton.chunks import aligned_tensors
-from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT8, ITEM_BYTES, THREADS
+from epi_kernels.backends.triton.common import BFLOAT16, FLOAT32, INT4, INT8, ITEM_BYTES, THREADS
 from epi_kernels.backends.triton.master import NO_CORRECTION, ONE_BYTE, TWO_BYTES
 from epi_kernels.backends.triton.stats import WIDTH
 
@@ -38,13 +38,17 @@ class StepVariant(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Elements of a row. Of single bytes, 16 make the 128 bits that a thread reads at once."""
-        return 16 if INT8 in self.kinds or self.correction == ONE_BYTE else 8
+        """Elements of a row. Of single bytes, 16 make the 128 bits that a thread reads at once; of nibbles as many."""
+        return 16 if not {INT8, INT4}.isdisjoint(self.kinds) or self.correction == ONE_BYTE else 8
 
     @property
     def rows(self) -> int:
-        """Rows of a block: one access of 128 bits to the narrowest type is a thread's share."""
-        return THREADS if self.any_rounded else THREADS // 2
+        """Rows of a block: one access of 128 bits to the narrowest type is a thread's share, of 4-bit codes of 64.
+
+        In bounds, 4-bit states of so many spill.
+        """
+        spills = self.state == INT4 and not self.full
+        return THREADS if self.any_rounded and not spills else THREADS // 2
 
     @property
     def block(self) -> int:
@@ -62,15 +66,16 @@ class RefreshVariant(NamedTuple):
         return REFRESH_ROWS * WIDTH
 
 
-def _kinds(flags: np.ndarray, bf16: int, int8: int) -> np.ndarray:
-    return np.where(flags & int8 != 0, INT8, np.where(flags & bf16 != 0, BFLOAT16, FLOAT32))
+def _kinds(flags: np.ndarray, bf16: int, int8: int, int4: int = 0) -> np.ndarray:
+    codes = np.where(flags & int4 != 0, INT4, INT8)
+    return np.where(flags & (int8 | int4) != 0, codes, np.where(flags & bf16 != 0, BFLOAT16, FLOAT32))
 
 
 def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
     """The variant of every row of ``table.step_table``, for chunks of ``chunk`` elements."""
     flags = rows[:, _table.FLAGS]
     param = _kinds(flags, _table.PARAM_BF16, 0)
-    state = _kinds(flags, _table.STATE_BF16, _table.STATE_INT8)
+    state = _kinds(flags, _table.STATE_BF16, _table.STATE_INT8, _table.STATE_INT4)
     own = _kinds(flags, _table.IMPORTANCE_BF16, _table.IMPORTANCE_INT8)
     importance = np.where(rows[:, _table.IMPORTANCE] != 0, _step.OWN + own, _step.SHARED)
     stored = np.where(flags & _table.CORRECTION_INT8 != 0, ONE_BYTE, TWO_BYTES)
@@ -84,7 +89,7 @@ def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
 
 def u_kinds(flags: np.ndarray) -> np.ndarray:
     """[n]: how each importance is stored."""
-    return _kinds(flags, _table.U_BF16, _table.U_INT8)
+    return _kinds(flags, _table.U_BF16, _table.U_INT8, _table.U_INT4)
 
 
 def refresh_variants(u: np.ndarray, kinds: np.ndarray, chunk: int) -> list[RefreshVariant]:
