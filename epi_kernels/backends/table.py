@@ -131,7 +131,7 @@ def refresh_table(tensors: Sequence[ParamTensors]) -> PointerTable:
     rows = np.zeros((len(tensors), COLUMNS), dtype=np.int64)
     _fill(rows, EXP_AVG_SQ, Tensor.data_ptr, exp_avg_sqs)
     _fill_optional(rows, IMPORTANCE, importances)
-    _fill(rows, NUMEL, Tensor.numel, [item.param for item in tensors])
+    _fill(rows, NUMEL, attrgetter("n_stored"), tensors)
     rows[:, FLAGS] = _state_flags(tensors)
     others = _fill_common(rows, tensors)
     return PointerTable(rows, [exp_avg_sqs, _present(importances), others])

@@ -23,7 +23,7 @@ def select_(
     assert tensors.isolation_mask is not None
     row = tensors.layer
     threshold, scale = thresholds[row], terms.scale[row]
-    for start, stop in slices(tensors.param.numel()):
+    for start, stop in slices(tensors.n_stored):
         packed = tensors.isolation_mask[start // 8 : bits.packed_bytes(stop)]
         old = bits.unpack(packed, stop - start)
         u = tensors.read_u(start, stop)

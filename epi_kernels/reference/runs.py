@@ -60,7 +60,7 @@ def places(runs: np.ndarray) -> np.ndarray:
 
 def pieces(item: ParamTensors, *, of_weight: bool = True) -> Iterator[ParamTensors]:
     """Every run as a parameter by itself: views, where a tensor is row-major. Without ``of_weight`` what is the weight's
-    stays whole, and is not looked at."""
+    stays whole, and the run is the only one of it."""
     if item.runs is None:
         yield item
         return
@@ -71,4 +71,5 @@ def pieces(item: ParamTensors, *, of_weight: bool = True) -> Iterator[ParamTenso
         for name, one in flat.items():
             begin, elements = start if name in _OF_THE_WEIGHT else at, _ELEMENTS_OF[name]
             cut[name] = one[begin // elements : -(-(begin + count) // elements)]
-        yield replace(item, **cut, index_offset=item.index_offset + start, runs=None)
+        runs = None if of_weight else np.array([[start, count]], dtype=np.int64)
+        yield replace(item, **cut, index_offset=item.index_offset + start, runs=runs)

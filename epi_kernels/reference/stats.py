@@ -52,7 +52,7 @@ class LayerStats:
 def accumulate(tensors: ParamTensors, stats: LayerStats) -> None:
     """Merges one parameter's importances, as stored, into its layer's row."""
     row = tensors.layer
-    for start, stop in slices(tensors.param.numel()):
+    for start, stop in slices(tensors.n_stored):
         u = tensors.read_u(start, stop)
         finite = torch.isfinite(u)
         stats.nonfinite[row] += (~finite).sum()

@@ -50,6 +50,11 @@ class ParamTensors:
     runs: np.ndarray | None = None
 
     @property
+    def n_stored(self) -> int:
+        """Elements that have state."""
+        return self.param.numel() - self.n_stateless
+
+    @property
     def n_stateless(self) -> int:
         """Elements without state: isolated for good."""
         return 0 if self.runs is None else self.param.numel() - int(self.runs[:, 1].sum())

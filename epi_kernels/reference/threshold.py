@@ -162,7 +162,7 @@ def count(tensors: ParamTensors, terms: ScoreTerms, search: KthSearch, sample_st
         return
     lo, hi, shift = search.lo[domain], search.hi[domain], search.shift[domain]
     columns = search.histogram.shape[1]
-    for start, stop in slices(tensors.param.numel()):
+    for start, stop in slices(tensors.n_stored):
         u = tensors.read_u(start, stop)
         isolated = None
         if search.keep_factor != 1.0 and tensors.isolation_mask is not None:
