@@ -26,11 +26,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality exactness stopped tables gpu gpu-large gpu-offload env lint format typecheck clean
+.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality exactness stopped codebooks tables gpu gpu-large gpu-offload env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | exactness | stopped | gpu | gpu-large | gpu-offload | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | exactness | stopped | codebooks | gpu | gpu-large | gpu-offload | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -83,8 +83,9 @@ side-by-side: build
 quality: build
 	$(PY) -m bench.quality $(QUALITY_ARGS)
 
-# Instructions that exactness costs, counted without a GPU; when elements whose gradient stops leave the mask.
-exactness stopped: build
+# Instructions that exactness costs, counted without a GPU; when elements whose gradient stops leave the mask; what code books
+# of 8 bits cost.
+exactness stopped codebooks: build
 	$(PY) -m bench.$@
 
 # The README's tables and plots, from the rows under bench/results/.

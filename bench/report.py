@@ -5,8 +5,8 @@ python -m bench.report --check     exits 1 when README.md or a plot is out of da
 
 <!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
 <!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
-                                   from real optimizers, here and now), exactness and stopped
-                                   (of bench.exactness and bench.stopped), isolated-rows (of
+                                   from real optimizers, here and now), exactness, stopped and
+                                   codebooks (of bench.exactness and so on), isolated-rows (of
                                    bench.isolated_rows), gpu and gpu-large
                                    (bench.gpu_table), gpu-status and reproduce-medium-status (bench.status)
 
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import (
+    codebooks,
     exactness,
     gpu_table,
     isolated_rows,
@@ -228,6 +229,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "side-by-side": side_by_side_table.text,
     "exactness": exactness.text,
     "stopped": stopped.text,
+    "codebooks": codebooks.text,
     "gpu": gpu_table.timings,
     "gpu-large": gpu_table.large,
     "gpu-status": status.line,

@@ -1,4 +1,4 @@
-"""make exactness and make stopped: the README's blocks from records made by hand, and the committed records."""
+"""make exactness, make stopped and make codebooks: the README's blocks from records made by hand, and the committed records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import exactness, report, results, stopped
+from bench import codebooks, exactness, report, results, stopped
 from epi_kernels.kernels_report.exactness import FORMS, ROUNDINGS, STATES
+from epi_kernels.reference import codec
 from python_tests.bench_rows import shared
 
 
@@ -48,7 +49,25 @@ def test_the_block_of_stopped_elements_counts_those_more_than_one_refresh_apart(
     assert "| 8-bit | 7.3 ± 1.5 | 6 to 9, 1 later | 50 % | 5.2 ± 1.7 | 3 to 7 | 50 % |" in lines
 
 
+def test_the_shipped_code_book_is_the_codecs():
+    codes = torch.arange(16, 256, dtype=torch.uint8)
+    scales = torch.full((4,), 103, dtype=torch.uint8)  # biased exponent 127
+    assert torch.equal(codec.decode(codes, scales, signed=False).double(), codebooks.BOOKS[codebooks.SHIPPED])
+
+
+def test_a_code_book_that_holds_every_value_costs_nothing_and_one_without_range_stalls():
+    plan = codebooks.Plan(blocks=8, steps=60, beta=0.9)
+    exact = lambda size: codebooks._trained(None, plan, size)  # noqa: E731
+    fine = codebooks.measure(codebooks.floats(5, 16), plan, exact)
+    assert fine["noise"] < 1e-3 and fine["jaccard"] == [1.0, 1.0]
+    assert fine["steps"] == pytest.approx([1.0, 1.0, 1.0], abs=1e-3)
+    coarse = codebooks.measure(codebooks.floats(3, 4), plan, exact)
+    assert coarse["steps"][2] < 0.02, "held at the smallest code, steps are too short"
+
+
 def test_the_committed_records_are_whole():
+    books = results.newest_record(results.RESULTS, codebooks.PREFIX)
+    assert books is not None and [row["book"] for row in books["rows"]] == list(codebooks.BOOKS)
     costs = results.newest_record(results.RESULTS, exactness.PREFIX)
     assert costs is not None and len(costs["rows"]) == len(FORMS) * len(STATES) * len(ROUNDINGS)
     for row in costs["rows"]:
@@ -60,8 +79,8 @@ def test_the_committed_records_are_whole():
     assert [row["configuration"] for row in found["rows"]] == list(stopped.CONFIGURATIONS)
 
 
-@pytest.mark.parametrize("name", ["exactness", "stopped"])
-def test_the_report_makes_the_block(name):
-    assert f"bench:begin {name}" in report.rewrite(
-        report.README.read_text(), dict.fromkeys(report.SECTIONS, str)
-    )
+@pytest.mark.parametrize("name", ["exactness", "stopped", "codebooks"])
+def test_the_report_makes_the_block(name, tmp_path):
+    readme = f"<!-- bench:begin {name} -->\nold\n<!-- bench:end {name} -->\n"
+    assert f"Not measured yet: `make {name}`." in report.rewrite(readme, tmp_path)
+    assert "Not measured yet" not in report.rewrite(readme)

@@ -1,0 +1,203 @@
+"""make codebooks: what an 8-bit code of second moments costs an EMA, one code book beside another.
+
+python -m bench.codebooks       minutes on two cores; writes bench/results/codebooks-DATE-COMMIT.json
+
+A book is the values that 255 codes (or fewer) stand for, times the scale of a block of 64. Every step decodes, adds
+the squared gradient and codes again, rounding to one of two neighbours so that the value is right in the mean; what lies
+below the smallest becomes that. Simulated in float64 with torch.bucketize: the books that are not shipped have no kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import results
+from bench.markdown import count
+from epi_kernels.markdown import table
+from epi_kernels.reference import codec
+
+PREFIX = "codebooks"
+SHIPPED = "4 exponent, 4 mantissa bits (shipped)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    blocks: int = 512
+    steps: int = 2000
+    beta: float = 0.999
+    ratios: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # of the gradients beside an element of gradient 1
+    spread: float = 1.0  # of the logarithms of gradient sizes, where masks are compared
+    outlier: float = 300.0  # times larger, one element in every tenth block
+    shares: tuple[float, ...] = (0.01, 0.1)  # p
+    seed: int = 0
+
+
+def floats(exponent_bits: int, mantissa_bits: int, *, subnormals: bool = False, octaves: int = 0) -> Tensor:
+    """Positive values of a small float, the largest below 2; the lowest binade's codes stand for nothing, for
+    ``subnormals``, or for so many powers of two below (``octaves``)."""
+    steps = 1 << mantissa_bits
+    mantissas = 1 + torch.arange(steps, dtype=torch.float64) / steps
+    binades = 1 << exponent_bits
+    lowest = 2.0 ** (1 - binades + 1)
+    values = [2.0 ** (e - binades + 1) * mantissas for e in range(1, binades)]
+    if subnormals:
+        values.append(lowest * torch.arange(1, steps, dtype=torch.float64) / steps)
+    if octaves:
+        values.append(lowest * 2.0 ** -torch.arange(1, octaves + 1, dtype=torch.float64))
+    return torch.cat(values).sort().values
+
+
+BOOKS: dict[str, Tensor] = {
+    SHIPPED: floats(4, 4),
+    "the same with subnormals": floats(4, 4, subnormals=True),
+    "the same, 15 powers of two below": floats(4, 4, octaves=15),
+    "5 exponent, 3 mantissa bits": floats(5, 3),
+    "3 exponent, 5 mantissa bits": floats(3, 5),
+    "linear": torch.arange(1, 256, dtype=torch.float64) / 256,
+}
+
+
+class Coded:
+    """An EMA of squares [blocks, 64] in codes of a book; float64 without one."""
+
+    def __init__(self, book: Tensor | None, plan: Plan) -> None:
+        self._book, self._beta = book, plan.beta
+        self._generator = torch.Generator().manual_seed(plan.seed + 1)
+        self.value = torch.zeros(plan.blocks, codec.BLOCK, dtype=torch.float64)
+
+    def add(self, squares: Tensor) -> None:
+        self.value = self._beta * self.value + (1 - self._beta) * squares
+        if self._book is not None:
+            self.value = self._rounded(self.value, self._book)
+
+    def _rounded(self, x: Tensor, book: Tensor) -> Tensor:
+        top = x.amax(1, keepdim=True).clamp_min(1e-300)
+        scale = torch.exp2(torch.ceil(torch.log2(top / book[-1])))
+        y = (x / scale).clamp(min=float(book[0]), max=float(book[-1]))
+        above = torch.bucketize(y, book).clamp(1, len(book) - 1)
+        low, high = book[above - 1], book[above]
+        up = torch.rand(y.shape, generator=self._generator, dtype=torch.float64) < (y - low) / (high - low)
+        return torch.where(x > 0, torch.where(up, high, low) * scale, 0.0)
+
+
+def _trained(book: Tensor | None, plan: Plan, size: Tensor) -> Tensor:
+    """The EMA after random gradients of these sizes, the same for every book."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    coded = Coded(book, plan)
+    for _ in range(plan.steps):
+        coded.add((size * torch.randn(size.shape, generator=generator, dtype=torch.float64)).square())
+    return coded.value
+
+
+def _sizes(plan: Plan, outlier: float) -> Tensor:
+    generator = torch.Generator().manual_seed(plan.seed + 2)
+    shape = (plan.blocks, codec.BLOCK)
+    size = torch.exp(plan.spread * torch.randn(shape, generator=generator, dtype=torch.float64))
+    size[::10, 0] *= outlier
+    return size
+
+
+def _mask(u: Tensor, share: float) -> Tensor:
+    flat = u.flatten()
+    return flat >= flat.kthvalue(flat.numel() - int(share * flat.numel()) + 1).values
+
+
+def _jaccard(a: Tensor, b: Tensor) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def measure(book: Tensor, plan: Plan, exact: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """``exact``: the EMA in float64 of gradients of these sizes."""
+    even = torch.ones(plan.blocks, codec.BLOCK, dtype=torch.float64)
+    found: dict[str, Any] = {"codes": len(book), "range": float(book[-1] / book[0])}
+    found["noise"] = float((_trained(book, plan, even) / exact(even)).std())
+    steps = []
+    for ratio in plan.ratios:
+        size = even.clone()
+        size[:, 1::2] = ratio
+        steps.append(float((exact(size) / _trained(book, plan, size))[:, 1::2].sqrt().mean()))
+    found["steps"] = steps
+    for name, outlier in (("jaccard", 1.0), ("jaccard_outliers", plan.outlier)):
+        size = _sizes(plan, outlier)
+        coded, true = _trained(book, plan, size), exact(size)
+        found[name] = [_jaccard(_mask(coded, share), _mask(true, share)) for share in plan.shares]
+        found[name + "_isolated"] = [
+            float(_mask(coded, share).double().mean() / _mask(true, share).double().mean())
+            for share in plan.shares
+        ]
+    return found
+
+
+def record(plan: Plan = Plan()) -> dict[str, Any]:
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def exact(size: Tensor) -> Tensor:
+        for one, value in known:
+            if torch.equal(one, size):
+                return value
+        known.append((size, _trained(None, plan, size)))
+        return known[-1][1]
+
+    books = tqdm(BOOKS.items(), unit="book", disable=None)
+    rows = [{"book": name, **measure(book, plan, exact)} for name, book in books]
+    return results.provenance() | {"plan": asdict(plan), "rows": rows}
+
+
+def text(folder: Path = results.RESULTS) -> str:
+    """The README's block."""
+    found = results.newest_record(folder, PREFIX)
+    if found is None:
+        return "Not measured yet: `make codebooks`."
+    plan, lines = found["plan"], []
+    for row in found["rows"]:
+        line = [row["book"], str(row["codes"]), f"{row['range']:.2g}", f"{row['noise']:.3f}"]
+        line.append(" / ".join(f"{step:.2g}" for step in row["steps"]))
+        for name in ("jaccard", "jaccard_outliers"):
+            line.append(" / ".join(f"{value:.2f}" for value in row[name]))
+        line.append(" / ".join(f"{value:.2f}" for value in row["jaccard_outliers_isolated"]))
+        lines.append(line)
+    ratios = ", ".join(f"{ratio:g}" for ratio in plan["ratios"])
+    shares = ", ".join(f"{100 * share:g} %" for share in plan["shares"])
+    header = [
+        "code book",
+        "codes",
+        "range",
+        "noise",
+        "steps",
+        "masks",
+        "masks, outliers",
+        "isolated, outliers",
+    ]
+    caption = (
+        f"{count(plan['blocks'] * codec.BLOCK)} second moments, {count(plan['steps'])} steps, beta {plan['beta']}, simulated, commit "
+        f"{found['commit']}"
+        + (" with uncommitted changes" if found["dirty"] else "")
+        + ". Noise: standard deviation of a "
+        f"coded moment over the exact one. Steps: how far elements move whose gradients are {ratios} of their neighbours', over "
+        f"an exact step. Masks: Jaccard with the exact mask at p = {shares}, sizes of gradients lognormal; outliers: one element "
+        f"in every tenth block has gradients {plan['outlier']:g} times larger. Isolated: over what the exact mask isolates."
+    )
+    return caption + "\n\n" + table(header, lines, "lrrrrrrr")
+
+
+def main() -> int:
+    found = record()
+    path = results.write_record(
+        found, results.RESULTS, f"{PREFIX}-{found['date'][:10]}-{found['commit']}", ("rows",)
+    )
+    print(
+        f"{path.relative_to(results.ROOT)}: written; `make tables` puts it into the README", file=sys.stderr
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
