@@ -18,8 +18,8 @@ from accelerate.utils import (
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from epi_kernels import MaskedEMAAdamW
-from epi_kernels.integrations import named_parameter_groups
+from epi_kernels import MaskedEMAAdamW, enable_gradient_release, load_isolation, save_isolation
+from epi_kernels.integrations import load_checkpoint, named_parameter_groups, save_checkpoint
 from python_tests.ranks import on_ranks
 from python_tests.test_transformers_trainer import Tokens
 from python_tests.tiny_model import backend, tiny_llama
@@ -64,6 +64,23 @@ class Run:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
+
+
+def test_what_takes_an_optimizer_takes_accelerates_wrapper(tmp_path):
+    run, other = Run(), Run(seed=1)
+    run.batches(0, 6)
+    save_checkpoint(tmp_path / "checkpoint", run.model, run.optimizer)
+    load_checkpoint(tmp_path / "checkpoint", other.model, other.optimizer)
+    masks = [one.ours.isolation_mask(param) for one in (run, other) for param in one.model.parameters()]
+    half = len(masks) // 2
+    assert all(map(torch.equal, masks[:half], masks[half:])) and any(mask.any() for mask in masks)
+    save_isolation(run.optimizer, tmp_path / "isolation")
+    load_isolation(other.optimizer, tmp_path / "isolation")
+    enable_gradient_release(other.model, other.optimizer).remove()
+    plain = torch.optim.AdamW(run.model.parameters())
+    for call in (save_checkpoint, load_checkpoint):
+        with pytest.raises(TypeError, match="takes a MaskedEMAAdamW, got AdamW"):
+            call(tmp_path / "checkpoint", run.model, plain)
 
 
 def test_a_run_is_the_plain_loops():

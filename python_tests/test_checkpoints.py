@@ -108,7 +108,7 @@ def test_a_crash_between_the_renames_of_a_save_leaves_the_old_checkpoint(tmp_pat
     folder.rename(tmp_path / "last.old")
     (loaded,) = on_ranks(1, restore, str(folder), "float32", False)
     assert differing(loaded, saved) == []
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="/nothing: no checkpoint"):
         load_checkpoint(tmp_path / "nothing", *made("float32", sharded=False))
 
 

@@ -105,8 +105,13 @@ def test_what_is_in_the_file(tmp_path):
     assert (metadata["format"], metadata["version"]) == ("epi-kernels isolation", "1")
     assert (metadata["isolation_step"], metadata["isolation_ratio"]) == ("5", "0.2")
     records = json.loads(metadata["parameters"])
-    assert records["head.weight"] == {"shape": [65, 67], "step": 5, "beta": 0.999}
-    assert records["scale"] == {"shape": [], "step": None}
+    assert records["head.weight"] == {
+        "shape": [65, 67],
+        "step": 5,
+        "beta": 0.999,
+        "masks": ["isolation_mask"],
+    }
+    assert records["scale"] == {"shape": [], "step": None, "masks": []}
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -52,7 +52,14 @@ DAMAGE = {
     "importance-shape": (_tensor("embed", lambda one: one[:-1]), r"importance of embed must be floats"),
     "importance-integers": (_tensor("embed", lambda one: one.int()), "must be floats"),
     "importance-half": (_tensor("embed", lambda one: one.half()), "must be floats"),
-    "no-importance": (lambda tensors, metadata: tensors.pop("embed"), "damaged"),
+    "no-importance": (lambda tensors, metadata: tensors.pop("embed"), "the importance of embed is not in it"),
+    "importance-negative": (_tensor("embed", torch.neg), "embed has values that are negative or not finite"),
+    "importance-nan": (_tensor("embed", lambda one: one / 0 * 0), "negative or not finite"),
+    "no-mask": (lambda tensors, metadata: tensors.pop(MASK), "the isolation_mask of block.bias is not in it"),
+    "no-persistent-mask": (
+        lambda tensors, metadata: tensors.pop("persistent_mask/embed"),
+        "the persistent_mask of embed is not in it",
+    ),
     "stranger": (
         lambda tensors, metadata: tensors.update(other=torch.ones(1)),
         "holds other, of no parameter",
@@ -103,6 +110,26 @@ def test_a_file_cut_off_anywhere_changes_nothing(saved, tmp_path):
     for length in {0, 1, 8, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 4)}:
         (tmp_path / "cut").write_bytes(whole[:length])
         refused(tmp_path / "cut", "no whole safetensors file")
+
+
+def test_a_file_of_an_earlier_release_says_of_no_mask_that_it_is_there(saved, tmp_path):
+    tensors = load_file(saved)
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    records = json.loads(metadata["parameters"])
+    metadata["parameters"] = json.dumps(
+        {
+            name: {key: one for key, one in record.items() if key != "masks"}
+            for name, record in records.items()
+        }
+    )
+    del tensors[MASK]
+    save_file(tensors, tmp_path / "file", metadata)
+    params = model(seed=1)
+    optimizer = make(params)
+    load_isolation(optimizer, tmp_path / "file")
+    assert not optimizer.isolation_mask(params["block.bias"]).any()
+    assert optimizer.isolation_mask(params["embed"]).any()
 
 
 def test_another_model_is_refused_by_the_names_that_differ(saved):

@@ -49,7 +49,8 @@ def step(net, optimizer, n: int = 1, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(n):
         for param in net.parameters():
-            param.grad = torch.randn(param.shape, generator=generator) if param.requires_grad else None
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = grad if param.requires_grad else None
         optimizer.step()
     optimizer.zero_grad()
 
@@ -185,6 +186,12 @@ def test_parameters_that_are_grouped_otherwise_are_refused(flat, before, after, 
             load_in_place(tmp_path, other, fresh)
         return
     refused("grouped otherwise", tmp_path, other, fresh, flat=flat)
+
+
+def test_named_parameters_that_a_flat_dict_grouped_otherwise_are_refused_as_such(tmp_path):
+    saved(tmp_path, *trained("ab cd", masked="", named=True), flat=True)
+    other, fresh = made("a bcd", named=True)
+    refused("has 2 names for 1 parameters: they were grouped otherwise", tmp_path, other, fresh, flat=True)
 
 
 def test_a_mask_removed_from_a_state_stays_away_and_a_warning_says_so():

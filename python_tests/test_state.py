@@ -128,6 +128,26 @@ def test_persistent_mask_is_saved_and_acts_after_a_load():
     assert torch.equal(resumed_params["embed"][mask], before[mask])
 
 
+@pytest.mark.parametrize("lost", ["bits", "the mask"])
+def test_persistent_bits_protect_at_once_though_the_other_mask_lacks_them(lost):
+    params = small_model()
+    optimizer = make(params, mask_interval=50)
+    train(optimizer, params, 2)
+    bits = torch.zeros_like(params["embed"], dtype=torch.bool)
+    bits[0] = True
+    optimizer.set_isolation_mask(params["embed"], bits, persistent=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    number = list(params).index("embed")
+    if lost == "bits":
+        saved["state"][number]["isolation_mask"].zero_()
+    else:
+        del saved["state"][number]["isolation_mask"]
+    fresh_params = small_model()
+    fresh = make(fresh_params, mask_interval=50)
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh.isolation_mask(fresh_params["embed"]), bits)
+
+
 def test_state_dict_is_plain_and_deterministic():
     """Tensors and plain values alone: no callable, no dtype of ours; the same twice."""
     params = small_model()
@@ -260,6 +280,8 @@ DAMAGE = {
     "no-second-moment": lambda s: s["state"][2].pop("exp_avg_sq"),
     "no-step-nor-moments": lambda s: _keep(s, "isolation_mask", "importance"),
     "unknown-version": _version,
+    "version-that-is-true": lambda s: s["param_groups"][0].__setitem__("isolation_version", True),
+    "no-betas": lambda s: s["param_groups"][0].pop("betas"),
     "foreign-names": lambda s: s["param_groups"][0]["param_names"].__setitem__(3, "other"),
     "fewer-parameters": lambda s: (
         s["param_groups"][0]["params"].pop(),

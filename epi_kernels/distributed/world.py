@@ -65,18 +65,6 @@ def on_first_rank(write: Callable[[], None]) -> None:
         raise heard[0]
 
 
-def check_same_step(step: int) -> None:
-    """A call of all ranks.
-
-    Raises:
-        ValueError: on every rank: they are at different steps.
-    """
-    if dist.is_initialized():
-        steps = [0] * dist.get_world_size()
-        dist.all_gather_object(steps, step)
-        check_steps(steps, step)
-
-
 @dataclass(frozen=True)
 class Holding:
     """What one rank holds of one parameter, and what the ranks that hold others of its parts must agree on."""

@@ -26,14 +26,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.shards import local, wrap
-from epi_kernels.distributed.world import by_all, check_same_step, on_first_rank
+from epi_kernels.distributed.world import by_all, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
-from epi_kernels.optim import MaskedEMAAdamW, group_text
+from epi_kernels.optim import MaskedEMAAdamW, group_text, ranks
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.group_text import VERSION_KEY
 from epi_kernels.optim.home import home
-from epi_kernels.optim.schedules import STEP_KEY
+from epi_kernels.optim.wrapped import unwrapped
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
 MARK = ".metadata"  # written last, by torch
@@ -45,11 +45,13 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     A call of all ranks; ``path`` lies on a file system that all of them see.
 
     Raises:
-        ValueError: a parameter of the optimizer is not the model's, ``path`` is there and no checkpoint, or the ranks are
-            at different steps (one went on without a step that the others took, which DistributedDataParallel does not
-            notice).
+        TypeError: ``optimizer`` is no MaskedEMAAdamW, nor a library's wrapper of one.
+        ValueError: a parameter of the optimizer is not the model's, ``path`` is there and no checkpoint, or the ranks
+            differ in settings, options, masks or steps (one went on without a step that the others took), which
+            DistributedDataParallel does not notice.
         OSError: (or what torch makes of it, on every rank) it cannot be written; the checkpoint before it is still there.
     """
+    optimizer = unwrapped(optimizer, "save_checkpoint takes")
     target = Path(path).resolve()
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
     state = by_all(
@@ -59,7 +61,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
         }
     )
 
-    check_same_step(state[OPTIMIZER][GROUPS][0][STEP_KEY])
+    ranks.compare(list(optimizer._parameters()), optimizer.state, optimizer._config)
 
     def prepare() -> None:
         if target.exists() and not (target / MARK).exists() and (target.is_file() or any(target.iterdir())):
@@ -91,12 +93,16 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     all ranks.
 
     Raises:
+        TypeError: ``optimizer`` is no MaskedEMAAdamW, nor a library's wrapper of one.
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another model or of other groups, or does not fit the optimizer; nothing has changed.
+        ValueError: it is of another model or of other groups, or does not fit the optimizer, or the ranks' settings differ;
+            nothing has changed.
         CheckpointException: (of torch, on every rank) a file is damaged; nothing has changed. Where one rank alone
             refuses, the others hear a ValueError with its words.
     """
+    optimizer = unwrapped(optimizer, "load_checkpoint takes")
     folder, names, template = by_all(lambda: _template(Path(path).resolve(), model, optimizer))
+    ranks.compare_settings(list(optimizer._parameters()), optimizer._config)
     load(template, checkpoint_id=folder)
     states, groups = template[OPTIMIZER][STATE], template[OPTIMIZER][GROUPS]
     found = by_all(lambda: _in_our_order(states, groups, optimizer, names, folder))
@@ -108,8 +114,9 @@ def _template(
     folder: Path, model: nn.Module, optimizer: MaskedEMAAdamW
 ) -> tuple[Path, dict[Tensor, str], dict[str, Any]]:
     """Where the checkpoint is, the parameters' names, and room for what it holds."""
-    if not folder.exists():  # a crash between the two renames of a save
-        folder = folder.with_name(folder.name + ".old")
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():  # a crash between the two renames of a save
+        folder = old
     if not (folder / MARK).exists():
         raise FileNotFoundError(f"{folder}: no checkpoint of torch.distributed.checkpoint is there")
     try:

@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, is_
 from epi_kernels.curves import isolation_scalars
 from epi_kernels.integrations.groups import Patterns, named_parameter_groups
 from epi_kernels.optim import IsolationReport, MaskedEMAAdamW
+from epi_kernels.optim.wrapped import inside
 
 FROM_ARGUMENTS = {
     "lr": "learning_rate",
@@ -128,7 +129,7 @@ def add_isolation_callback(
 
 
 def _unwrapped(optimizer: Any) -> MaskedEMAAdamW:
-    ours = getattr(optimizer, "optimizer", optimizer)  # accelerate puts a wrapper around it
+    ours = inside(optimizer)
     if not isinstance(ours, MaskedEMAAdamW):
         raise TypeError(
             f"the Trainer steps with {type(ours).__name__}: pass optimizer_cls_and_kwargs=masked_ema_adamw(args, ...)"

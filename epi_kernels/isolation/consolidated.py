@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.optim.compact import check_granularity, has_persistent_mask
 from epi_kernels.optim.names import bare_name
+from epi_kernels.optim.wrapped import unwrapped
 
 from .checkpoints import require_same_shapes
 from .core_file import Core, byte_slices, open_core, require_same_model, union_mask
@@ -114,8 +115,7 @@ def freeze(
         ValueError: cores that are not of whole rows or blocks, where the optimizer has such an `isolation_granularity`;
             likewise.
     """
-    if not isinstance(optimizer, MaskedEMAAdamW):
-        raise TypeError(f"cores are frozen by a MaskedEMAAdamW, got {type(optimizer).__name__}")
+    optimizer = unwrapped(optimizer, "cores are frozen by")
     opened = [open_core(core) for core in cores]
     named = _named(optimizer)
     require_same_model(opened)

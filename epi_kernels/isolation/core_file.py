@@ -85,6 +85,10 @@ class CoreFile:
             self.shapes = {name: tuple(map(int, one["shape"])) for name, one in parameters.items()}
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise IsolationError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        for name, one in parameters.items():  # earlier releases do not say which masks there are
+            lost = [key for key in one.get("masks", ()) if f"{key}/{name}" not in self._file.tensors]
+            if lost:
+                raise IsolationError(f"{path}: damaged (the {lost[0]} of {name} is not in it)")
         for key, info in self._file.tensors.items():
             if key.startswith(KEY):
                 self._check(key.removeprefix(KEY), info)

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.optim import MaskedEMAAdamW
+from epi_kernels.optim.arguments import shares_importance
 from epi_kernels.optim.compact import expanded, unit_elements, whole_masks
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.moments import read_moment
-from epi_kernels.optim.state import shares_importance
 from epi_kernels.reference import bits
 
 from .errors import IsolationError

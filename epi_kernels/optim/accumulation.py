@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from epi_kernels.distributed.shards import is_sharded
+from epi_kernels.distributed.shards import is_sharded, local
 
 
 class _Accumulated(NamedTuple):
@@ -15,7 +15,18 @@ class _Accumulated(NamedTuple):
 
     grad: weakref.ref[Tensor]
     version: int
+    local_version: int  # of a DTensor's part
     backwards: int
+
+    @staticmethod
+    def now(grad: Tensor, backwards: int) -> _Accumulated:
+        return _Accumulated(weakref.ref(grad), grad._version, local(grad)._version, backwards)
+
+    def written_since(self, grad: Tensor) -> bool:
+        """Whether somebody has, besides one backward, as zero_grad(set_to_none=False) does. FSDP2 adds to a DTensor's
+        part, of which the DTensor knows nothing; autograd and everybody else to the DTensor."""
+        by_fsdp = is_sharded(grad) and local(grad)._version > self.local_version
+        return grad._version != self.version + (0 if by_fsdp else 1)
 
 
 class Backwards:
@@ -33,11 +44,9 @@ class Backwards:
         if self._wanted == 1:
             return True
         before, backwards = self._last.pop(param, None), 1
-        if before is not None and before.grad() is grad:
-            # somebody has written into it since, as zero_grad(set_to_none=False) does; a DTensor cannot tell
-            if is_sharded(grad) or grad._version == before.version + 1:
-                backwards = before.backwards + 1
+        if before is not None and before.grad() is grad and not before.written_since(grad):
+            backwards = before.backwards + 1
         if backwards >= self._wanted:
             return True
-        self._last[param] = _Accumulated(weakref.ref(grad), grad._version, backwards)
+        self._last[param] = _Accumulated.now(grad, backwards)
         return False

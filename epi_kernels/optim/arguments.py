@@ -283,6 +283,11 @@ def make_config(
     )
 
 
+def shares_importance(group: Mapping[str, Any]) -> bool:
+    """Whether ``exp_avg_sq`` serves as the importance of a group's parameters."""
+    return group["importance_beta"] is None or group["importance_beta"] == group["betas"][1]
+
+
 def checked_param_group(given: Any, defaults: Mapping[str, Any], config: IsolationConfig) -> dict[str, Any]:
     """A group as the caller hands it over, validated before it joins the optimizer; a copy, whose parameters are listed.
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import local
-from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.arguments import IsolationConfig, shares_importance
 from epi_kernels.optim.compact import compacted, whole_masks
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.moments import read_moment, write_moment
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.sharded_state import localized
-from epi_kernels.optim.state import complete_state, read_step, shares_importance
+from epi_kernels.optim.state import complete_state
+from epi_kernels.optim.step_counts import read_step
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class _Source(NamedTuple):
 
 def _entries(source: Any) -> tuple[list[str] | None, list[_Source]]:
     """(names or None, states in order) of an optimizer or its state dict."""
-    state_dict = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
+    state_dict = source
+    if isinstance(source, torch.optim.Optimizer):
+        state_dict = getattr(source, "_state_dict_as_it_is", source.state_dict)()
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(
             "carry_importance takes a MaskedEMAAdamW or torch.optim.AdamW, or the state_dict of one, "

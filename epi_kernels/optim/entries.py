@@ -12,13 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from epi_kernels.backends import choose
 from epi_kernels.distributed import shards
-from epi_kernels.optim.arguments import INT8, IsolationConfig, check_parameter
+from epi_kernels.optim.arguments import INT8, IsolationConfig, check_parameter, shares_importance
 from epi_kernels.optim.compact import runs_of, state_shape
 from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.home import home, offload_refusal
 from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, has_nibbles
-from epi_kernels.optim.state import shares_importance
 from epi_kernels.reference.bits import packed_bytes
 from epi_kernels.reference.codec import scale_bytes
 from epi_kernels.reference.master import CORRECTION_DTYPES

@@ -6,8 +6,9 @@ isolation_mask/NAME   uint8 [ceil(n / 8)]: element i, row-major, is bit i % 8 of
 persistent_mask/NAME  the same, where there is one
 
 The metadata say what it is (`format`, `version`) and of whom: `parameters` is a JSON object, name -> shape, step and
-beta. The importance is an average that began at 0: divided by 1 - beta^step it is the mean squared gradient. A
-parameter that was never stepped has step null and no importance. Names are without DDP's and torch.compile's prefixes.
+beta, and which masks it has. The importance is an average that began at 0: divided by 1 - beta^step it is the mean
+squared gradient. A parameter that was never stepped has step null and no importance. Names are without DDP's and
+torch.compile's prefixes.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed import shards
-from epi_kernels.distributed.world import first_rank, on_first_rank
+from epi_kernels.distributed.world import by_all, first_rank, on_first_rank
 from epi_kernels.files import whole
 from epi_kernels.optim import ranks, stepping
 from epi_kernels.optim.arguments import INT8
-from epi_kernels.optim.carry import match_source
+from epi_kernels.optim.carry import Carried, match_source
 from epi_kernels.optim.compact import check_granularity, whole_masks
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.masked_ema_adamw import MaskedEMAAdamW
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, zero_mask
 from epi_kernels.optim.moments import SCALE_OF
 from epi_kernels.optim.names import bare_name
+from epi_kernels.optim.wrapped import unwrapped
 from epi_kernels.reference import bits
 
 FORMAT = "epi-kernels isolation"
@@ -67,16 +69,22 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
     parameters it is a call of all ranks, of which the first writes; of others, one of one rank.
 
     Raises:
-        TypeError: it is no MaskedEMAAdamW.
-        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet.
+        TypeError: it is no MaskedEMAAdamW, nor a library's wrapper of one.
+        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet; of sharded ones,
+            on every rank.
         OSError: the file cannot be written; what was at ``path`` is still there.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    entries = _named_entries(optimizer)
-    carried = match_source(optimizer, [entry.param for entry in entries.values()], list(entries))
-    sharded = any(shards.is_sharded(entry.param) for entry in entries.values())
+    optimizer = unwrapped(optimizer, "save_isolation takes")
+    sharded = any(shards.is_sharded(param) for group in optimizer.param_groups for param in group["params"])
+
+    def prepare() -> tuple[dict[str, Entry], list[Carried | None]]:
+        named = _named_entries(optimizer)
+        return named, match_source(optimizer, [entry.param for entry in named.values()], list(named))
+
+    entries, carried = by_all(prepare) if sharded else prepare()
     writes = not sharded or first_rank()
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, dict[str, Any]] = {}
@@ -95,7 +103,9 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
         for key in MASK_KEYS if shards.is_sharded(entry.param) else ():
             mask = bits.unpack(state.get(key, zero_mask(entry.param)), entry.weight.numel())
             state = state | {key: bits.pack(_whole(mask.view(entry.weight.shape), entry.param))}
-        tensors.update({f"{key}/{name}": state[key] for key in MASK_KEYS if key in state})
+        masks = [key for key in MASK_KEYS if key in state]
+        parameters[name]["masks"] = masks
+        tensors.update({f"{key}/{name}": state[key] for key in masks})
         if not writes:  # the first rank's
             tensors.clear()
     config = optimizer._config
@@ -133,11 +143,12 @@ def load_isolation(
     that select together it is a call of all.
 
     Raises:
-        TypeError: it is no MaskedEMAAdamW.
+        TypeError: it is no MaskedEMAAdamW, nor a library's wrapper of one.
         ValueError: the file is damaged, no file of ours or of another version, or is another model's; parameters have no
             names; nothing is asked for; or another rank refuses. Nothing has changed then.
         OSError: there is no such file.
     """
+    optimizer = unwrapped(optimizer, "load_isolation takes")
     if not masks and not importance:
         raise ValueError("load_isolation with masks=False and importance=False loads nothing")
     entries = _named_entries(optimizer)
@@ -212,10 +223,14 @@ def _take(name: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Save
         step, beta = int(record["step"]), float(record["beta"])
         if step < 0 or not 0 <= beta < 1:
             raise ValueError(f"{name} has step {step} and beta {beta}")
-        importance = tensors.pop(name)
+        importance = tensors.pop(name, None)
+        if importance is None:
+            raise ValueError(f"the importance of {name} is not in it")
         if importance.dtype not in IMPORTANCE_DTYPES or importance.shape != shape:
             found = f"{importance.dtype} {list(importance.shape)}"
             raise ValueError(f"the importance of {name} must be floats {list(shape)}, is {found}")
+        if not bool((importance >= 0).all() & importance.isfinite().all()):  # nan compares false
+            raise ValueError(f"the importance of {name} has values that are negative or not finite")
     masks = {}
     for key in MASK_KEYS:
         mask = tensors.pop(f"{key}/{name}", None)
@@ -223,15 +238,14 @@ def _take(name: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Save
             if mask.dtype != torch.uint8:
                 raise ValueError(f"{key} of {name} must be packed, uint8, is {mask.dtype}")
             masks[key] = mask
+    lost = set(record.get("masks", masks)) - set(masks)  # earlier releases do not say which there are
+    if lost:
+        raise ValueError(f"the {' and '.join(sorted(lost))} of {name} is not in it")
     return SavedParameter(shape, step, beta, importance, masks)
 
 
 def _named_entries(optimizer: MaskedEMAAdamW) -> dict[str, Entry]:
     """The parameters by the names that a file has."""
-    if not isinstance(optimizer, MaskedEMAAdamW):
-        raise TypeError(
-            f"save_isolation and load_isolation take a MaskedEMAAdamW, got {type(optimizer).__name__}"
-        )
     if not all("param_names" in group for group in optimizer.param_groups):
         raise ValueError(
             "a file knows parameters by name, and this optimizer's have none: make it with (name, tensor) pairs, "

@@ -16,18 +16,20 @@ has for each of its parameters), and one that is loaded by numbers is taken at i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from epi_kernels.distributed.shards import is_sharded
-from epi_kernels.optim.group_text import VERSION_KEY, Fingerprint, GroupPlace, Masks, Told, read
+from epi_kernels.optim.arguments import IsolationConfig
+from epi_kernels.optim.group_text import VERSION_KEY, Fingerprint, GroupPlace, Masks, Told
 from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.report import callers_level
 from epi_kernels.optim.sharded_state import OURS
+from epi_kernels.optim.states_told import StatesTold
 
 
 def put_in_groups(
@@ -35,18 +37,21 @@ def put_in_groups(
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
     *,
+    config: IsolationConfig,
     template_has_masks: bool,
 ) -> None:
-    """Where some parameter has such masks the version of every group becomes a text.
+    """Where some parameter has a state the version of every group becomes a text, of such masks and of the states.
 
     ``template_has_masks``: a fresh optimizer's state has an ``isolation_mask``.
     """
+    if not any(states.values()):
+        return
     keys = MASK_KEYS[1:] if template_has_masks else MASK_KEYS
     told = [_told(group, states, keys) for group in param_groups]
-    if not any(one.masks or one.in_states for one in told):
-        return
+    by_group = sum(len(one.masks) + len(one.in_states) for one in told)
+    of_states = StatesTold.of(param_groups, states, config, by_group)
     for number, (saved, one) in enumerate(zip(saved_groups, told, strict=True)):
-        one.group = GroupPlace(number, len(told), len(saved["params"]))
+        one.group, one.states = GroupPlace(number, len(told), len(saved["params"])), of_states
         saved[VERSION_KEY] = one.text()
 
 
@@ -67,6 +72,7 @@ def _told(group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]], 
 
 def left_behind(
     saved_groups: Sequence[Mapping[str, Any]],
+    told: Sequence[Told],
     states: Mapping[Any, Any],
     params: Mapping[Any, tuple[Tensor, str | None]],
     *,
@@ -78,6 +84,7 @@ def left_behind(
     masks.
 
     Args:
+        told: of the groups.
         params: this optimizer's, with their names where they have some, by the states' keys.
         of_torch: the states are torch.optim.AdamW's, which has no masks to lose.
 
@@ -85,9 +92,7 @@ def left_behind(
         ValueError: the groups are others, the states have lost masks that they alone had, or a mask cannot be told to be
             its parameter's.
     """
-    told = [read(group) for group in saved_groups]
-    by_names = any(isinstance(key, str) for key in params)
-    if of_torch or not by_names:
+    if of_torch or not by_names(params):
         _warn_of_removed(saved_groups, told, states)
         return {}
     _check_grouping(saved_groups, told)
@@ -114,6 +119,11 @@ def left_behind(
         if key in masks:
             _check_owner(key, owner, masks, states, params)
     return masks
+
+
+def by_names(keys: Iterable[Any]) -> bool:
+    """Whether a state dict has been through torch's calls, which put names for the numbers of parameters."""
+    return any(isinstance(key, str) for key in keys)
 
 
 def _lost(
@@ -143,7 +153,7 @@ def _warn_of_removed(
 
 
 def _check_grouping(saved_groups: Sequence[Mapping[str, Any]], told: Sequence[Told]) -> None:
-    if not any(one.group for one in told):
+    if not any(one.group and (one.states is None or one.states.by_group) for one in told):
         return
     here = [(len(saved_groups), len(group["params"])) for group in saved_groups]
     there = [one.group and (one.group.n_groups, one.group.n_params) for one in told]

@@ -1,12 +1,14 @@
-"""The version of a group's form in a state dict, ``isolation_version``: a number, or a JSON text that tells of masks too.
+"""The version of a group's form in a state dict, ``isolation_version``: a number where the optimizer has no state, else a
+JSON text that tells of its states too.
 
     {"version": 1,
      "group": [0, 2, 5],                             its number, how many there are, its parameters
      "masks": {"3": {"persistent_mask": "AQA="}},    packed, in base64, by their parameters' places in the group
      "owners": {"3": "layers.0.weight"},             whose they are; of one without a name: [shape, dtype, CRC-32] of exp_avg_sq
-     "in_states": {"4": ["persistent_mask"]}}        sharded parameters', which are in their states alone
+     "in_states": {"4": ["persistent_mask"]},        sharded parameters', which are in their states alone
+     "states": {"parameters": 9, "step": 5, ...}}    of the whole optimizer: StatesTold
 
-Earlier releases wrote "version" and "masks" alone: what is not told is not looked at.
+Earlier releases wrote less ("version" and "masks", at first): what is not told is not looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from epi_kernels.distributed.shards import is_sharded
 from epi_kernels.optim.masks import MASK_KEYS
+from epi_kernels.optim.states_told import StatesTold
 
 STATE_VERSION = 1
 VERSION_KEY = "isolation_version"
@@ -70,6 +73,7 @@ class Told:
     masks: dict[int, Masks] = field(default_factory=dict)
     owners: dict[int, str | Fingerprint] = field(default_factory=dict)
     in_states: dict[int, list[str]] = field(default_factory=dict)
+    states: StatesTold | None = None
 
     def text(self) -> str:
         return json.dumps(
@@ -82,6 +86,7 @@ class Told:
                 },
                 "owners": self.owners,
                 "in_states": self.in_states,
+                "states": None if self.states is None else asdict(self.states),
             }
         )
 
@@ -92,13 +97,15 @@ def read(saved_group: Mapping[str, Any]) -> Told:
         ValueError: a version that this release does not read, or a text that is none of ours.
     """
     version, told = saved_group.get(VERSION_KEY, STATE_VERSION), {}
+    if isinstance(version, bool):  # True is 1
+        raise ValueError(f"the state dict has {VERSION_KEY} {version!r}; this release reads {STATE_VERSION}")
     try:
         if isinstance(version, str):
             told = json.loads(version)
             version = told["version"]
         found = _parsed(told) if version == STATE_VERSION else Told(version)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"the masks under {VERSION_KEY} of the state dict are damaged") from None
+        raise ValueError(f"the masks or states under {VERSION_KEY} of the state dict are damaged") from None
     if version != STATE_VERSION:
         raise ValueError(f"the state dict has {VERSION_KEY} {version!r}; this release reads {STATE_VERSION}")
     if found.group is None or found.group.n_params == len(saved_group["params"]):
@@ -113,12 +120,13 @@ def read(saved_group: Mapping[str, Any]) -> Told:
 def _parsed(told: Mapping[str, Any]) -> Told:
     if not told:
         return Told()
-    group = told.get("group")
+    group, states = told.get("group"), told.get("states")
     return Told(
         group=None if group is None else GroupPlace(*map(int, group)),
         masks={int(place): _masks(found) for place, found in told["masks"].items()},
         owners={int(place): _owner(one) for place, one in told.get("owners", {}).items()},
         in_states={int(place): _kinds(found) for place, found in told.get("in_states", {}).items()},
+        states=None if states is None else StatesTold.read(states),
     )
 
 

@@ -97,8 +97,9 @@ class MaskedEMAAdamW(Optimizer):
             DTensor parameters.
 
     Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
-    together, and ``step()``, ``refresh_isolation_mask()`` and ``load_state_dict()`` are calls of all of them; else each
-    selects by itself, which is right for ``DistributedDataParallel``. ``set_process_group`` names other ranks.
+    together, and ``step()``, ``refresh_isolation_mask()``, ``set_isolation_mask()`` and ``load_state_dict()`` are calls
+    of all of them; else each selects by itself, which is right for ``DistributedDataParallel``. ``set_process_group``
+    names other ranks.
 
     Raises:
         ValueError: an argument is out of range; names the argument, the value and what is allowed.
@@ -331,7 +332,8 @@ class MaskedEMAAdamW(Optimizer):
     def set_isolation_mask(self, param: Tensor, mask: Tensor, *, persistent: bool = False) -> None:
         """Installs a mask (bool, param's shape and device) until the next refresh, or for good.
 
-        For a DTensor: one with its mesh and placements, or the whole mask on every rank.
+        For a DTensor: one with its mesh and placements, or the whole mask on every rank; a call of all ranks, which
+        send nothing in it.
 
         Persistent bits are OR-ed in after every selection, beside k and not out of it, and work with
         ``isolation_ratio=0`` and ``isolate=False`` too. An all-False one lifts it (a DTensor leaves it empty). Where rows or
@@ -403,8 +405,14 @@ class MaskedEMAAdamW(Optimizer):
         """As torch. Under a GradScaler on a GPU it waits for the device: T is exact here.
 
         Of a DTensor, masks, codes and their scales are DTensors of its shape, so that they reshard. Of plain
-        parameters, masks that a fresh optimizer's dict has no key for are in ``isolation_version`` of their group as well.
+        parameters, masks that a fresh optimizer's dict has no key for are in ``isolation_version`` of their group as well;
+        it also tells what states there are. Before the first step all that train have one, if any does.
         """
+        saving.complete_template(self)
+        return self._state_dict_as_it_is()
+
+    def _state_dict_as_it_is(self) -> dict[str, Any]:
+        """What others take importance from: a parameter that was never stepped has no state there."""
         return saving.saved(self, super().state_dict)
 
     @uncompiled
@@ -415,8 +423,8 @@ class MaskedEMAAdamW(Optimizer):
         By names (``torch.distributed.checkpoint``) lost masks come back from the groups; by numbers a warning tells of them.
 
         Raises:
-            ValueError: it is of another parameter set or version, a tensor in it does not fit, or it has lost masks; the
-                optimizer is as before.
+            ValueError: it is of another parameter set or version, a tensor in it does not fit, or it has been through
+                torch's calls and its states are not those that were saved; the optimizer is as before.
         """
         saving.load(self, state_dict)
 

@@ -25,6 +25,7 @@ from epi_kernels.optim.arguments import (
     IsolationConfig,
     check_group_options,
     check_importance,
+    shares_importance,
 )
 from epi_kernels.optim.entries import (
     Entry,
@@ -35,7 +36,7 @@ from epi_kernels.optim.entries import (
 )
 from epi_kernels.optim.moments import moment_dtype
 from epi_kernels.optim.refresh import StatsByDevice
-from epi_kernels.optim.state import complete_state, shares_importance
+from epi_kernels.optim.state import complete_state
 from epi_kernels.policies.layers import LayerTable
 from epi_kernels.reference.scalars import HyperParameters
 from epi_kernels.reference.tensors import ParamTensors

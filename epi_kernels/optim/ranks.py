@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from epi_kernels.distributed.world import Holding, World, holding
+from epi_kernels.distributed.shards import is_sharded
+from epi_kernels.distributed.world import Holding, World, by_all, holding
 from epi_kernels.optim.arguments import GROUP_OPTIONS, IsolationConfig
+from epi_kernels.optim.compact import whole_masks
 from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.schedules import STEP_KEY
 
 T = TypeVar("T")
@@ -80,6 +87,43 @@ def agree_once(
         return None
     step = entries[0].group[STEP_KEY] if entries else 0
     return world.agree(holdings(entries, config), settings(config), step, votes=votes, refused=refused)
+
+
+def compare(
+    entries: Sequence[Entry], states: Mapping[Tensor, Mapping[str, Any]], config: IsolationConfig
+) -> None:
+    """Settings, options, T and masks: a call of all of them.
+
+    Raises:
+        ValueError: on every rank: they are not the same.
+    """
+
+    def held() -> list[Holding]:
+        return [
+            replace(one, options=one.options + _of_masks(entry.param, states.get(entry.param) or {}))
+            for one, entry in zip(holdings(entries, config), entries, strict=True)
+        ]
+
+    if dist.is_initialized():
+        World().agree(by_all(held), settings(config), entries[0].group[STEP_KEY] if entries else 0)
+
+
+def compare_settings(entries: Sequence[Entry], config: IsolationConfig) -> None:
+    """Before a load, which brings the rest; else as ``compare``."""
+    if dist.is_initialized():
+        held = by_all(lambda: [replace(one, options=()) for one in holdings(entries, config)])
+        World().agree(held, settings(config), step=0)
+
+
+def _of_masks(param: Tensor, state: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Of a sharded parameter each rank has a part: whether there is one, which is the same on all."""
+    if is_sharded(param):
+        return tuple((f"{key} (set on it)", key in state) for key in MASK_KEYS)
+    masks = whole_masks(state, param)
+    return tuple(
+        (f"{key} (its CRC)", zlib.crc32(masks[key].cpu().numpy().tobytes()) if key in masks else None)
+        for key in MASK_KEYS
+    )
 
 
 def all_or_none(read: Callable[[], T], world: World | None, device: torch.device) -> T:

@@ -26,6 +26,7 @@ from epi_kernels.optim.plan import StepPlan
 from epi_kernels.optim.refresh import StatsByDevice, reduce_stats
 from epi_kernels.optim.release_checks import NO_SCALER, check_model, check_processwide, second_gradient
 from epi_kernels.optim.uncompiled import uncompiled
+from epi_kernels.optim.wrapped import unwrapped
 from epi_kernels.policies.checks import is_int, require
 
 
@@ -66,8 +67,7 @@ def enable_gradient_release(
             ``capturable=True``, gradients that are released already. In ``backward()``: an enabled ``torch.amp.GradScaler`` is in use,
             ``create_graph=True``, a second gradient for one step, or what ``step()`` refuses.
     """
-    if not isinstance(optimizer, MaskedEMAAdamW):
-        raise TypeError(f"gradient release steps a MaskedEMAAdamW, got {type(optimizer).__name__}")
+    optimizer = unwrapped(optimizer, "gradient release steps")
     at_least_1 = is_int(accumulation_steps) and accumulation_steps >= 1
     require(at_least_1, "accumulation_steps", accumulation_steps, "an int >= 1")
     if optimizer._release is not None:

@@ -45,12 +45,26 @@ def saved(optimizer: MaskedEMAAdamW, of_torch: Callable[[], dict[str, Any]]) -> 
         found["param_groups"],
         optimizer.param_groups,
         {**optimizer.state, **whole},
+        config=optimizer._config,
         template_has_masks=always_has_mask(optimizer._config),
     )
     for hook in hooks.values():  # they see what is saved
         replaced = hook(optimizer, found)
         found = found if replaced is None else replaced
     return found
+
+
+def complete_template(optimizer: MaskedEMAAdamW) -> None:
+    """Before the first step, of an optimizer that was given masks or importance: the states that a step would make.
+
+    torch makes a template by such a step, but only where there is no state at all: of the other parameters a load in place
+    would drop all there is.
+    """
+    ready(optimizer, "state_dict()")
+    if optimizer._isolation_step == 0 and any(optimizer.state.values()):
+        for group, param, *_ in optimizer._parameters():
+            if param.requires_grad:
+                complete_state(optimizer.state[param], param, group, optimizer._config)
 
 
 def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -19,20 +18,19 @@ from epi_kernels.optim.arguments import (
     IsolationConfig,
     check_group_options,
     check_importance,
+    shares_importance,
 )
 from epi_kernels.optim.compact import RUNS_KEY, change_whole, check_granularity, compacted
 from epi_kernels.optim.corrections import CORRECTION_KEY, load_correction, new_correction
-from epi_kernels.optim.group_masks import left_behind
+from epi_kernels.optim.group_masks import by_names, left_behind
+from epi_kernels.optim.group_text import Masks
 from epi_kernels.optim.masks import MASK_KEYS, load_mask, put_back_persistent, zero_mask
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moments, new_moment
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.optim.sharded_state import localized
-
-
-def shares_importance(group: Mapping[str, Any]) -> bool:
-    """Whether ``exp_avg_sq`` serves as the importance of a group's parameters."""
-    return group["importance_beta"] is None or group["importance_beta"] == group["betas"][1]
+from epi_kernels.optim.states_told import AtHand, check_states, stepped_since
+from epi_kernels.optim.step_counts import read_step
 
 
 def complete_state(
@@ -58,30 +56,6 @@ def complete_state(
 def always_has_mask(config: IsolationConfig) -> bool:
     """A graph goes on with the mask that it was captured with."""
     return config.isolates or config.capturable
-
-
-def read_step(value: Any, what: str) -> Tensor:
-    """fp32 [] on the host: the steps a state has taken, saved in whatever type.
-
-    Raises:
-        ValueError: it is no whole number >= 0, or one that float32 does not hold (they end at 2^24): rounded, the steps
-            after it would have other bits.
-    """
-    number = _one_number(value)
-    if number is None or not 0 <= number < math.inf or number % 1:  # nan compares false
-        raise ValueError(f"{what}: step must be one whole number >= 0, got {value!r}")
-    # 1e38: an int may be too large for a float
-    step = torch.tensor(float(min(number, 1e38)), dtype=torch.float32, device="cpu")
-    if step.item() != number:
-        raise ValueError(f"{what}: step must be a number that float32 holds, got {value!r}")
-    return step
-
-
-def _one_number(value: Any) -> int | float | None:
-    if isinstance(value, Tensor):
-        plain = value.layout == torch.strided and not value.is_meta and not value.is_complex()
-        return value.item() if plain and value.numel() == 1 else None
-    return value if isinstance(value, (int, float)) else None
 
 
 def load_param_state(
@@ -122,6 +96,9 @@ def load_param_state(
     for key in MASK_KEYS:
         if key in given and not bool(local(given[key]).any()):
             del state[key]
+    if "persistent_mask" in state:  # it protects from the next step on, not from the next refresh
+        lasting = state["persistent_mask"]
+        state["isolation_mask"] = state.get("isolation_mask", lasting) | lasting
     complete_state(state, param, group, config)
     if "persistent_mask" in state:
         check_granularity(state["persistent_mask"], param, config, f"state of {name}")
@@ -148,6 +125,9 @@ def bytes_by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return sizes
 
 
+_OF_EVERY_GROUP = ("lr", "betas", "eps", "weight_decay")  # torch.optim.AdamW's have them as well
+
+
 def _check_groups(ours: list[dict], saved: list[dict]) -> None:
     if len(ours) != len(saved):
         raise ValueError(f"state dict has {len(saved)} param groups, this optimizer {len(ours)}")
@@ -161,7 +141,11 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
             )
         names, saved_names = group.get("param_names"), saved_group.get("param_names")
         if saved_names is not None and len(saved_names) != len(group["params"]):
-            raise ValueError(f"param group {number} of the state dict has {len(saved_names)} names")
+            raise ValueError(
+                f"param group {number} of the state dict has {len(saved_names)} names for {len(group['params'])} parameters: "
+                "they were grouped otherwise when it was made (a flat dict gives a group what the first of its parameters "
+                "had): give this optimizer the groups that it was of"
+            )
         if names is None and saved_names is not None:  # ids that are names, of a model that has those
             ids = list(map(str, saved_group["params"]))
             names = ids if sorted(ids) == sorted(map(bare_name, saved_names)) else None
@@ -173,6 +157,12 @@ def _check_groups(ours: list[dict], saved: list[dict]) -> None:
                         f"where this optimizer has {name!r}"
                     )
         group_text.read(saved_group)
+        lacking = [key for key in _OF_EVERY_GROUP if key not in saved_group]
+        if lacking:
+            raise ValueError(
+                f"param group {number} of the state dict lacks {', '.join(lacking)}: it was cut off, or its parameters were "
+                "grouped otherwise when it was made"
+            )
         steps = saved_group.get(STEP_KEY, 0)
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{STEP_KEY} must be an int >= 0, got {steps!r}")
@@ -201,6 +191,18 @@ def _load_group(group: dict[str, Any], saved: dict[str, Any], isolation_step: in
     return loaded
 
 
+def _at_hand(
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any],
+    states: Mapping[Any, Any],
+    left: Mapping[Any, Masks],
+) -> list[AtHand]:
+    return [
+        AtHand(str(key), param, group, states.get(key) or {}, left.get(key, {}))
+        for param, key in zip(group["params"], saved_group["params"], strict=True)
+    ]
+
+
 def read_state_dict(
     state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]], config: IsolationConfig
 ) -> tuple[defaultdict[Tensor, Any], list[dict[str, Any]]]:
@@ -210,7 +212,10 @@ def read_state_dict(
     saved_groups = state_dict["param_groups"]
     _check_groups(param_groups, saved_groups)
     steps = [group.get(STEP_KEY) for group in saved_groups]
-    of_torch = _is_of_torch(saved_groups)
+    told = [group_text.read(group) for group in saved_groups]
+    of_states = [one.states for one in told]
+    named = by_names(chain.from_iterable(group["params"] for group in saved_groups))
+    of_torch = _is_of_torch(saved_groups) or (named and stepped_since(of_states, state_dict["state"]))
     if of_torch or None in steps:  # torch's AdamW counts per parameter only
         entries = state_dict["state"].items()
         isolation_step = max(
@@ -234,8 +239,12 @@ def read_state_dict(
     names = [
         name for group in param_groups for name in group.get("param_names", [None] * len(group["params"]))
     ]
-    named = {key: (param, name) for key, (param, _, _), name in zip(saved_ids, owners, names, strict=True)}
-    left = left_behind(saved_groups, state_dict["state"], named, of_torch=of_torch)
+    known = {key: (param, name) for key, (param, _, _), name in zip(saved_ids, owners, names, strict=True)}
+    left = left_behind(saved_groups, told, state_dict["state"], known, of_torch=of_torch)
+    if named and not of_torch:
+        check_states(
+            of_states, [_at_hand(g, s, state_dict["state"], left) for g, s in zip(groups, saved_groups)]
+        )
     for key in dict.fromkeys([*state_dict["state"], *left]):
         entry, masks = state_dict["state"].get(key), left.get(key)
         param, group, position = owner_of[key]
