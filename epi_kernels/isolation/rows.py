@@ -19,6 +19,7 @@ from epi_kernels.optim.arguments import shares_importance
 from epi_kernels.optim.compact import expanded, unit_elements, whole_masks
 from epi_kernels.optim.entries import Entry
 from epi_kernels.optim.moments import read_moment
+from epi_kernels.optim.wrapped import unwrapped
 from epi_kernels.reference import bits
 
 from .errors import IsolationError
@@ -47,8 +48,7 @@ def isolate_rows(optimizer: Optimizer, share: float) -> int:
         IsolationError (a ValueError): share outside [0, 1], DTensor parameters, or no importance yet. Nothing has changed
             then.
     """
-    if not isinstance(optimizer, MaskedEMAAdamW):
-        raise TypeError(f"rows are isolated by a MaskedEMAAdamW, got {type(optimizer).__name__}")
+    optimizer = unwrapped(optimizer, "rows are isolated by")
     if not 0 <= share <= 1:
         raise IsolationError(f"share is {share!r}; allowed: 0 to 1")
     entries = [entry for entry in optimizer._parameters() if entry.group["isolate"] and entry.param.ndim > 1]

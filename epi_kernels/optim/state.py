@@ -97,8 +97,7 @@ def load_param_state(
         if key in given and not bool(local(given[key]).any()):
             del state[key]
     if "persistent_mask" in state:  # it protects from the next step on, not from the next refresh
-        lasting = state["persistent_mask"]
-        state["isolation_mask"] = state.get("isolation_mask", lasting) | lasting
+        state.setdefault("isolation_mask", zero_mask(param, config)).bitwise_or_(state["persistent_mask"])
     complete_state(state, param, group, config)
     if "persistent_mask" in state:
         check_granularity(state["persistent_mask"], param, config, f"state of {name}")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW
-from epi_kernels.optim.exchange import SavedIsolation, load_isolation, read
+from epi_kernels.optim.exchange import load_isolation
+from epi_kernels.optim.exchange_file import SavedIsolation, read
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.stage import Stage
 
