@@ -106,6 +106,16 @@ def _step_table(rows: list[Row]) -> str:
     return table(header, lines, "lrrrrrr")
 
 
+def _host_line(rows: list[Row]) -> str:
+    """The float32 step beside what ``offload="cpu"`` is held against; empty where it was not measured."""
+    lines = [
+        f"beside {row['beside']} {ratio(row)}, at most {_verdict(row)}"
+        for row in rows
+        if row["group"] == "host"
+    ]
+    return f'The float32 step as `offload="cpu"` takes it: {"; ".join(lines)}.' if lines else ""
+
+
 def _refresh_table(rows: list[Row]) -> str:
     """Ratio to a step, after a step and stand-alone, of every variant."""
     named = {row["name"]: row for row in rows}
@@ -215,7 +225,14 @@ def cpu(folder: Path = results.RESULTS) -> str:
         + f"{changed_since(first, 'cpu')}; a copy moves {copy['gbps']:.1f} GB/s. A share above 100 % is no error: a step writes lines it has "
         "read, a copy must fetch lines it only writes, and those bytes are not counted."
     )
-    parts = [caption, _step_table(rows), _refresh_table(rows), _linear_table(rows), _memory_line(rows)]
+    parts = [
+        caption,
+        _step_table(rows),
+        _host_line(rows),
+        _refresh_table(rows),
+        _linear_table(rows),
+        _memory_line(rows),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
