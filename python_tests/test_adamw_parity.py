@@ -102,6 +102,8 @@ def test_signature_begins_like_adamw():
         "stochastic_rounding": None,
         "seed": 0,
         "backend": "auto",
+        "offload": None,
+        "isolation_granularity": "element",
     }
     assert {n: p.default for n, p in ours.items() if n not in theirs} == expected
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)

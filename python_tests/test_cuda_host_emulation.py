@@ -148,8 +148,9 @@ def test_bindings_refuse_wrong_tensors(emulated):
         with pytest.raises(RuntimeError, match="epi_kernels"):
             ops.cuda_stats(*bad, False)
     scalars, none = torch.zeros(9), torch.zeros(0)
-    with pytest.raises(RuntimeError, match="kind"):
-        ops.cuda_step(rows, programs, runs, scalars, 36, False, none, partials[:0], False)
+    for kind in (-1, 21, 48):  # 21: 4-bit states with an importance of its own
+        with pytest.raises(RuntimeError, match="kind"):
+            ops.cuda_step(rows, programs, runs, scalars, kind, False, none, partials[:0], False)
     with pytest.raises(RuntimeError, match="scalars"):
         ops.cuda_step(rows, programs, runs, scalars[:8], 0, False, none, partials[:0], False)
     hyper = torch.zeros(1, 4, dtype=torch.float64)
