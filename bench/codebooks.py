@@ -9,7 +9,6 @@ below the smallest becomes that. Simulated in float64 with torch.bucketize: the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,13 +188,7 @@ def text(folder: Path = results.RESULTS) -> str:
 
 
 def main() -> int:
-    found = record()
-    path = results.write_record(
-        found, results.RESULTS, f"{PREFIX}-{found['date'][:10]}-{found['commit']}", ("rows",)
-    )
-    print(
-        f"{path.relative_to(results.ROOT)}: written; `make tables` puts it into the README", file=sys.stderr
-    )
+    results.record_rows(record(), PREFIX)
     return 0
 
 

@@ -5,7 +5,6 @@ python -m bench.exactness     writes bench/results/exactness-DATE-COMMIT.json
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,7 @@ def text(folder: Path = results.RESULTS) -> str:
 
 
 def main() -> int:
-    found = record()
-    stem = f"{PREFIX}-{found['date'][:10]}-{found['commit']}"
-    path = results.write_record(found, results.RESULTS, stem, ("rows",))
-    print(
-        f"{path.relative_to(results.ROOT)}: written; `make tables` puts it into the README", file=sys.stderr
-    )
+    results.record_rows(record(), PREFIX)
     return 0
 
 

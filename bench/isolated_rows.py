@@ -102,20 +102,8 @@ def measure(kind: str, layout: str, share: float, shape: tuple[int, int], pairs:
 
 def run(shape: tuple[int, int], pairs: int, copy_bytes: int, complete: bool) -> list[dict[str, Any]]:
     copy = copy_gbps(CpuDevice(), Effort(copy_bytes=copy_bytes, warm_up=2))
-    shared = results.provenance() | {
-        "group": GROUP,
-        "tensors": 1,
-        "beside": BESIDE,
-        "copy_gbps": copy["p50"],
-        "threads": torch.get_num_threads(),
-        "backend": "cpu",
-        "options": {},
-        "target": None,
-        "met": None,
-        "load_before": None,
-        "complete": complete,
-        "preempted_per_round": None,
-    }
+    shared = results.unjudged(GROUP, copy["p50"], torch.get_num_threads(), backend="cpu", complete=complete)
+    shared |= {"tensors": 1, "beside": BESIDE}
     rows = []
     for kind in KINDS:
         for layout in LAYOUTS:

@@ -10,6 +10,7 @@ import datetime
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,22 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def unjudged(group: str, copy_gbps: float, threads: int, *, backend: str, complete: bool) -> dict[str, Any]:
+    """What rows of a run without targets share."""
+    return provenance() | {
+        "group": group,
+        "copy_gbps": copy_gbps,
+        "threads": threads,
+        "backend": backend,
+        "options": {},
+        "target": None,
+        "met": None,
+        "load_before": None,
+        "complete": complete,
+        "preempted_per_round": None,
+    }
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -162,6 +179,12 @@ def write_record(record: dict[str, Any], folder: Path, stem: str, lists: Sequenc
     head = json.dumps({key: value for key, value in record.items() if key not in lists}, indent=1)
     tail = [f'"{key}": [\n' + ",\n".join(json.dumps(line) for line in record[key]) + "\n]" for key in lists]
     return write_new(folder, stem, ",\n".join([head.removesuffix("\n}"), *tail]) + "\n}\n")
+
+
+def record_rows(found: dict[str, Any], prefix: str) -> None:
+    """Writes a record with ``rows`` as PREFIX-DATE-COMMIT.json under bench/results, and says so."""
+    path = write_record(found, RESULTS, f"{prefix}-{found['date'][:10]}-{found['commit']}", ("rows",))
+    print(f"{path.relative_to(ROOT)}: written; `make tables` puts it into the README", file=sys.stderr)
 
 
 def newest_record(folder: Path, prefix: str) -> dict[str, Any] | None:

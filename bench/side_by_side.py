@@ -165,19 +165,8 @@ def measure(
 
 def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: bool) -> list[dict[str, Any]]:
     copy = copy_gbps(device, Effort(copy_bytes=plan.copy_bytes, warm_up=2))
-    shared = results.provenance() | {
-        "group": GROUP,
-        "device": device.facts(),
-        "copy_gbps": copy["p50"],
-        "threads": torch.get_num_threads(),
-        "backend": "auto",
-        "options": {},
-        "target": None,
-        "met": None,
-        "load_before": None,
-        "complete": complete,
-        "preempted_per_round": None,
-    }
+    shared = results.unjudged(GROUP, copy["p50"], torch.get_num_threads(), backend="auto", complete=complete)
+    shared["device"] = device.facts()
     shared["versions"] |= {name: version for name in PEERS if (version := installed(name))}
     rows: list[dict[str, Any]] = []
     slow: dict[str, str] = {}

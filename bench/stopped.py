@@ -9,7 +9,6 @@ float32's elements scatter too; the test of the group has constant ones, which a
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,12 +151,7 @@ def text(folder: Path = results.RESULTS) -> str:
 
 
 def main() -> int:
-    found = record()
-    stem = f"{PREFIX}-{found['date'][:10]}-{found['commit']}"
-    path = results.write_record(found, results.RESULTS, stem, ("rows",))
-    print(
-        f"{path.relative_to(results.ROOT)}: written; `make tables` puts it into the README", file=sys.stderr
-    )
+    results.record_rows(record(), PREFIX)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import math
 import os
 import re
@@ -150,6 +151,21 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> Non
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def with_weights_of(params: dict, **kwargs) -> dict:
+    copies = small_model(seed=77, **kwargs)
+    with torch.no_grad():
+        for name, p in copies.items():
+            p.copy_(params[name])
+    return copies
+
+
+def through_a_file(state_dict: dict) -> dict:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict:

@@ -9,8 +9,8 @@ from epi_kernels import MaskedEMAAdamW
 from epi_kernels.optim.moments import NIBBLE_KEYS, SCALE_OF, read_moment
 from epi_kernels.optim.sharded_state import compact, localized
 from epi_kernels.reference import nibbles
-from python_tests.harness import assert_same_run, snapshot, train
-from python_tests.test_int8_states import params, reloaded
+from python_tests.coded_states import check_resume, params
+from python_tests.harness import snapshot, train
 
 INT4 = {"state_dtype": "int4", "isolation_ratio": 0.1, "mask_interval": 2, "lr": 1e-2}
 
@@ -26,15 +26,7 @@ def moment(optimizer: MaskedEMAAdamW, p: torch.Tensor, key: str) -> torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [1, 5])
 def test_a_resumed_run_has_the_bits_of_one_never_stopped(dtype, stop):
-    whole, first = params(dtype), params(dtype)
-    straight, stopped = make(whole), make(first)
-    train(straight, whole, range(9))
-    train(stopped, first, range(stop))
-    second = {name: torch.nn.Parameter(p.detach().clone()) for name, p in first.items()}
-    resumed = make(second)
-    resumed.load_state_dict(reloaded(stopped.state_dict()))
-    train(resumed, second, range(stop, 9))
-    assert_same_run(straight, resumed)
+    check_resume(make, dtype, stop)
 
 
 @pytest.mark.parametrize("other", [torch.float32, "int8"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import pytest
@@ -12,18 +11,10 @@ from bench import stopped
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.optim.moments import read_moment
 from epi_kernels.reference import codec
-from python_tests.harness import assert_same_run, train
+from python_tests.coded_states import check_resume, params
+from python_tests.harness import train
 
 INT8 = {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"}
-
-
-def params(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"large": (65, 77), "small": (9,), "whole": (64, 64)}
-    return {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        for name, shape in shapes.items()
-    }
 
 
 def make(named: dict[str, torch.nn.Parameter], **arguments) -> MaskedEMAAdamW:
@@ -31,25 +22,10 @@ def make(named: dict[str, torch.nn.Parameter], **arguments) -> MaskedEMAAdamW:
     return MaskedEMAAdamW(named.items(), **(defaults | arguments))
 
 
-def reloaded(state_dict: dict) -> dict:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_a_resumed_run_has_the_bits_of_one_never_stopped(dtype, stop):
-    whole, first = params(dtype), params(dtype)
-    straight, stopped = make(whole), make(first)
-    train(straight, whole, range(9))
-    train(stopped, first, range(stop))
-    second = {name: torch.nn.Parameter(p.detach().clone()) for name, p in first.items()}
-    resumed = make(second)
-    resumed.load_state_dict(reloaded(stopped.state_dict()))
-    train(resumed, second, range(stop, 9))
-    assert_same_run(straight, resumed)
+    check_resume(make, dtype, stop)
 
 
 def test_a_float_state_loads_as_codes_and_codes_as_floats():

@@ -13,7 +13,7 @@ from epi_kernels import memory
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune.model import sizes_of
 from epi_kernels.planner import activations, machine, plans
-from epi_kernels.planner.machine import GB, Machine
+from epi_kernels.planner.machine import Machine
 from python_tests.finetune_runs import arguments, same_weights, write_inputs
 from python_tests.tiny_model import command, write_config
 
@@ -28,7 +28,7 @@ def passes(checkpointing: bool, release: bool) -> int:
 
 
 def found(card: float) -> list[plans.Plan]:
-    return plans.plans(SIZES, passes, 2048, int(card * GB), RATES)
+    return plans.plans(SIZES, passes, plans.Job(card, 1, 2048), RATES)
 
 
 # --- bytes of the passes ----------------------------------------------------------------------------------------
@@ -123,13 +123,15 @@ def test_passes_are_not_counted_where_states_alone_do_not_fit():
     def never(checkpointing, release):
         raise AssertionError("counted in vain")
 
-    small = plans.plans(SIZES, never, 2048, GB, RATES)
+    small = plans.plans(SIZES, never, plans.Job(1, 1, 2048), RATES)
     assert all(plan.at_least and not plan.fits for plan in small)
 
 
 def test_a_slow_host_sticks_out_and_a_fast_one_is_hidden():
-    slow = plans.plans(SIZES, passes, 2048, 100 * GB, RATES)[-1]
-    fast = plans.plans(SIZES, passes, 2048, 100 * GB, Machine("a card", 1e12, 6e13, link=1e13, host=1e13))[-1]
+    slow = plans.plans(SIZES, passes, plans.Job(100, 1, 2048), RATES)[-1]
+    fast = plans.plans(
+        SIZES, passes, plans.Job(100, 1, 2048), Machine("a card", 1e12, 6e13, link=1e13, host=1e13)
+    )[-1]
     assert slow.configuration.offloaded and slow.update_seconds > 0
     assert fast.update_seconds == 0 and fast.seconds == fast.passes_seconds == slow.passes_seconds
 

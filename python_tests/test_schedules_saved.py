@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -13,20 +12,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW
 from epi_kernels.optim import schedules
-from python_tests.harness import assert_same_run, give_gradients, make, small_model, snapshot, train
+from python_tests.harness import (
+    assert_same_run,
+    give_gradients,
+    make,
+    small_model,
+    snapshot,
+    through_a_file,
+    train,
+)
 from python_tests.schedule_runs import SCHEDULES, held, refreshes
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request) -> str:
     return request.param
-
-
-def through_a_file(state_dict: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from typing import Any
 
 import torch
 
-from epi_kernels.planner import command as planner
-from epi_kernels.planner import plans
+from epi_kernels.planner import machine, plans
+from epi_kernels.planner.command import find_plans
 from epi_kernels.planner.machine import GB
 
 from .errors import UserError
@@ -52,24 +51,12 @@ def fitted(options: Options) -> tuple[Options, list[str]]:
     assert options.fit is not None
     check(options)
     config = load_config(options.model)
-    length, sizes = row_length(config, options.max_length), sizes_of(config)
-    arguments = argparse.ArgumentParser()
-    planner.add_arguments(arguments)
-    args = arguments.parse_args(["--card", str(options.fit)])
-    args.batch_size, args.max_length = options.batch_size, length
-    rates = planner.machine_of(args)
-    found = planner.find_plans(
-        config,
-        sizes,
-        card_bytes=int(options.fit * GB),
-        batch=options.batch_size,
-        length=length,
-        rates=rates,
-        quiet=options.quiet,
-    )
+    sizes, length = sizes_of(config), row_length(config, options.max_length)
+    job = plans.Job(options.fit, options.batch_size, length)
+    found = find_plans(config, sizes, job, machine.rates(options.fit), quiet=options.quiet)
     best = plans.choose(found)
     if best is None:
-        raise UserError(f"--fit {options.fit:g}: {planner.verdict(None, args, rates)}")
+        raise UserError(f"--fit {options.fit:g}: {job.nothing_fits()}")
     chosen, one = best.configuration.options, best.configuration
     state: Any = chosen.get("state_dtype")
     notes = [

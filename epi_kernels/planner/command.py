@@ -15,6 +15,7 @@ from epi_kernels.planner.machine import GB, Machine
 from epi_kernels.text import columns
 
 BATCH, LENGTH = 1, 2048
+RATES = ("card_gbps", "card_tflops", "link_gbps", "host_gbps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def check(args: argparse.Namespace) -> None:
         raise SystemExit(
             "epi-kernels memory: --card plans without rows that are isolated for good: leave out --isolated-rows"
         )
-    for name in ("card", "batch_size", "max_length", "card_gbps", "card_tflops", "link_gbps", "host_gbps"):
+    for name in ("card", "batch_size", "max_length", *RATES):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise SystemExit(
@@ -57,29 +58,10 @@ def check(args: argparse.Namespace) -> None:
             )
 
 
-def machine_of(args: argparse.Namespace) -> Machine:
-    """The rates asked for, the data sheet's of the card and what a copy on this host reaches."""
-    card = machine.card_of(args.card)
-    return Machine(
-        card=card.name,
-        memory=(args.card_gbps or card.memory_gbps) * GB,
-        compute=(args.card_tflops or card.tflops) * 1e12 * machine.UTILISATION,
-        link=(args.link_gbps or machine.LINK_SHARE * card.link_gbps) * GB,
-        host=(args.host_gbps or machine.host_gbps()) * GB,
-    )
-
-
 def find_plans(
-    config: Any,
-    sizes: Sequence[int],
-    *,
-    card_bytes: int,
-    batch: int,
-    length: int,
-    rates: Machine,
-    quiet: bool = False,
+    config: Any, sizes: Sequence[int], job: plans.Job, rates: Machine, *, quiet: bool = False
 ) -> list[plans.Plan]:
-    """Every configuration on a card of ``card_bytes``; passes are counted only where what is sure to be there fits.
+    """Every configuration; passes are counted only where what is sure to be there fits.
 
     Raises:
         UserError: a pass cannot be counted.
@@ -91,8 +73,8 @@ def find_plans(
             if (checkpointing, release) not in passes:
                 passes[checkpointing, release] = activations.peak_bytes(
                     config,
-                    batch=batch,
-                    length=length,
+                    batch=job.batch,
+                    length=job.length,
                     dtype=torch.bfloat16,
                     checkpointing=checkpointing,
                     release=release,
@@ -100,11 +82,11 @@ def find_plans(
                 bar.update()
             return passes[checkpointing, release]
 
-        return plans.plans(sizes, pass_of, batch * length, card_bytes, rates)
+        return plans.plans(sizes, pass_of, job, rates)
 
 
 def format_plans(
-    name: str, sizes: Sequence[int], found: Sequence[plans.Plan], args: argparse.Namespace, rates: Machine
+    name: str, sizes: Sequence[int], found: Sequence[plans.Plan], job: plans.Job, rates: Machine
 ) -> str:
     best = plans.choose(found)
     lines = [
@@ -125,20 +107,17 @@ def format_plans(
                 "-" if plan.at_least else f"{plan.seconds:.3g}",
             ]
         )
-    head = f"{name}: {sum(sizes):,} parameters, bfloat16, {args.batch_size} x {args.max_length:,} tokens, on a card of {args.card:g} GB\n"
-    return "\n".join([head, columns(lines, left=(0, 1), rule=True), "", verdict(best, args, rates)])
+    head = f"{name}: {sum(sizes):,} parameters, bfloat16, {job.batch} x {job.length:,} tokens, on a card of {job.card_gb:g} GB\n"
+    return "\n".join([head, columns(lines, left=(0, 1), rule=True), "", verdict(best, job, rates)])
 
 
-def verdict(best: plans.Plan | None, args: argparse.Namespace, rates: Machine) -> str:
+def verdict(best: plans.Plan | None, job: plans.Job, rates: Machine) -> str:
     """What to do, and what was assumed."""
     if best is None:
-        return (
-            f"Nothing fits: give a larger --card, a smaller --max-length (now {args.max_length:,}) or --batch-size "
-            f"(now {args.batch_size}), or shard the model (fully_shard)."
-        )
+        return job.nothing_fits()
     one = best.configuration
     lines = [
-        f"-> {one.name}: {best.device_bytes / GB:.2f} GB of {args.card:g}, {best.seconds:.3g} s a step expected."
+        f"-> {one.name}: {best.device_bytes / GB:.2f} GB of {job.card_gb:g}, {best.seconds:.3g} s a step expected."
     ]
     if one.offloaded:
         lines.append(
@@ -171,24 +150,18 @@ def run(args: argparse.Namespace, config: Any, sizes: Sequence[int]) -> tuple[di
     Raises:
         UserError: a pass cannot be counted.
     """
-    rates = machine_of(args)
-    found = find_plans(
-        config,
-        sizes,
-        card_bytes=int(args.card * GB),
-        batch=args.batch_size,
-        length=args.max_length,
-        rates=rates,
-    )
+    job = plans.Job(args.card, args.batch_size, args.max_length)
+    rates = machine.rates(args.card, **{name: getattr(args, name) for name in RATES})
+    found = find_plans(config, sizes, job, rates)
     best = plans.choose(found)
     facts = {
         "model": args.model,
         "parameters": sum(sizes),
-        "card_bytes": int(args.card * GB),
-        "batch_size": args.batch_size,
-        "max_length": args.max_length,
+        "card_bytes": job.card_bytes,
+        "batch_size": job.batch,
+        "max_length": job.length,
         "rates": dataclasses.asdict(rates),
         "chosen": None if best is None else found.index(best),
         "plans": [plan.facts() for plan in found],
     }
-    return facts, format_plans(args.model, sizes, found, args, rates)
+    return facts, format_plans(args.model, sizes, found, job, rates)

@@ -51,7 +51,26 @@ def card_of(gigabytes: float) -> Card:
     return CARDS[max(listed) if listed else min(CARDS)]
 
 
-def host_gbps(n_bytes: int = 1 << 28, rounds: int = 3) -> float:
+def rates(
+    gigabytes: float,
+    *,
+    card_gbps: float | None = None,
+    card_tflops: float | None = None,
+    link_gbps: float | None = None,
+    host_gbps: float | None = None,
+) -> Machine:
+    """Those given; else the data sheet's of a card of that memory, and what a copy on this host reaches."""
+    card = card_of(gigabytes)
+    return Machine(
+        card=card.name,
+        memory=(card_gbps or card.memory_gbps) * GB,
+        compute=(card_tflops or card.tflops) * 1e12 * UTILISATION,
+        link=(link_gbps or LINK_SHARE * card.link_gbps) * GB,
+        host=(host_gbps or measured_host_gbps()) * GB,
+    )
+
+
+def measured_host_gbps(n_bytes: int = 1 << 28, rounds: int = 3) -> float:
     """GB read and written a second by a copy here, the best of a few: what a host step is held against."""
     source = torch.ones(n_bytes // 4)
     target = torch.empty_like(source)

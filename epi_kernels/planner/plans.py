@@ -55,6 +55,34 @@ CONFIGURATIONS = [
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is to be trained on: a card of so many GB, steps of so many sequences of so many tokens."""
+
+    card_gb: float
+    batch: int
+    length: int
+
+    @property
+    def card_bytes(self) -> int:
+        return int(self.card_gb * GB)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def nothing_fits(self) -> str:
+        return (
+            f"Nothing fits: give a larger --card, a smaller --max-length (now {self.length:,}) or --batch-size "
+            f"(now {self.batch}), or shard the model (fully_shard)."
+        )
+
+
+PeakOf = Callable[
+    [bool, bool], int
+]  # (checkpointing, release): bytes that the passes hold at most, weights included
+
+
+@dataclass(frozen=True)
 class Plan:
     """Bytes of a card and of the host, and seconds of a step, of one configuration."""
 
@@ -91,15 +119,12 @@ class Plan:
 
 def plans(
     sizes: Sequence[int],  # elements of each parameter
-    pass_of: Callable[
-        [bool, bool], int
-    ],  # (checkpointing, release): peak bytes of the passes, weights included
-    tokens: int,  # of a step
-    card_bytes: int,
+    pass_of: PeakOf,
+    job: Job,
     machine: Machine,
     configurations: Sequence[Configuration] = CONFIGURATIONS,
 ) -> list[Plan]:
-    return [_plan(one, sizes, pass_of, tokens, card_bytes, machine) for one in configurations]
+    return [_plan(one, sizes, pass_of, job, machine) for one in configurations]
 
 
 def choose(found: Sequence[Plan]) -> Plan | None:
@@ -112,11 +137,11 @@ def choose(found: Sequence[Plan]) -> Plan | None:
 def _plan(
     one: Configuration,
     sizes: Sequence[int],
-    pass_of: Callable[[bool, bool], int],
-    tokens: int,
-    card_bytes: int,
+    pass_of: PeakOf,
+    job: Job,
     machine: Machine,
 ) -> Plan:
+    card_bytes = job.card_bytes
     weights = sum(sizes) * torch.bfloat16.itemsize
     options = {name: value for name, value in one.options.items() if name != "offload"}
     state = footprint.masked_ema_adamw(sizes, torch.bfloat16, **options)["total"]
@@ -125,7 +150,7 @@ def _plan(
     if least > card_bytes:
         return Plan(one, least, card_bytes - least, at_least=True)
     device = beside + pass_of(one.checkpointing, one.release)
-    forward = 2 * sum(sizes) * tokens / machine.compute
+    forward = 2 * sum(sizes) * job.tokens / machine.compute
     backward = (3 if one.checkpointing else 2) * forward
     moved = 3 * weights + 2 * state  # weights in and out, gradients in, states in and out
     if not one.offloaded:
