@@ -25,10 +25,12 @@ def stored(x: np.ndarray, r16: np.ndarray | None, *, signed: bool) -> np.ndarray
         y = np.where(bad, 0.0, np.abs(x).astype(np.float64)) * 2.0**-e
         code = np.floor((_signed_code(y) if signed else _unsigned_code(y)) + share)
         if not signed:
-            code = np.maximum(code, np.where(y > 0, 16, 0))
+            code = np.maximum(code, np.where(y > 0, 2, 0))
         field, mantissa = np.floor(code / 16), np.mod(code, 16)
         normal = (1 + mantissa / 16) * 2.0 ** (e + field - (7 if signed else 15))
-        value = np.where(field > 0, normal, mantissa * 2.0 ** (e - 10) if signed else 0.0)
+        octave, half = np.floor(code / 2), np.mod(code, 2)
+        coarse = np.where(code > 0, (1 + half / 2) * 2.0 ** (e + octave - 22), 0.0)
+        value = np.where(field > 0, normal, mantissa * 2.0 ** (e - 10) if signed else coarse)
     value = np.copysign(value, x) if signed else value
     value = np.where(bad, np.nan if signed else np.inf, value)
     return value.astype(F32).reshape(-1)[:n]
@@ -42,7 +44,8 @@ def _linear_between_powers(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _unsigned_code(y: np.ndarray) -> np.ndarray:
     k, between = _linear_between_powers(y)
-    return np.where(y > 0, 16 * (k + 15) + 16 * between, -1e9).clip(-1e9)
+    code = np.where(k >= -14, 16 * (k + 15) + 16 * between, 2 * (k + 22) + 2 * between)
+    return np.where(y > 0, code, 0.0)
 
 
 def _signed_code(y: np.ndarray) -> np.ndarray:
@@ -58,6 +61,7 @@ def values(codes: np.ndarray, scales: np.ndarray, *, signed: bool) -> np.ndarray
     sign = np.where(codes >= 128, -1.0, 1.0) if signed else 1.0
     code = codes.astype(np.int64) & (0x7F if signed else 0xFF)
     # binary16: 5 bits of exponent, 10 of mantissa
-    half = (code << 6).astype(np.uint16).view(np.float16).astype(np.float64)
-    value = sign * half * 2.0 ** (e + (8 if signed else 0))
+    word = code << 6 if signed else np.where(code < 16, code << 9, (code + 112) << 6)
+    half = word.astype(np.uint16).view(np.float16).astype(np.float64)
+    value = sign * half * 2.0 ** (e + (8 if signed else -7))
     return np.where(scale == 255, np.nan if signed else np.inf, value).astype(F32)

@@ -187,10 +187,11 @@ def check_spoiled_block(backend: Backend, device: torch.device, dtype: torch.dty
 
 
 def check_magnitudes(backend: Backend, device: torch.device) -> None:
-    """Codes of gradients over all exponents: tiny blocks, blocks at the code's end, zero blocks."""
+    """Codes of gradients over all exponents, and far apart in a block: tiny blocks, blocks at the code's end, zeros."""
     exponents = torch.arange(-150, 129, dtype=torch.float64).repeat_interleave(codec.BLOCK)
     generator = torch.Generator().manual_seed(1)
     values = torch.rand(len(exponents), generator=generator, dtype=torch.float64) * 2 - 1
+    values *= 2.0 ** (-16 * torch.rand(len(exponents), generator=generator, dtype=torch.float64))
     expected = []
     for dtypes in ((INT8, INT8), (INT4, None)):
         (item,) = params((len(exponents),), F32, *dtypes)

@@ -17,7 +17,9 @@ struct ByteBlock {
   Block<false> block;
 
   EPI_INLINE bool finite() const { return block.finite; }
-  EPI_INLINE float value(uint32_t code) const { return half_of_code<float>(code << 19) * block.factor(); }
+  EPI_INLINE float value(uint32_t code) const {
+    return half_of_code<float>(evenly_spaced<float>(code << 19)) * block.factor();
+  }
   // kWidth of them, from `j` on.
   template <class F>
   EPI_INLINE F values(int j) const {

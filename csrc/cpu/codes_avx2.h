@@ -38,17 +38,19 @@ EPI_INLINE Pair load_codes(const uint8_t* p) {
     const __m128i bits = _mm_set1_epi16(static_cast<short>(0x9FC0));
     const __m128i even = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 2), odd = _mm_srai_epi16(codes, 2);
     return {halves(_mm_and_si128(even, bits)), halves(_mm_and_si128(odd, bits))};
-  } else {
-    const __m128i bits = _mm_set1_epi16(0x3FC0);
-    const __m128i even = _mm_slli_epi16(codes, 6), odd = _mm_srli_epi16(codes, 2);
-    return {halves(_mm_and_si128(even, bits)), halves(_mm_and_si128(odd, bits))};
+  } else {  // beside each code four times its share below kFine: 64 of the one and 112 of the other
+    const __m128i low = _mm_set1_epi16(0xFF), times = _mm_set1_epi16(112 << 8 | 64);
+    const __m128i coarse = _mm_slli_epi16(_mm_min_epu8(codes, _mm_set1_epi8(kFine)), 2);
+    const __m128i even = _mm_or_si128(_mm_and_si128(low, codes), _mm_slli_epi16(coarse, 8));
+    const __m128i odd = _mm_or_si128(_mm_srli_epi16(codes, 8), _mm_andnot_si128(low, coarse));
+    return {halves(_mm_maddubs_epi16(even, times)), halves(_mm_maddubs_epi16(odd, times))};
   }
 }
 // Sixteen unsigned codes as halves, in order.
 template <class F>
 EPI_INLINE F load_codes_in_order(const uint8_t* p) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i words = _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 6);
+  const __m256i words = half_words(_mm256_cvtepu8_epi16(codes));
   return twice(halves(_mm256_castsi256_si128(words)), halves(_mm256_extracti128_si256(words, 1)));
 }
 

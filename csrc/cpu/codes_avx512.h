@@ -36,17 +36,20 @@ EPI_INLINE Pair load_codes(const uint8_t* p) {
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 2);
     const __m256i odd = _mm256_srai_epi16(codes, 2);
     return {{_mm512_cvtph_ps(_mm256_and_si256(even, bits))}, {_mm512_cvtph_ps(_mm256_and_si256(odd, bits))}};
-  } else {
-    const __m256i bits = _mm256_set1_epi16(0x3FC0);
-    const __m256i even = _mm256_slli_epi16(codes, 6), odd = _mm256_srli_epi16(codes, 2);
-    return {{_mm512_cvtph_ps(_mm256_and_si256(even, bits))}, {_mm512_cvtph_ps(_mm256_and_si256(odd, bits))}};
+  } else {  // beside each code four times its share below kFine: 64 of the one and 112 of the other
+    const __m256i low = _mm256_set1_epi16(0xFF), times = _mm256_set1_epi16(112 << 8 | 64);
+    const __m256i coarse = _mm256_slli_epi16(_mm256_min_epu8(codes, _mm256_set1_epi8(kFine)), 2);
+    const __m256i even = _mm256_or_si256(_mm256_and_si256(low, codes), _mm256_slli_epi16(coarse, 8));
+    const __m256i odd = _mm256_or_si256(_mm256_srli_epi16(codes, 8), _mm256_andnot_si256(low, coarse));
+    return {{_mm512_cvtph_ps(_mm256_maddubs_epi16(even, times))},
+            {_mm512_cvtph_ps(_mm256_maddubs_epi16(odd, times))}};
   }
 }
 // Sixteen unsigned codes as halves, in order.
 template <class F>
 EPI_INLINE F load_codes_in_order(const uint8_t* p) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 6))};
+  return {_mm512_cvtph_ps(half_words(_mm256_cvtepu8_epi16(codes)))};
 }
 
 // Codes lie in the low bytes of the words' high halves.

@@ -40,8 +40,9 @@ EPI_INLINE uint32_t largest(U16 x) {
 template <bool kSigned>
 EPI_INLINE F16 halves(U16 codes) {
   using L = Lanes<F16>;
-  const F16 half = half_of_code<F16>(shifted_left(codes & L::u32(kSigned ? 0x7Fu : 0xFFu), 19));
-  return kSigned ? float_of(bits_of(half) ^ shifted_left(codes & L::u32(0x80u), 24)) : half;
+  const U16 code19 = shifted_left(codes & L::u32(kSigned ? 0x7Fu : 0xFFu), 19);
+  if constexpr (!kSigned) return half_of_code<F16>(evenly_spaced<F16>(code19));
+  return float_of(bits_of(half_of_code<F16>(code19)) ^ shifted_left(codes & L::u32(0x80u), 24));
 }
 template <class T>
 EPI_INLINE U16 widened(const T* p) {

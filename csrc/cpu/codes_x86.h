@@ -10,6 +10,12 @@ struct CodeExtrema {
   uint32_t low, high;
 };
 
+// Sixteen unsigned codes -> the words of binary16 that half_of_code() takes.
+EPI_INLINE __m256i half_words(__m256i codes) {
+  const __m256i coarse = _mm256_min_epu16(codes, _mm256_set1_epi16(kFine));
+  return _mm256_add_epi16(_mm256_slli_epi16(codes, 6), _mm256_mullo_epi16(coarse, _mm256_set1_epi16(7 << 6)));
+}
+
 // The smallest of sixteen bytes: of each pair first, then of the words that holds.
 EPI_INLINE uint32_t smallest_byte(__m128i bytes) {
   const __m128i pairs = _mm_min_epu8(bytes, _mm_srli_epi16(bytes, 8));

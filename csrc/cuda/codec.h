@@ -28,18 +28,25 @@ EPI_KERNEL uint32_t encode(float x, uint32_t random_bits, const math::Block<kSig
     const uint32_t code = (((word << 5) & math::kMagnitude) | (word & ~math::kMagnitude)) >> 24;
     return block.finite ? code : math::kNonfiniteCode<true>;
   } else {
-    const uint32_t base = (block.exponent - 15u) << 23;
-    const uint32_t word = math::max_signed(math::bits_of(x) + (random_bits << 3) - base, 16u << 19);
-    const uint32_t code = math::where_positive(word >> 19, math::bits_of(x));
-    return block.finite ? code : math::kNonfiniteCode<false>;
+    const uint32_t word = math::bits_of(x);
+    const uint32_t base = (block.exponent - math::kCoarseBias) << 23;
+    const uint32_t above = math::max_signed(word - base, math::kLeast << 22);
+    const uint32_t fine = (above >> 3) - ((math::kCoarseBias - math::kFineBias) << 20);
+    const uint32_t code = (math::max_signed(fine, above >> 6) + random_bits) >> 16;
+    return block.finite ? math::where_positive(code, word) : math::kNonfiniteCode<false>;
   }
 }
 
-// Exact. The code as a float32's word is a small number, mostly subnormal; two factors make it the value.
+// Exact. An (evenly spaced) code as a float32's word is a small number, mostly subnormal; two factors make it
+// the value.
 template <bool kSigned>
 EPI_KERNEL float decode(uint32_t code, float factor) {
   uint32_t word = code << 19;
-  if constexpr (kSigned) word = ((code & 0x7Fu) << 19) | ((code & 0x80u) << 24);
+  if constexpr (kSigned) {
+    word = ((code & 0x7Fu) << 19) | ((code & 0x80u) << 24);
+  } else {
+    word = math::evenly_spaced<float>(word);
+  }
   return math::float_of(word) * 0x1p112f * factor;
 }
 

@@ -19,6 +19,11 @@ constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 template <bool kSigned>
 constexpr uint32_t kNonfiniteCode = kSigned ? 0 : 255;  // of its elements
 
+// Unsigned codes: sixteen to a binade, and two below the code kFine. 1 is not used, so that a positive value
+// becomes kLeast at least.
+constexpr uint32_t kFine = 16, kLeast = 2;
+constexpr uint32_t kFineBias = 15, kCoarseBias = 22;  // code 0 would stand for 2^-bias, were it no zero
+
 // exp_avg is signed; exp_avg_sq and the importance are not.
 template <bool kSigned>
 struct Block {
@@ -40,12 +45,21 @@ struct Block {
   // What half_of_code() is multiplied by. A block that is not finite has the codes kNonfiniteCode.
   EPI_INLINE float factor() const {
     if (!finite) return float_of(kSigned ? 0x7FC00000u : 0x7F800000u);
-    return float_of((kSigned ? exponent + 8 : exponent) << 23);
+    return float_of((kSigned ? exponent + 8 : exponent - 7) << 23);
   }
 };
 
-// The IEEE binary16 number `code << 6`, of a code without its sign: times the block's factor, the value.
-// `code19`: code << 19. Below the smallest normal, the difference takes the hidden bit away again.
+// Unsigned codes as evenly spaced ones below kFine too: sixteen to a binade everywhere. `code19`: code << 19.
+template <class F>
+EPI_INLINE typename Lanes<F>::U evenly_spaced(typename Lanes<F>::U code19) {
+  using L = Lanes<F>;
+  const auto fine = L::u32(kFine << 19);
+  return code19 + select(code19 < fine, code19, fine) * L::u32(7);
+}
+
+// The IEEE binary16 number `code << 6`, of a code without its sign, or evenly spaced: times the block's
+// factor, the value. `code19`: code << 19. Below the smallest normal, the difference takes the hidden bit
+// away again.
 template <class F>
 EPI_INLINE F half_of_code(typename Lanes<F>::U code19) {
   using L = Lanes<F>;
@@ -58,7 +72,7 @@ EPI_INLINE F half_of_code(typename Lanes<F>::U code19) {
 template <class F>
 struct Grid {
   F normal, subnormal;        // signed: the block's smallest normal number becomes 4, and 2
-  typename Lanes<F>::U base;  // unsigned: the word of what code 0 would be, were it no zero
+  typename Lanes<F>::U base;  // unsigned: the word of what code 0 would be with two codes to a binade
 };
 template <class F, bool kSigned>
 EPI_INLINE Grid<F> grid(const Block<kSigned>& block) {
@@ -67,7 +81,7 @@ EPI_INLINE Grid<F> grid(const Block<kSigned>& block) {
     const float subnormal = float_of((261 - block.exponent) << 23);
     return {L::f32(2 * subnormal), L::f32(subnormal), L::u32(0)};
   } else {
-    return {L::f32(0), L::f32(0), L::u32((block.exponent - 15) << 23)};
+    return {L::f32(0), L::f32(0), L::u32((block.exponent - kCoarseBias) << 23)};
   }
 }
 
@@ -81,19 +95,23 @@ EPI_INLINE typename Lanes<F>::U code_word_signed(F x, const Grid<F>& grid) {
   return max_signed(bits_of(magnitude * grid.normal), bits_of(subnormal)) >> 3;
 }
 
-// Codes 1 .. 15 are not used: a positive value never becomes 0.
+// Of the two spacings, the one whose code is larger holds. A positive value never becomes 0.
 template <class F>
 EPI_INLINE typename Lanes<F>::U code_word_unsigned(F x, const Grid<F>& grid) {
+  using L = Lanes<F>;
   const auto word = bits_of(x);
-  return max_signed(word - grid.base, where_positive(Lanes<F>::u32(16u << 19), word)) >> 3;
+  const auto above = max_signed(word - grid.base, where_positive(L::u32(kLeast << 22), word));
+  return max_signed((above >> 3) - L::u32((kCoarseBias - kFineBias) << 20), above >> 6);
 }
 
 // The smallest code, of an unsigned finite block, whose value is at least `bound`; 256 where none is.
 EPI_INLINE int code_bound(const Block<false>& block, float bound) {
   if (!(bound > 0.0f)) return 0;
-  const int64_t base = static_cast<int64_t>(block.exponent - 15) << 23;
-  const int64_t code = (static_cast<int64_t>(bits_of(bound)) - base + 0x7FFFF) >> 19;
-  return static_cast<int>(code < 16 ? 16 : code > 256 ? 256 : code);
+  const int64_t word = bits_of(bound), exponent = block.exponent;
+  const int64_t fine = (word - ((exponent - kFineBias) << 23) + 0x7FFFF) >> 19;
+  const int64_t coarse = (word - ((exponent - kCoarseBias) << 23) + 0x3FFFFF) >> 22;
+  const int64_t code = fine > coarse ? fine : coarse;
+  return static_cast<int>(code < kLeast ? kLeast : code > 256 ? 256 : code);
 }
 
 }  // namespace epi::EPI_ISA

@@ -1,11 +1,14 @@
 """8-bit states: a byte an element, a power-of-two scale a block of 64 consecutive logical elements.
 
-exp_avg: sign, 3 exponent and 4 mantissa bits, with subnormals. exp_avg_sq and importance: 4 exponent and
-4 mantissa bits; 0 is zero, 1 .. 15 are never written, so that a positive value never becomes 0. A scale
-byte holds the biased exponent b of the block's largest magnitude, less 24; with E = b - 127
+exp_avg: sign, 3 exponent and 4 mantissa bits, with subnormals. exp_avg_sq and importance: 15 binades of 16
+codes and, below them, 7 of two: 1 is never written and what is positive becomes no less than 2. A scale byte
+holds the biased exponent b of the block's largest magnitude, less 24; with E = b - 127
 
-    exp_avg    = half(sign << 15 | code << 6) * 2^(E + 8)      half: IEEE binary16
-    exp_avg_sq = half(code << 6)              * 2^E
+    exp_avg    = half(sign << 15 | code << 6)          * 2^(E + 8)      half: IEEE binary16
+    exp_avg_sq = half((code + 7 * min(code, 16)) << 6) * 2^(E - 7)
+
+Second moments reach 2^-21 of the block's largest, first moments 2^-11, about its root: a smaller element
+neither stalls at a second moment far above its own nor takes, rounded up, a step far beyond its own.
 
 All zero bytes are a block of zeros. A block that holds a value that is not finite, or beyond the code, has
 the scale 255: its exp_avg decodes to NaN, its exp_avg_sq to +inf, whole.
@@ -27,6 +30,8 @@ _LOWEST = 24  # smallest biased exponent of a block
 _LIMIT_SIGNED, _LIMIT_UNSIGNED = 247, 255  # biased exponents from which a block is not finite
 # a maximum in the last 1/16 of its binade takes the next one, so that rounding up never overflows a code
 _ROUND_UP = 0x7FFFF
+_FINE = 16  # the least unsigned code of the binades of 16
+_LEAST = 2  # the least unsigned code of a positive value
 _HALF = 0x8000  # "random bits" that round to nearest
 
 
@@ -56,8 +61,9 @@ def encode(x: Tensor, random_bits: Tensor | None, *, signed: bool) -> tuple[Tens
         code = ((scaled + (random << 3)) >> 19) - 2032
         code = torch.where(nonfinite, 0, code | ((word >> 24) & 0x80))
     else:
-        code = (magnitude + (random << 3) - ((exponent - 15) << 23)) >> 19
-        code = torch.maximum(code, torch.where(magnitude > 0, 16, 0))
+        fine = (magnitude + (random << 3) - ((exponent - 15) << 23)) >> 19
+        coarse = (magnitude + (random << 6) - ((exponent - 22) << 23)) >> 22
+        code = torch.where(magnitude > 0, torch.maximum(fine, coarse).clamp_min(_LEAST), 0)
         code = torch.where(nonfinite, 255, code)
     scale = torch.where(nonfinite, NONFINITE, exponent - _LOWEST)
     return code.to(torch.uint8).view(-1)[:n], scale.to(torch.uint8).view(-1)
@@ -73,9 +79,9 @@ def decode_each(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     code, scale = codes.to(torch.int32), scales.to(torch.int32)
     nonfinite = scale == NONFINITE
     exponent = scale.masked_fill(nonfinite, 0) + _LOWEST
-    bits = ((code & 0x7F) if signed else code) << 19
+    bits = ((code & 0x7F) if signed else code + 7 * code.clamp_max(_FINE)) << 19
     x = torch.minimum((bits + 0x3F800000).view(torch.float32), (bits + 0x40000000).view(torch.float32) - 2.0)
-    x = x * power_of_two(exponent - (7 if signed else 15))
+    x = x * power_of_two(exponent - (7 if signed else 22))
     if signed:
         x = (x.view(torch.int32) | ((code & 0x80) << 24)).view(torch.float32)
     return x.masked_fill(nonfinite, torch.nan if signed else torch.inf)
