@@ -47,22 +47,24 @@ def by_all(prepare: Callable[[], Value]) -> Value:
     return found  # type: ignore[return-value]  # prepare() has ended
 
 
-def on_first_rank(write: Callable[[], None]) -> None:
-    """``write()`` by the first rank; a call of all ranks, which go on when it is done.
+def on_first_rank(write: Callable[[], Value]) -> Value:
+    """``write()`` by the first rank; a call of all ranks, which go on when it is done, with what it gave.
 
     Raises:
         Exception: what it raised, on every rank.
     """
-    heard: list[Exception | None] = [None]
+    heard: list[Any] = [None, None]
     if first_rank():
         try:
-            write()
+            heard[0] = write()
         except Exception as error:
-            heard = [error]
+            heard[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(heard, src=0)
-    if heard[0] is not None:
-        raise heard[0]
+    given, refused = heard
+    if refused is not None:
+        raise refused
+    return given
 
 
 @dataclass(frozen=True)
