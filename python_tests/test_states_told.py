@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_states_of_another_kind_are_refused_and_by_our_calls_or_by_numbers_they_
         save_checkpoint(tmp_path / "ours", net, optimizer)
         load_checkpoint(tmp_path / "ours", third, again)
         assert differing(values(third, again), values(other, fresh)) == []
+
+
+@pytest.mark.parametrize("dtype, bits, n_heard", [(BF16, 16, 2), (BF16, 24, 0), ({}, 24, 0)], ids=str)
+def test_corrections_that_nothing_has_room_for_are_missed_aloud(dtype, bits, n_heard, tmp_path):
+    """By torch's calls and by ours; float32 weights have none to lose."""
+    net, optimizer = made(**dtype, master_weight_bits=24)
+    step(net, optimizer, 5)
+    saved(tmp_path / "torch", net, optimizer)
+    save_checkpoint(tmp_path / "ours", net, optimizer)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert load_in_place(tmp_path / "torch", *made(**dtype, master_weight_bits=bits))[0] == ""
+        load_checkpoint(tmp_path / "ours", *made(**dtype, master_weight_bits=bits))
+    dropped = "the weights' corrections of this state dict"
+    assert sum(str(one.message).startswith(dropped) for one in heard) == n_heard
 
 
 @FLAT

@@ -29,7 +29,7 @@ from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moments, new_m
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.optim.sharded_state import localized
-from epi_kernels.optim.states_told import AtHand, check_states, stepped_since
+from epi_kernels.optim.states_told import AtHand, check_states, stepped_since, warn_of_lost_corrections
 from epi_kernels.optim.step_counts import read_step
 
 
@@ -250,4 +250,8 @@ def read_state_dict(
         name = group["param_names"][position] if "param_names" in group else f"parameter {key}"
         if entry or masks:
             state[param] = load_param_state(entry or {}, param, group, config, name, masks)
+    saved = {owner_of[key][0]: entry for key, entry in state_dict["state"].items() if entry}
+    warn_of_lost_corrections(
+        [] if of_torch else of_states, saved.values(), [state[param] for param in saved], config
+    )
     return state, groups

@@ -8,7 +8,7 @@ a whole state (a frozen parameter's) is gone, and nothing says so. A text goes t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -111,6 +111,27 @@ def stepped_since(told: Sequence[StatesTold | None], states: Mapping[Any, Any]) 
         stacklevel=callers_level(),
     )
     return True
+
+
+def warn_of_lost_corrections(
+    told: Sequence[StatesTold | None],
+    saved: Iterable[Mapping[str, Any]],
+    loaded: Iterable[Mapping[str, Any]],
+    config: IsolationConfig,
+) -> None:
+    """Of weights, which come as they are stored then. ``saved``, ``loaded``: a parameter's states; ``told``: where a load in
+    place may have left corrections behind."""
+    gone = any(
+        CORRECTION_KEY in one and CORRECTION_KEY not in ours for one, ours in zip(saved, loaded, strict=True)
+    )
+    bits = max((one.master_weight_bits for one in told if one is not None), default=16)
+    if gone or (bits > 16 and config.master_weight_bits == 16):
+        were = f"master_weight_bits={bits}" if bits > 16 else "master_weight_bits"
+        warnings.warn(
+            f"the weights' corrections of this state dict ({were}) are dropped, for this optimizer or its weights keep none: "
+            "the weights go on as they are stored. To keep them give it the same master_weight_bits",
+            stacklevel=callers_level(),
+        )
 
 
 @dataclass(frozen=True)
