@@ -263,7 +263,7 @@ class MaskedEMAAdamW(Optimizer):
         return loss
 
     def _adopt_state(self) -> None:
-        stepping.adopt_state(self, [entry.param for entry in self._parameters()])
+        stepping.adopt_state(self, [param for group in self.param_groups for param in group["params"]])
 
     def _forget_plans(self) -> None:
         """And the state they hold; the ranks compare where they are before the next step."""

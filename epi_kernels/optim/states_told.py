@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_kernels.distributed.shards import is_sharded, local
+from epi_kernels.distributed.shards import any_sharded, is_sharded
 from epi_kernels.optim.arguments import INT4, INT8, IsolationConfig, shares_importance
 from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF
@@ -49,18 +49,25 @@ class StatesTold:
         config: IsolationConfig,
         by_group: int,
     ) -> StatesTold:
-        found = [
-            (group, param, states.get(param) or {}) for group in param_groups for param in group["params"]
-        ]
-        masks = [(param, state["isolation_mask"]) for _, param, state in found if "isolation_mask" in state]
-        stepped = [state for *_, state in found if state]
+        params = [param for group in param_groups for param in group["params"]]
+        found = [states.get(param) or {} for param in params]
+        stepped = [state for state in found if state]
         steps = _on_host([state["step"] for state in stepped])
+        with_own = [
+            param for group in param_groups if not shares_importance(group) for param in group["params"]
+        ]
+        sharded = [is_sharded(param) for param in params] if any_sharded(params) else [False] * len(params)
+        masks = [
+            (state["isolation_mask"], cut)
+            for state, cut in zip(found, sharded, strict=True)
+            if "isolation_mask" in state
+        ]
         return StatesTold(
-            parameters=len(found),
+            parameters=len(params),
             used=sum(step > 0 or _has_carried(state) for step, state in zip(steps, stepped, strict=True)),
-            own=sum("importance" in state for group, _, state in found if not shares_importance(group)),
-            masked=sum(is_sharded(param) for param, _ in masks)
-            + sum(_on_host([local(mask).any() for param, mask in masks if not is_sharded(param)])),
+            own=sum("importance" in (states.get(param) or {}) for param in with_own),
+            masked=sum(cut for _, cut in masks)
+            + sum(_on_host([mask.any() for mask, cut in masks if not cut])),
             by_group=by_group,
             step=int(max(steps, default=0)),
             state_bits=_BITS_OF_CODES.get(config.state_dtype, 0),
@@ -76,6 +83,8 @@ class StatesTold:
 
 def _on_host(values: Sequence[Tensor]) -> list[Any]:
     """Of tensors of one element, in their order; one transfer a device."""
+    if len({value.device for value in values}) == 1:
+        return torch.stack(list(values)).tolist()
     places: dict[torch.device, list[int]] = {}
     for place, value in enumerate(values):
         places.setdefault(value.device, []).append(place)
