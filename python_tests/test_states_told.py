@@ -185,6 +185,24 @@ def test_a_flat_dict_for_a_template_that_lacks_states_is_refused():
     assert differing(values(other, fresh), before) == [] and fresh.param_groups[0]["isolation_step"] == 0
 
 
+def test_stages_of_a_pipeline_that_were_cut_otherwise_load_and_what_may_be_lost_is_said():
+    """torch makes one flat dict of the stages', and gives a group what its first parameter's had."""
+    flat, state = StateDictOptions(flatten_optimizer_state_dict=True), {}
+    net = Net(torch.float32)
+    for names in ("a", "bc"):
+        optimizer = MaskedEMAAdamW([getattr(net, name) for name in names], isolation_ratio=0.1)
+        step(net, optimizer, 3)
+        stage = torch.nn.Module()
+        for name in names:
+            stage.register_parameter(name, getattr(net, name))
+        state |= get_optimizer_state_dict(stage, optimizer, options=flat)
+    other = Net(torch.float32)
+    fresh = MaskedEMAAdamW(other.parameters(), isolation_ratio=0.1)
+    with pytest.warns(UserWarning, match="tell of 1 parameters, as of a stage .* has 3: masks that other"):
+        set_optimizer_state_dict(other, fresh, state, options=flat)
+    assert [float(fresh.state[param]["step"]) for param in other.parameters()] == [3.0] * 3
+
+
 @FLAT
 def test_back_from_adamw_through_files_its_steps_count_and_its_lost_masks_stay_lost(flat, tmp_path):
     net, optimizer = made(isolation_ratio=0.0)

@@ -169,7 +169,12 @@ def check_states(told: Sequence[StatesTold | None], found: Sequence[Sequence[AtH
         return
     with_own = [each for each in every if each.state and not shares_importance(each.group)]
     _check_kept("own importances", first.own, with_own, lambda each: "importance" in each.state)
-    if first.parameters != len(every):  # stages of a pipeline that were cut otherwise
+    if first.parameters != len(every):  # torch gives a group the text of its first parameter's stage
+        warnings.warn(
+            f"these groups tell of {first.parameters} parameters, as of a stage of a pipeline that was cut otherwise, and this "
+            f"optimizer has {len(every)}: masks that other stages had in their groups (persistent ones), if any, are not here",
+            stacklevel=callers_level(),
+        )
         return
     _check_kept("states", first.used, every, lambda each: _step(each.state) > 0 or "importance" in each.state)
     _check_kept(
