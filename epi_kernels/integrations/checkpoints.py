@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.shards import local, wrap
-from epi_kernels.distributed.world import by_all, on_first_rank
+from epi_kernels.distributed.world import by_all, first_rank, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW, group_text, ranks
@@ -109,7 +109,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     folder, names, template = by_all(lambda: _template(Path(path).resolve(), model, optimizer))
     ranks.compare_settings(list(optimizer._parameters()), optimizer._config)
     load(template, checkpoint_id=folder)
-    by_all(lambda: _check_one_save(template[SAVES], folder))
+    by_all(lambda: _check_one_save(template.get(SAVES, {}), folder))
     states, groups = template[OPTIMIZER][STATE], template[OPTIMIZER][GROUPS]
     found = by_all(lambda: _in_our_order(states, groups, optimizer, names, folder))
     optimizer.load_state_dict(found)  # refused by all ranks or by none
@@ -134,9 +134,9 @@ def _template(
     names, weights = _names(model, optimizer), get_model_state_dict(model)
     _check_model(weights, stored, folder)
     template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
-    template[SAVES] = {
-        path[1]: torch.empty(one.size, dtype=torch.uint8) for path, one in stored.items() if path[0] == SAVES
-    }
+    numbers = [(path[1], one.size) for path, one in stored.items() if path[0] == SAVES]
+    if numbers and first_rank():  # it alone opens the files of all ranks
+        template[SAVES] = {rank: torch.empty(size, dtype=torch.uint8) for rank, size in numbers}
     params = {name: param for param, name in names.items()}
     _lay_out(template[OPTIMIZER], stored, params, optimizer._config, folder)
     return folder, names, template
