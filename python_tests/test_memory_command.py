@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -308,6 +309,35 @@ def test_configs_that_make_no_model_are_refused(text: str, said: str, tmp_path):
     path.write_text(text)
     with pytest.raises(SystemExit, match=said):
         command(memory, "--model", path)
+
+
+ODD = {  # none of it makes a parameter larger or smaller; transformers says some things once a process, hence a number
+    "token": lambda i: {"bos_token_id": 128_000 + i},
+    "rope": lambda i: {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beyond": i}},
+    "labels": lambda i: {"num_labels": 3 + i, "id2label": {"0": "one"}},
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_what_transformers_says_of_odd_configs_is_left_out(odd, tmp_path, capsys, monkeypatch):
+    from epi_kernels.finetune import model
+
+    said: list[str] = []
+    library = logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(library, "handlers", [handler])
+    monkeypatch.setattr(library, "level", library.level)  # put back at the end
+    library.setLevel(logging.WARNING)
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    sizes = model.sizes_of(model.load_config(str(write_config(tmp_path, **odd(1)))))
+    assert said, "the config is odd"
+    said.clear()
+    assert printed(capsys, "--model", write_config(tmp_path, **odd(2)))["parameters"] == sum(sizes)
+    assert said == [] and library.level == logging.WARNING
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")
+    memory.model_sizes(str(write_config(tmp_path, **odd(3))))
+    assert said, "asked for"
 
 
 def test_isolated_rows_add_lines_of_ours(capsys):
