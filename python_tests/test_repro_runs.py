@@ -21,7 +21,7 @@ from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
-from epi_kernels.repro.train import Limits, Stopped, lr_factor
+from epi_kernels.repro.train import Limits, Stopped, lr_factor, read_progress
 from python_tests.run_shop import CPU, same, shop, weights
 
 # ---------------------------------------------------------------- descriptions
@@ -178,6 +178,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
     assert whole is not None and resumed is not None
     assert (whole.scores, whole.losses, whole.series) == (resumed.scores, resumed.losses, resumed.series)
     assert whole.seconds < 60 and 1000 < resumed.seconds < 1060, "the time before it was stopped counts"
+
+
+def test_slices_shorter_than_a_start_get_on(tmp_path):
+    run = first()
+    ensure(run.before, shop(tmp_path, [*ancestry(run)]))
+    late = Limits(deadline=time.time())
+    for step in range(1, RECIPE.steps):
+        with pytest.raises(Stopped):
+            execute(run, shop(tmp_path, limits=late))
+        assert read_progress(Store(tmp_path).progress(run))["step"] == step
+    assert execute(run, shop(tmp_path, limits=late)).time is None, "no process saw enough steps to time one"
 
 
 def test_the_first_stage_of_a_process_pays_for_no_library(tmp_path, monkeypatch):
