@@ -38,11 +38,12 @@ def test_every_arm_of_a_plan_has_the_same_number_of_tries(name):
         assert len({len(arm.tries) for arm in plan.arms.values() if arm.tuned} if plan else ()) <= 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in ("small", "medium", "beyond")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "beyond-search"])
 def test_headline_rows_have_five_seeds_that_nothing_was_chosen_on(name):
     preset = load_preset(name)
     assert len(preset.seeds) >= 5
-    assert not {0, 1, 100} & set(preset.seeds)  # task sizes, pairs and settings were chosen on these
+    if name != "paper":  # on real tasks nothing was chosen
+        assert not {0, 1, 100} & set(preset.seeds)  # task sizes, pairs and settings were chosen on these
 
 
 def test_the_final_test_of_the_search_has_a_pair_and_seeds_of_its_own():
