@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +225,27 @@ def test_a_leaf_keeps_no_weights_and_is_made_again_when_they_are_needed(tmp_path
     assert (tmp_path / key(run.before) / ISOLATION).is_file()
     assert Plan.of([run]).missing(Store(tmp_path)) == []
     assert Plan.of([halfway(run)]).missing(Store(tmp_path)) == [key(run), key(halfway(run))]
+
+
+def test_weights_that_a_kill_left_half_discarded_are_made_again(tmp_path, monkeypatch):
+    run, store = first(), Store(tmp_path)
+    ensure(run, shop(tmp_path, [*ancestry(run)]))
+    assert store.finished(run, with_weights=True)
+    unlink, gone = Path.unlink, []
+
+    def killed(path: Path, **options: bool) -> None:
+        if gone and gone[-1].suffix == ".safetensors":
+            raise KeyboardInterrupt
+        gone.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", killed)
+        store.drop_weights(run)
+    assert list((tmp_path / key(run)).glob("*.safetensors")), "one of two is left"
+    assert store.finished(run, with_weights=False) and not store.finished(run, with_weights=True)
+    ensure(run, shop(tmp_path, [*ancestry(run)]))
+    assert store.finished(run, with_weights=True)
 
 
 def test_weights_are_discarded_once_nothing_left_starts_from_them(tmp_path):
