@@ -220,8 +220,7 @@ def run(args: argparse.Namespace) -> int:
     from epi_kernels.finetune.errors import UserError
     from epi_kernels.finetune.model import sizes_of
 
-    if args.card is not None:
-        planner.check(args)
+    planner.check(args)
     try:
         config = model_config(args.model)
         sizes = sizes_of(config)
