@@ -251,7 +251,7 @@ def test_finetune_fits_what_the_run_keeps(files, monkeypatch):
         fit.fitted(asked)
     (job,) = jobs
     assert job.accumulation == 8
-    tensors = [torch.empty(7), torch.empty(9)]
+    tensors = [torch.nn.Parameter(torch.empty(n)) for n in (7, 9)]
     released = [options.Options(gradient_release=True, accumulation=passes) for passes in (1, 8)]
     assert [plan.memory(tensors, torch.float32, one).gradients for one in released] == [36, 64]
     counted = plans.footprint.tensors(1 << 20, torch.bfloat16, **job.options)
