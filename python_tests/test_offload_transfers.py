@@ -189,41 +189,6 @@ def test_a_larger_parameter_that_joins_gets_room(simulated):  # noqa: F811
     assert runs[1]._pipeline.staging_bytes == 2 * 4 * large.numel()
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["at once", "released"])
-def test_an_interrupt_leaves_nothing_on_its_way(simulated, monkeypatch, released):  # noqa: F811
-    """Ctrl-C while step() waits: weights that are set after it stay as they are set, and states are what was stepped."""
-
-    def slow(self, wait):
-        time.sleep(0.01)
-        back(self, wait)
-
-    back, result = pipeline.HostPipeline._return, pipeline.Future.result
-    monkeypatch.setattr(pipeline.HostPipeline, "_return", slow)
-    monkeypatch.setattr(pipeline, "STAGING_BYTES", 1 << 20)
-    net = Net()
-    optimizer = optimizer_of(net, offload="cpu")
-    if released:
-        enable_gradient_release(net, optimizer)
-    loss_of(net, 0).backward()
-    pressed = []
-
-    def interrupted(self, timeout=None):
-        if not pressed:
-            pressed.append(True)
-            raise KeyboardInterrupt
-        return result(self, timeout)
-
-    monkeypatch.setattr(pipeline.Future, "result", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step()
-    with torch.no_grad():
-        for param in net.parameters():
-            param.fill_(7.0)
-    time.sleep(0.3)
-    assert all((param == 7).all() for param in net.parameters())
-    assert not optimizer._pipeline._running
-
-
 def test_an_optimizer_that_goes_takes_its_threads_along(simulated):  # noqa: F811
     before = threading.active_count()
     net = Net()

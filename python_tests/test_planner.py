@@ -194,7 +194,7 @@ def test_memory_card_names_the_configuration_and_what_it_needs(capsys, tmp_path)
         and "MaskedEMAAdamW(model.named_parameters(), master_weight_bits=32)" in text
     )
     assert command(memory, "--model", config, "--card", 0.9, "--max-length", 64, *RATES_GIVEN) == 0
-    assert "Nothing fits: give a larger --card" in capsys.readouterr().out
+    assert "Nothing fits: give a larger card" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Job:
 
     def nothing_fits(self) -> str:
         return (
-            f"Nothing fits: give a larger --card, a smaller --max-length (now {self.length:,}) or --batch-size "
+            f"Nothing fits: give a larger card, a smaller --max-length (now {self.length:,}) or --batch-size "
             f"(now {self.batch}), "
             + (
                 f"no accumulation (now {self.accumulation}, which keeps gradients), "
