@@ -13,6 +13,7 @@ from epi_kernels import memory
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune.model import sizes_of
 from epi_kernels.planner import activations, machine, plans
+from epi_kernels.planner import command as command_
 from epi_kernels.planner.machine import Machine
 from python_tests.finetune_runs import arguments, same_weights, write_inputs
 from python_tests.tiny_model import command, write_config
@@ -167,6 +168,12 @@ def test_a_slow_host_sticks_out_and_a_fast_one_is_hidden():
         SIZES, passes, plans.Job(100, 1, 2048), Machine("a card", 1e12, 6e13, link=1e13, host=1e13)
     )[-1]
     assert slow.configuration.offloaded and slow.update_seconds > 0
+    assert fast.host_gbps_to_hide and fast.host_gbps_to_hide == slow.host_gbps_to_hide
+    narrow = Machine("a card", 1e12, 6e13, link=1e9, host=1e13)
+    (held_up,) = plans.plans(SIZES, passes, plans.Job(100, 1, 2048), narrow, plans.CONFIGURATIONS[-1:])
+    assert held_up.host_gbps_to_hide is None and held_up.update_seconds > 0
+    text = command_.verdict(held_up, plans.Job(100, 1, 2048), narrow)
+    assert "copies alone take longer than the backward pass" in text
     assert fast.update_seconds == 0 and fast.seconds == fast.passes_seconds == slow.passes_seconds
 
 

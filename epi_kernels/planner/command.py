@@ -123,9 +123,14 @@ def verdict(best: plans.Plan | None, job: plans.Job, rates: Machine) -> str:
         f"-> {one.name}: {best.device_bytes / GB:.2f} GB of {job.card_gb:g}, {best.seconds:.3g} s a step expected."
     ]
     if one.offloaded:
+        hidden = (
+            "copies alone take longer than the backward pass"
+            if best.host_gbps_to_hide is None
+            else f"with {best.host_gbps_to_hide:.0f} GB/s there the backward pass hides the update"
+        )
         lines.append(
-            f"   The host holds {best.host_bytes / GB:.1f} GB in pinned memory; with {best.host_gbps_to_hide:.0f} GB/s there "
-            f"the backward pass hides the update, with the {rates.host / GB:.0f} GB/s counted here "
+            f"   The host holds {best.host_bytes / GB:.1f} GB in pinned memory; {hidden}, "
+            f"with the {rates.host / GB:.0f} GB/s counted here "
             + (f"{best.update_seconds:.3g} s stick out." if best.update_seconds else "it does.")
         )
     settings = ", ".join(f"{name}={value!r}" for name, value in one.options.items())

@@ -105,9 +105,8 @@ class Plan:
     device_bytes: int
     left_bytes: int  # of the card
     host_bytes: int = 0
-    host_gbps_to_hide: float = (
-        0.0  # what the host's memory must move a second for the backward pass to hide the update
-    )
+    # what the host's memory must move a second for the backward pass to hide the update; None: the copies alone outlast it
+    host_gbps_to_hide: float | None = 0.0
     passes_seconds: float = 0.0
     update_seconds: float = 0.0  # what the passes do not hide of it
     at_least: bool = False  # weights, whole gradients and states alone do not fit: nothing else was counted
@@ -184,13 +183,14 @@ def _plan(
     staging = max(max(room), min(sum(room), STAGING_BYTES))
     device += staging // 2  # gradients that wait for their copy
     moved += 3 * weights  # what the link writes and reads there
-    update = max(2 * weights / machine.link, moved / machine.host)
+    copies = 2 * weights / machine.link
+    update = max(copies, moved / machine.host)
     return Plan(
         one,
         device,
         card_bytes - device,
         host_bytes=_pinned(staging) + sum(_pinned_state(n, options) for n in sizes),
-        host_gbps_to_hide=moved / backward / GB,
+        host_gbps_to_hide=moved / backward / GB if copies <= backward else None,
         passes_seconds=passes,
         update_seconds=max(0.0, update - backward),
     )
