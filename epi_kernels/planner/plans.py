@@ -14,6 +14,7 @@ from epi_kernels.optim.offload.pipeline import STAGING_BYTES
 from epi_kernels.planner.machine import GB, Machine
 
 RESERVED = 10**9  # bytes: the CUDA context, and what the allocator cannot use
+UNROUNDED = "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1"
 SAME_TIME = 1.25  # steps that differ by less are called equally fast, and exactness decides
 
 
@@ -202,5 +203,5 @@ def _pinned_state(n_elements: int, options: Mapping[str, Any]) -> int:
 
 
 def _pinned(n_bytes: int) -> int:
-    """What torch takes for so many bytes of pinned memory: blocks of powers of two."""
+    """What torch 2.13 takes for so many bytes of pinned memory: powers of two, unless ``UNROUNDED`` is set."""
     return 1 << (n_bytes - 1).bit_length() if n_bytes else 0
