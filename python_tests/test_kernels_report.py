@@ -195,6 +195,8 @@ def test_what_a_cuda_step_is_held_to():
     assert (shared.elements, shared.loads, shared.stores, shared.full_width) == (4, 4, 4, True)
     own = cuda_kernels.expectation("step_stats_kernel<unsigned short, float, unsigned short>")
     assert (own.elements, own.loads, own.stores, own.full_width) == (8, 7, 7, True)
+    nibbles = cuda_kernels.expectation("step_kernel<float, Nibbles, SharedImportance>")
+    assert (nibbles.elements, nibbles.loads, nibbles.full_width) == (16, 9, False)
     assert cuda_kernels.expectation("count_kernel") is None
 
 

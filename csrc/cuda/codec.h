@@ -29,10 +29,12 @@ EPI_KERNEL uint32_t encode(float x, uint32_t random_bits, const math::Block<kSig
     return block.finite ? code : math::kNonfiniteCode<true>;
   } else {
     const uint32_t word = math::bits_of(x);
-    const uint32_t base = (block.exponent - math::kCoarseBias) << 23;
-    const uint32_t above = math::max_signed(word - base, math::kLeast << 22);
-    const uint32_t fine = (above >> 3) - ((math::kCoarseBias - math::kFineBias) << 20);
-    const uint32_t code = (math::max_signed(fine, above >> 6) + random_bits) >> 16;
+    // of the two spacings, the one whose code is larger holds
+    const uint32_t fine = word - ((block.exponent - math::kFineBias) << 23);
+    const auto eighth = static_cast<uint32_t>(static_cast<int32_t>(fine) >> 3);
+    const uint32_t coarse = eighth + ((math::kCoarseBias - math::kFineBias) << 20);
+    const uint32_t sum = math::max_signed(fine, coarse) + (random_bits << 3);
+    const uint32_t code = math::max_signed(sum, math::kLeast << 19) >> 19;
     return block.finite ? math::where_positive(code, word) : math::kNonfiniteCode<false>;
   }
 }

@@ -30,6 +30,7 @@ _BYTES = {
     "unsigned short": 2,
     "Corrected": 2,
     "unsigned char": 1,
+    "Nibbles": 0.5,
 }  # the third type is none of these where the importance is shared
 _CORRECTION_BYTES = 2 + 1  # of both widths: which of the two it is, is asked at run time
 
@@ -98,16 +99,17 @@ def _compile(task: tuple[str, Path, int]) -> list[Row]:
 def expectation(name: str) -> Expectation | None:
     """Of ``step_kernel<param, state, importance>`` and ``step_stats_kernel<...>``; None for the others.
 
-    A thread's share of a block is one access of 128 bits to the narrowest of the three types, or of a correction.
+    A thread's share of a block is one access of 128 bits to the narrowest of the three types, or of a correction; 16
+    elements where that would be 4-bit codes.
     """
     types = _STEP.fullmatch(name)
     if types is None:
         return None
     n_bytes = [_BYTES.get(t.strip(), 0) for t in types[1].split(",")]
     corrected = types[1].startswith("Corrected")
-    elements = 16 if corrected else 16 // min(n for n in n_bytes if n)
+    elements = 16 if corrected else 16 // max(1, min(n for n in n_bytes if n))
     n_bytes.append(_CORRECTION_BYTES if corrected else 0)
-    param, state, own, correction = (n * elements // 16 for n in n_bytes)
+    param, state, own, correction = (n * elements / 16 for n in n_bytes)
     return Expectation(
         elements,
         loads=2 * param + 2 * state + own + correction,
@@ -115,7 +117,7 @@ def expectation(name: str) -> Expectation | None:
         + 2 * state
         + own
         + correction,  # the unscaled gradient among them, under a run-time flag
-        full_width=True,
+        full_width=0.5 not in n_bytes,  # whose 16 codes are 64 bits
         # not limited: what the Triton kernels settle at compile time is a run-time switch here, so
         # the loop holds every path and its length bounds what runs from far above
     )

@@ -43,17 +43,19 @@ def power_of_two(biased_exponent):
 def decode(codes, scale, SIGNED: tl.constexpr):
     """Codes [ROWS, WIDTH] uint8, scales [ROWS, 1] int32 -> float32, exactly.
 
-    A code, evenly spaced, is the upper part of a float16. A block that is not finite becomes so by its factor.
+    A code with a sign is the upper part of a float16. A block that is not finite becomes so by its factor.
     """
     if SIGNED:
         # sign-extended: the sign is where float16 has it, its copies are cut
         half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 6) & -0x6040
         factor = tl.where(scale == _NONFINITE, float("nan"), power_of_two(scale + 32))
+        return half.to(tl.float16, bitcast=True).to(tl.float32) * factor
     else:
-        half = codes.to(tl.int16) << 6
-        half += 7 * tl.minimum(half, 16 << 6)  # below 16 two codes to a binade
+        # as float32's word a code is a small number; no one factor would cover all exponents
+        word = codes.to(tl.int32) << 19
+        word += 7 * tl.minimum(word, 16 << 19)  # evenly spaced: below 16 there are two codes to a binade
         factor = tl.where(scale == _NONFINITE, float("inf"), power_of_two(scale + 17))
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * factor
+        return word.to(tl.float32, bitcast=True) * 5.192296858534828e33 * factor  # 2^112
 
 
 @inlined
@@ -88,19 +90,22 @@ def encode(
     nonfinite = top >= (LIMIT << 23) - 0x7FFFF
     biased = tl.where(nonfinite, 256, ((top + 0x7FFFF) >> 23).to(tl.int32))
     biased = tl.maximum(biased, 24)
-    rounding = 1 << 15
+    rounding = 1 << 18
     if STOCHASTIC:
-        rounding = random_bits.to(tl.int32)
+        rounding = (random_bits << 3).to(tl.int32)
     if SIGNED:
         # the smallest normal code is to be float32's smallest normal number: then the word is code << 19,
         # subnormals laid on their grid by the multiplication. One factor would not cover all exponents.
         scaled = x * power_of_two(260 - biased) * 1.1754943508222875e-38  # 2^-126
-        scaled = scaled.to(tl.int32, bitcast=True) + (rounding << 3)
+        scaled = scaled.to(tl.int32, bitcast=True) + rounding
         code = (((scaled << 5) & 0x7FFFFFFF) | (scaled & -0x80000000)).to(tl.uint32) >> 24
         code = tl.where(nonfinite, 0, code)
     else:
-        above = tl.maximum(word.to(tl.int32) - ((biased - 22) << 23), 2 << 22)  # no less than code 2
-        code = (tl.maximum((above >> 3) - (7 << 20), above >> 6) + rounding) >> 16
-        code = tl.where(word == 0, 0, code)
-        code = tl.where(nonfinite, 255, code)
+        # no less than code 2; in a block that is not finite no code exceeds 255, the least
+        # of the two spacings, the one whose code is larger holds
+        fine = word.to(tl.int32) - ((biased - 15) << 23)
+        code = tl.maximum(fine, (fine >> 3) + (7 << 20)) + rounding
+        # a block that is not finite: no code exceeds 255, the least
+        code = tl.maximum(code, tl.where(nonfinite, 255 << 19, 2 << 19)) >> 19
+        code = tl.where(word == 0, tl.where(nonfinite, 255, 0), code)
     return code.to(tl.uint8), tl.where(nonfinite, _NONFINITE, biased - 24)
