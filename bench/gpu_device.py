@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +71,12 @@ class CpuDevice:
         return {"type": "cpu", "name": "cpu", "capability": None, "multiprocessors": None, "memory_gib": None}
 
     def free_bytes(self) -> int:
-        return 1 << 30
+        """What the kernel says can be had without swapping; off Linux half of what there is."""
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+        except OSError:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
     def synchronize(self) -> None:
         pass

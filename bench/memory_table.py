@@ -30,7 +30,6 @@ def lines() -> list[Line]:
     import torch
 
     from epi_kernels import MaskedEMAAdamW
-    from epi_kernels.training import state_bytes
 
     f32, bf16 = torch.float32, torch.bfloat16
     own, int8 = {"importance_beta": 0.99}, {"state_dtype": "int8"}
@@ -47,16 +46,8 @@ def lines() -> list[Line]:
         ("ours, bfloat16 states, 32-bit weights", bf16, {"master_weight_bits": 32}),
     ]
 
-    def measured(make: Callable[[list], Any], dtype: torch.dtype) -> dict[str, float]:
-        param = torch.nn.Parameter(torch.ones(_N, dtype=dtype))
-        param.grad = torch.ones_like(param)
-        optimizer = make([param])
-        optimizer.step()
-        found = state_bytes(optimizer)
-        return {kind: found.get(kind, 0) / _N for kind in KINDS}
-
     found = [
-        Line(name, measured(lambda params: torch.optim.AdamW(params, fused=True), dtype), "-")
+        Line(name, _measured(lambda params: torch.optim.AdamW(params, fused=True), dtype), "-")
         for name, dtype in (("torch AdamW, float32 weights", f32), ("torch AdamW, bfloat16 weights", bf16))
     ]
     epi = {kind: float(published.STATE_BYTES.get(kind, 0)) for kind in KINDS}
@@ -65,10 +56,41 @@ def lines() -> list[Line]:
     for name, dtype, options in ours:
         found.append(
             Line(
-                name, measured(lambda params, options=options: MaskedEMAAdamW(params, **options), dtype), "0"
+                name, _measured(lambda params, options=options: MaskedEMAAdamW(params, **options), dtype), "0"
             )
         )
     return found
+
+
+def _measured(make: Callable[[list], Any], dtype: Any) -> dict[str, float]:
+    import torch
+
+    from epi_kernels.training import state_bytes
+
+    param = torch.nn.Parameter(torch.ones(_N, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    optimizer = make([param])
+    optimizer.step()
+    found = state_bytes(optimizer)
+    return {kind: found.get(kind, 0) / _N for kind in KINDS}
+
+
+def persistent_adds(isolation_ratio: float) -> float:
+    """Bytes a parameter that a persistent mask adds where it is set."""
+    import torch
+
+    from epi_kernels import MaskedEMAAdamW
+
+    def total(persistent: bool) -> int:
+        param = torch.nn.Parameter(torch.ones(_N))
+        optimizer = MaskedEMAAdamW([param], isolation_ratio=isolation_ratio)
+        if persistent:
+            optimizer.set_isolation_mask(param, torch.arange(_N) == 0, persistent=True)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        return optimizer.state_bytes()["total"]
+
+    return (total(True) - total(False)) / _N
 
 
 def _bytes(n: float) -> str:
@@ -82,4 +104,7 @@ def text() -> str:
         [line.name, *(_bytes(line.sizes[kind]) for kind in KINDS), f"**{_bytes(line.total)}**", line.refresh]
         for line in lines()
     ]
-    return table(header, cells, "lrrrrrrr") + "\n\nA persistent mask adds 0.125 where one is set."
+    return table(header, cells, "lrrrrrrr") + (
+        f"\n\nA persistent mask adds {_bytes(persistent_adds(0.01))} where one is set; with ratio 0, where there is no other "
+        f"mask, {_bytes(persistent_adds(0.0))}: itself, and the mask that the step reads."
+    )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +30,9 @@ from bench import results
 from bench.bench_memory import peak_mib
 from bench.contenders import CONTENDERS, LR, REFERENCE, Contender
 from bench.gpu_device import CpuDevice, Device, open_device
-from bench.gpu_timing import Effort, copy_gbps, release
-from bench.shapes import parameter_lists
+from bench.gpu_timing import Effort, copy_gbps, imports_frozen, release
+from bench.shapes import Architecture, ParameterList, Shape, architectures
+from bench.side_by_side_fit import CPU_ELEMENTS, fitting, sits_out
 
 GROUP, PREFIX = "side-by-side", "side-by-side"
 PEERS = ("flashoptim", "torchao", "bitsandbytes", "torch-optimi", "deepspeed")
@@ -40,21 +40,22 @@ PEERS = ("flashoptim", "torchao", "bitsandbytes", "torch-optimi", "deepspeed")
 
 @dataclass(frozen=True)
 class Plan:
-    elements: int = 100_000_000  # of one tensor, and the most of an architecture's list
+    elements: int = 100_000_000  # of one tensor
+    list_elements: int = CPU_ELEMENTS  # the most of an architecture's list, on a CPU
     small_tensors: int = 1_000
     small_elements: int = 4_096
     seconds: float = 3.0  # a contender and list, about
     min_pairs: int = 3
     max_pairs: int = 60
-    slow_seconds: float = 5.0  # a step: what takes longer sits out the lists that follow
+    slow_seconds: float = 5.0  # a step: who would take longer sits a list out
     copy_bytes: int = 800_000_000
     architectures: bool = True
 
-    def lists(self) -> dict[str, list[tuple[int, ...]]]:
+    def lists(self) -> dict[str, ParameterList | Architecture]:
         return {
-            "one-tensor": [(self.elements,)],
-            "small-tensors": [(self.small_elements,)] * self.small_tensors,
-            **(parameter_lists(self.elements) if self.architectures else {}),
+            "one-tensor": ParameterList([(self.elements,)]),
+            "small-tensors": ParameterList([(self.small_elements,)] * self.small_tensors),
+            **(architectures() if self.architectures else {}),
         }
 
 
@@ -91,7 +92,7 @@ def peak_bytes(device: Device, call: Callable[[], Any]) -> int | None:
 # ---------------------------------------------------------------- one contender, one list
 
 
-def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: Device) -> list[Tensor]:
+def parameters(shapes: Sequence[Shape], dtype: torch.dtype, device: Device) -> list[Tensor]:
     generator = torch.Generator(device.torch_device).manual_seed(0)
     params = []
     for shape in shapes:
@@ -163,24 +164,30 @@ def measure(
 # ---------------------------------------------------------------- the run
 
 
+@imports_frozen()
 def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: bool) -> list[dict[str, Any]]:
     copy = copy_gbps(device, Effort(copy_bytes=plan.copy_bytes, warm_up=2))
     shared = results.unjudged(GROUP, copy["p50"], torch.get_num_threads(), backend="auto", complete=complete)
     shared["device"] = device.facts()
     shared["versions"] |= {name: version for name in PEERS if (version := installed(name))}
     rows: list[dict[str, Any]] = []
-    slow: dict[str, str] = {}
+    taken: dict[str, dict[str, Any]] = {}  # by contender: its row of the largest list so far
     lists = plan.lists()
     total = len(lists) * len(contenders)
     progress = tqdm(total=total, unit="row", disable=None)
-    for list_name, shapes in lists.items():
+    for list_name, listed in lists.items():
         for dtype in REFERENCE:
             entered = [contender for contender in contenders if contender.weights == dtype]
             if not entered:
                 continue
-            params = parameters(shapes, dtype, device)
-            step = torch.optim.AdamW(params, lr=LR, fused=True).step
-            step()
+            if isinstance(listed, Architecture):
+                chosen = fitting(listed, dtype, device, taken, plan.list_elements)
+            else:
+                chosen = listed
+            params = parameters(chosen.shapes, dtype, device)
+            reference = torch.optim.AdamW(params, lr=LR, fused=True)
+            reference.step()
+            held = 2 * stored_bytes(params) + stored_bytes(reference.state)
             for contender in entered:
                 progress.set_description(f"{list_name}: {contender.name}")
                 row = {
@@ -190,26 +197,24 @@ def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: b
                     "isolates": contender.isolates,
                     "note": contender.note,
                     "dtype": str(dtype).removeprefix("torch."),
-                    "elements": sum(math.prod(shape) for shape in shapes),
-                    "tensors": len(shapes),
+                    "elements": chosen.elements,
+                    "tensors": len(chosen.shapes),
+                    **chosen.facts(),
                     "beside": REFERENCE[dtype],
                 }
-                found: dict[str, Any]
-                if contender.name in slow:
-                    found = {"skipped": slow[contender.name]}
-                else:
-                    found = measure(contender, params, step, device, plan)
-                    seconds = found["ours_ms"]["p50"] / 1e3 if "ours_ms" in found else 0.0
-                    if seconds > plan.slow_seconds:
-                        slow[contender.name] = f"{seconds:.0f} s a step of {list_name}"
+                known = taken.get(contender.name)
+                found = sits_out(known, chosen.elements, held, device, plan.slow_seconds)
+                found = found or measure(contender, params, reference.step, device, plan)
                 if "gbps" in found:
                     found["copy_share"] = found["gbps"] / copy["p50"]
+                    if known is None or known["elements"] < chosen.elements:
+                        taken[contender.name] = row | found
                 rows.append(row | found | shared)
                 if progress.disable:  # no terminal: a line a row instead
                     print(f"[{len(rows)}/{total}] {summary(rows[-1:])}", flush=True)
                 release()
                 progress.update()
-            del params, step  # before the next list is made
+            del params, reference  # before the next list is made
             release()
     progress.close()
     return rows
@@ -236,13 +241,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _number(text: str) -> int:
+    return int(float(text))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.side_by_side", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="tiny lists, seconds; nothing is written")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
-    parser.add_argument("--elements", type=lambda text: int(float(text)), help="of one tensor (1e8)")
+    parser.add_argument("--elements", type=_number, help="of one tensor (1e8)")
+    parser.add_argument(
+        "--list-elements",
+        type=_number,
+        help=f"the most of an architecture's list, on a CPU ({CPU_ELEMENTS:.1e})",
+    )
     parser.add_argument("--only", metavar="WORD", help="contenders whose name holds it")
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (2)")
     parser.add_argument("--out", type=Path, help="folder of the result file (whole runs: bench/results)")
@@ -251,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(device, str):
         parser.error(device)
     torch.set_num_threads(args.threads)
-    plan = QUICK if args.quick else Plan(**({"elements": args.elements} if args.elements else {}))
+    asked = {"elements": args.elements, "list_elements": args.list_elements}
+    plan = QUICK if args.quick else Plan(**{name: n for name, n in asked.items() if n})
     contenders = [c for c in CONTENDERS if args.only is None or args.only.lower() in c.name.lower()]
     if not contenders:
         parser.error(f"no contender's name holds {args.only!r}: {', '.join(c.name for c in CONTENDERS)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from bench import results
 from bench.markdown import Row, alike, contender_name, count, mib, milliseconds, ratio
 from bench.sources import changed_since
+from epi_kernels.architectures import ARCHITECTURES
 from epi_kernels.markdown import table
 
 STATE = "state_bytes_per_element"
@@ -72,18 +73,48 @@ def text(folder: Path = results.RESULTS, device: str = "cpu") -> str:
     skipped = [f"{row['contender']}: {row['skipped'].rstrip('.')}" for row in one if "skipped" in row]
     if skipped:
         parts.append("Did not run. " + "; ".join(skipped) + ".")
-    if len(lists) > 1:
-        ratios: dict[str, list[str]] = {}
-        for name in lists[1:]:
-            for row in (row for row in rows if row["list"] == name):
-                ratios.setdefault(row["contender"], [row["contender"]]).append(
-                    ratio(row) if "ratio" in row else "-"
-                )
-        sizes = {row["list"]: f"{row['list']} ({row['tensors']:,}: {row['elements']:.2g})" for row in rows}
-        header = ["step, of torch fused", *(sizes[name] for name in lists[1:])]
-        parts.append(
-            "Other parameter lists (tensors: elements), of an architecture as many decoder layers as fit, one at least; what takes "
-            "seconds a step sits them out:"
-        )
-        parts.append(table(header, list(ratios.values()), "l" + "r" * (len(lists) - 1)))
+    said = {row["contender"]: row["skipped"] for row in one if "skipped" in row}
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        others = [row for row in rows if row["dtype"] == dtype and row["list"] != lists[0]]
+        if others:
+            parts += [_lists_line(others, dtype), _ratios(others, said)]
     return "\n\n".join(parts)
+
+
+def _lists_line(rows: list[Row], dtype: str) -> str:
+    line = f"Other parameter lists, {dtype} weights; every optimizer of a column steps over the same tensors."
+    if any("needs_bytes" in row for row in rows):
+        line += (
+            " 'Needs': did not run, so many bytes of weights, gradients, states and temporaries were not there, counted by"
+            " what the optimizer took over a shorter list."
+        )
+    return line
+
+
+def _ratios(rows: list[Row], said: dict[str, str]) -> str:
+    """A line a contender, a column a list. ``said``: why some did not run, which stands elsewhere."""
+    columns = {row["list"]: _list_title(row) for row in rows}
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        known = row.get("skipped") == said.get(row["contender"])
+        cell = ratio(row) if "ratio" in row else "-" if known else _why_not(row)
+        lines.setdefault(row["contender"], {})[row["list"]] = cell
+    cells = [[name, *(found.get(column, "-") for column in columns)] for name, found in lines.items()]
+    return table(["step, of torch fused", *columns.values()], cells, "l" + "r" * len(columns))
+
+
+def _why_not(row: Row) -> str:
+    if "needs_bytes" in row:
+        return f"needs {row['needs_bytes'] / 1e9:.1f} GB"
+    return row["skipped"].split(":")[0]
+
+
+def _list_title(row: Row) -> str:
+    """What the list is, and how much of an architecture; older records have decoder layers alone and do not say how many."""
+    size = f"{row['elements']:,} elements in {row['tensors']:,} tensors"
+    if "of_layers" in row:
+        share = f"{row['layers']} of {row['of_layers']} layers"
+        share += ", embedding, norm and head" if row["ends"] else ", no embedding, no head"
+        return f"{row['list']}: {share}; {size}, of {row['of_elements']:,}"
+    share = "decoder layers alone; " if row["list"] in ARCHITECTURES else ""
+    return f"{row['list']}: {share}{size}"

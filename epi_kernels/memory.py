@@ -113,9 +113,15 @@ def model_sizes(model: str) -> list[int]:
     Raises:
         UserError: as ``model_config``, or its config makes no model.
     """
-    from epi_kernels.finetune.model import sizes_of
+    return _config_and_sizes(model)[1]
 
-    return sizes_of(model_config(model))
+
+def _config_and_sizes(model: str) -> tuple[Any, list[int]]:
+    from epi_kernels.finetune.model import only_shapes_matter, sizes_of
+
+    with only_shapes_matter():
+        config = model_config(model)
+        return config, sizes_of(config)
 
 
 def report(
@@ -218,12 +224,10 @@ def _share(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Raises SystemExit with what to do when the model cannot be found or FILE cannot be written."""
     from epi_kernels.finetune.errors import UserError
-    from epi_kernels.finetune.model import sizes_of
 
     planner.check(args)
     try:
-        config = model_config(args.model)
-        sizes = sizes_of(config)
+        config, sizes = _config_and_sizes(args.model)
         if args.card is not None:
             facts, text = planner.run(args, config, sizes)
         else:

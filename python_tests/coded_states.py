@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from epi_kernels import MaskedEMAAdamW
+from epi_kernels.optim.moments import read_moment
 from python_tests.harness import assert_same_run, through_a_file, train
 
 Named = dict[str, torch.nn.Parameter]
@@ -32,3 +33,8 @@ def check_resume(make: Callable[[Named], MaskedEMAAdamW], dtype: torch.dtype, st
     resumed.load_state_dict(through_a_file(stopped.state_dict()))
     train(resumed, second, range(stop, 9))
     assert_same_run(straight, resumed)
+
+
+def second_moment(optimizer: MaskedEMAAdamW, p: torch.Tensor, name: str = "exp_avg_sq") -> torch.Tensor:
+    """Its values, or an own importance's, whatever they are stored in: flat, row-major."""
+    return read_moment(optimizer.state[p], name, p.shape, "state").reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -85,6 +86,58 @@ def damaged(rank: int, folder: str, damage: str):
 def test_a_damaged_or_foreign_checkpoint_is_refused_on_every_rank_and_changes_nothing(damage, says, tmp_path):
     for heard, changed in on_ranks(2, damaged, str(tmp_path / "last"), damage, timeout=60):
         assert says in heard and changed == []
+
+
+def mixed(rank: int, folder: str):
+    """What a load says of a directory with rank 1's file of an earlier save, and what has changed."""
+    net, optimizer = made("float32", sharded=True)
+    steps(net, optimizer, 0, 3)
+    save_checkpoint(f"{folder}/early", net, optimizer)
+    steps(net, optimizer, 3, 5)
+    save_checkpoint(f"{folder}/late", net, optimizer)
+    if rank == 0:
+        shutil.copy(f"{folder}/early/__1_0.distcp", f"{folder}/late")
+    torch.distributed.barrier()
+    other, fresh = made("float32", sharded=True)
+    steps(other, fresh, 7, 9)
+    before = contents(other, fresh)
+    with pytest.raises(ValueError) as refused:
+        load_checkpoint(f"{folder}/late", other, fresh)
+    return str(refused.value), differing(contents(other, fresh), before)
+
+
+def test_files_of_two_saves_in_one_directory_are_refused_on_every_rank(tmp_path):
+    """Their sizes are the same, and torch looks at no more."""
+    for heard, changed in on_ranks(2, mixed, str(tmp_path)):
+        assert "late: files of 2 saves are mixed in it" in heard and changed == []
+
+
+class One(nn.Module):
+    """A mask of one element has the shape of its parameter, packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.weight = nn.Parameter(torch.ones(5, 3))
+
+
+def one_element(rank: int, folder: str) -> list[list[bool]]:
+    net = One()
+    optimizer = MaskedEMAAdamW(net.named_parameters(), isolation_ratio=0.0)
+    optimizer.set_isolation_mask(net.scale, torch.ones(1, dtype=torch.bool), persistent=True)
+    net.weight.grad, net.scale.grad = torch.ones(5, 3), torch.ones(1)
+    optimizer.step()
+    save_checkpoint(folder, net, optimizer)
+    other = One()
+    fully_shard(other)
+    fresh = MaskedEMAAdamW(other.named_parameters(), isolation_ratio=0.0)
+    load_checkpoint(folder, other, fresh)
+    return [whole(fresh.isolation_mask(param)).flatten().tolist() for param in other.parameters()]
+
+
+def test_a_parameter_of_one_element_goes_from_whole_to_sharded(tmp_path):
+    for masks in on_ranks(2, one_element, str(tmp_path / "last")):
+        assert masks == [[True], [False] * 15]
 
 
 def test_metadata_of_flipped_bits_are_refused_as_damaged_or_by_torch(saved):

@@ -53,8 +53,11 @@ DAMAGE = {
     "importance-integers": (_tensor("embed", lambda one: one.int()), "must be floats"),
     "importance-half": (_tensor("embed", lambda one: one.half()), "must be floats"),
     "no-importance": (lambda tensors, metadata: tensors.pop("embed"), "the importance of embed is not in it"),
-    "importance-negative": (_tensor("embed", torch.neg), "embed has values that are negative or not finite"),
-    "importance-nan": (_tensor("embed", lambda one: one / 0 * 0), "negative or not finite"),
+    "importance-negative": (
+        _tensor("embed", torch.neg),
+        "embed has values that are negative or not a number",
+    ),
+    "importance-nan": (_tensor("embed", lambda one: one / 0 * 0), "negative or not a number"),
     "no-mask": (lambda tensors, metadata: tensors.pop(MASK), "the isolation_mask of block.bias is not in it"),
     "no-persistent-mask": (
         lambda tensors, metadata: tensors.pop("persistent_mask/embed"),

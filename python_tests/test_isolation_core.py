@@ -21,6 +21,8 @@ from epi_kernels.isolation import (
     checkpoints,
     core,
     find_core,
+    freeze,
+    fuse,
     save_core,
 )
 from epi_kernels.isolation.core_file import union_mask
@@ -88,6 +90,31 @@ def files(tmp_path):
     save_file(base, tmp_path / "base.safetensors")
     save_file(tuned, tmp_path / "tuned.safetensors")
     return tmp_path, base, tuned
+
+
+def tied(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As a state dict has tied embeddings: one tensor under two names."""
+    return {**model, "head": model["w"]}
+
+
+def test_a_tied_tensor_of_a_state_dict_is_one():
+    base = make_model(0, SHAPES, torch.float32)
+    tuned = make_model(1, SHAPES, torch.float32, base)
+    found, wanted = find_core(tied(base), tied(tuned), 0.1), find_core(base, tuned, 0.1)
+    assert found.shapes == wanted.shapes and np.array_equal(bools(found), bools(wanted))
+    params = {name: torch.nn.Parameter(value.clone()) for name, value in base.items()}
+    assert freeze(MaskedEMAAdamW(params.items(), isolation_ratio=0), [found]) == bools(wanted).sum()
+    fused, report = fuse(tied(base), [tied(tuned)], [found])
+    assert fused.keys() == {*base, "head"} and fused["head"] is fused["w"]
+    assert torch.equal(fused["w"], fuse(base, [tuned], [wanted])[0]["w"])
+    assert report.elements == sum(value.numel() for value in base.values())
+
+
+def test_what_holds_no_weights_is_named():
+    model = torch.nn.Linear(2, 2)
+    for wrong in (model, model.named_parameters()):
+        with pytest.raises(TypeError, match=rf"model\.state_dict\(\)\), not {type(wrong).__name__}"):
+            find_core(dict(model.named_parameters()), wrong)
 
 
 def test_a_file_holds_the_same_core(files, monkeypatch):

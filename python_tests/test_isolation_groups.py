@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epi_kernels.isolation import (
+    CoreFile,
     IsolationError,
     MemoryCore,
     Stage,
@@ -20,6 +21,7 @@ from epi_kernels.isolation import (
     order_groups,
     plan_stages,
     sample_stage,
+    save_core,
 )
 from epi_kernels.isolation.overlap import popcount
 from epi_kernels.isolation.staging import ORDERS
@@ -56,6 +58,18 @@ def test_masks_are_counted_slice_by_slice(monkeypatch):
     monkeypatch.setattr(core_file, "SLICE", 8)
     cores, vectors = random_cores(3, 5)
     assert jaccard_matrix(cores)[2][0] == oracle.jaccard(vectors[2], vectors[0])
+
+
+def test_files_of_cores_serve_as_what_is_read_of_them(tmp_path):
+    rng, paths = torch.Generator().manual_seed(0), []
+    base = {"w": torch.zeros(40)}
+    for task in range(3):
+        paths.append(tmp_path / f"{task}.core")
+        save_core(base, {"w": torch.randn(40, generator=rng)}, paths[-1], 0.1 * (3 - task))
+    cores = [CoreFile(path) for path in paths]
+    assert jaccard_matrix(paths) == jaccard_matrix(cores)
+    groups = [[0], [1], [2]]
+    assert order_groups(groups, "frozen", cores=paths) == order_groups(groups, "frozen", cores=cores)
 
 
 def test_cores_of_different_models_are_refused():

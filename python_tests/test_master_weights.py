@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -123,7 +124,11 @@ def test_loading_into_another_width():
     wide = {p: optimizer.master_weight(p) for p in params.values()}
     for bits, bound in ((32, 0.0), (24, 2.0**-16), (16, 2.0**-8)):
         other = make(params, master_weight_bits=bits)
-        other.load_state_dict(saved(optimizer))
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            other.load_state_dict(saved(optimizer))
+        dropped = "corrections of this state dict (master_weight_bits=32) are dropped"
+        assert [dropped in str(one.message) for one in heard] == [True] * (bits == 16)
         for p, weight in wide.items():
             assert ((other.master_weight(p) - weight).abs() <= bound * weight.abs()).all()
             assert ("weight_correction" in other.state[p]) == (bits > 16)

@@ -242,6 +242,7 @@ DAMAGED = {
         "of parameters {5}, which their group lacks",
     ),
     "group": (masks_text({}, group=[0, 1]), "are damaged"),
+    "no number": (masks_text({}, group=[0, 1, float("inf")]), "are damaged"),
     "owner": (masks_text({}, owners={"0": [[9], "torch.float32"]}), "are damaged"),
     "unknown kind in states": (masks_text({}, in_states={"0": ["mask"]}), "are damaged"),
     "another group's in states": (

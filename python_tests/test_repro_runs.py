@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from epi_kernels.repro.methods.config import Epi, Full, Replay, Static
 from epi_kernels.repro.runs import Train, ancestry, base_of, key, parents
 from epi_kernels.repro.store import ISOLATION, MANIFEST, Store
 from epi_kernels.repro.sweep import Plan, sweep
-from epi_kernels.repro.train import Limits, Stopped, lr_factor
+from epi_kernels.repro.train import Limits, Stopped, lr_factor, read_progress
 from python_tests.run_shop import CPU, same, shop, weights
 
 # ---------------------------------------------------------------- descriptions
@@ -180,6 +181,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, method, base):
     assert whole.seconds < 60 and 1000 < resumed.seconds < 1060, "the time before it was stopped counts"
 
 
+def test_slices_shorter_than_a_start_get_on(tmp_path):
+    run = first()
+    ensure(run.before, shop(tmp_path, [*ancestry(run)]))
+    late = Limits(deadline=time.time())
+    for step in range(1, RECIPE.steps):
+        with pytest.raises(Stopped):
+            execute(run, shop(tmp_path, limits=late))
+        assert read_progress(Store(tmp_path).progress(run))["step"] == step
+    assert execute(run, shop(tmp_path, limits=late)).time is None, "no process saw enough steps to time one"
+
+
 def test_the_first_stage_of_a_process_pays_for_no_library(tmp_path, monkeypatch):
     """A step on a model that is dropped comes before it, once for every method, and changes no bit of the stage."""
     loaded = []
@@ -213,6 +225,27 @@ def test_a_leaf_keeps_no_weights_and_is_made_again_when_they_are_needed(tmp_path
     assert (tmp_path / key(run.before) / ISOLATION).is_file()
     assert Plan.of([run]).missing(Store(tmp_path)) == []
     assert Plan.of([halfway(run)]).missing(Store(tmp_path)) == [key(run), key(halfway(run))]
+
+
+def test_weights_that_a_kill_left_half_discarded_are_made_again(tmp_path, monkeypatch):
+    run, store = first(), Store(tmp_path)
+    ensure(run, shop(tmp_path, [*ancestry(run)]))
+    assert store.finished(run, with_weights=True)
+    unlink, gone = Path.unlink, []
+
+    def killed(path: Path, **options: bool) -> None:
+        if gone and gone[-1].suffix == ".safetensors":
+            raise KeyboardInterrupt
+        gone.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", killed)
+        store.drop_weights(run)
+    assert list((tmp_path / key(run)).glob("*.safetensors")), "one of two is left"
+    assert store.finished(run, with_weights=False) and not store.finished(run, with_weights=True)
+    ensure(run, shop(tmp_path, [*ancestry(run)]))
+    assert store.finished(run, with_weights=True)
 
 
 def test_weights_are_discarded_once_nothing_left_starts_from_them(tmp_path):

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
-from repro_runs import BASE, MODEL, RECIPE, STRINGS, SUMS, cpift, first, second
+from repro_runs import BASE, MODEL, RECIPE, STRINGS, SUMS, cpift, first, manifests, second
 
 from epi_kernels.isolation.core_file import CoreFile, union_mask
 from epi_kernels.repro import cpift as cpift_
 from epi_kernels.repro.describe import describe
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.execute import ensure
+from epi_kernels.repro.execute import PART_OF, ensure, execute
 from epi_kernels.repro.measure.cost import mean_time, most
 from epi_kernels.repro.methods.config import Replay, Static
 from epi_kernels.repro.models import tokenizer_of
-from epi_kernels.repro.runs import Train, ancestry, key
+from epi_kernels.repro.runs import Train, ancestry, key, parents
 from epi_kernels.repro.stages import _replayed, _sampled
-from epi_kernels.repro.store import Store
+from epi_kernels.repro.store import MANIFEST, Store
+from epi_kernels.repro.train import Limits, Stopped
 from epi_kernels.repro.weights import core_of
 from epi_kernels.repro.workshop import encoded
 from python_tests.run_shop import shop, weights
@@ -102,6 +105,31 @@ def test_a_curriculum_compares_scores_by_their_full_marks(tmp_path, monkeypatch)
     with pytest.raises(ReproError, match="not scored on strings"):
         cpift_.groups_of(run, bench)
     assert len(cpift_.groups_of(cpift(), bench)[0]) == 3, "no other order needs a score"
+
+
+def test_seconds_are_of_its_parts_whenever_they_were_made(tmp_path):
+    """Stopped after its first part is there: what that took counts when it goes on, and for no other run."""
+    run = cpift(tau=1.0)
+    for parent in parents(run):
+        ensure(parent, shop(tmp_path, [*ancestry(run)]))
+    steps = 0
+
+    def tick() -> None:
+        nonlocal steps
+        steps += 1
+        limits.deadline = time.time() if steps > RECIPE.steps else None
+
+    limits = Limits(tick=tick)
+    with pytest.raises(Stopped):
+        execute(run, shop(tmp_path, [*ancestry(run)], limits))
+    ((name, made),) = [
+        (name, one) for name, one in manifests(tmp_path).items() if one["notes"].get(PART_OF) == key(run)
+    ]
+    (tmp_path / name / MANIFEST).write_text(json.dumps(made | {"seconds": 1000.0}))
+    whole = execute(run, shop(tmp_path, [*ancestry(run)]))
+    assert 1000 < whole.seconds < 1060 and PART_OF not in whole.notes
+    alike = execute(run.model_copy(update={"tau": 0.9}), shop(tmp_path, [*ancestry(run)]))
+    assert alike.scores == whole.scores and alike.seconds < 60
 
 
 def test_a_single_stage_freezes_all_cores():

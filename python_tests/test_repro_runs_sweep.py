@@ -63,6 +63,33 @@ def test_a_sweep_out_of_time_leaves_the_rest(tmp_path):
     assert sweep(plan, store, device=CPU, workers=1).finished == 3
 
 
+def test_no_run_waits_for_a_worker_beyond_the_time(tmp_path, monkeypatch):
+    """Each worker has one run at a time; once the time is over no other is handed out."""
+    under_way, most = [], []
+
+    def submit(*_: object) -> Future:
+        under_way.append(Future())
+        return under_way[-1]
+
+    def wait(futures, **_):
+        most.append(len(futures))
+        ended = next(iter(futures))
+        ended.set_result(True)
+        return {ended}, set()
+
+    @contextmanager
+    def processes(workers: int):
+        yield SimpleNamespace(submit=submit), lambda: 0
+
+    monkeypatch.setattr(sweep_, "processes", processes)
+    monkeypatch.setattr(sweep_, "wait", wait)
+    monkeypatch.setattr(sweep_._Job, "is_over", lambda job: len(most) >= 3)
+    bases = [BASE.model_copy(update={"seed": seed}) for seed in range(8)]
+    outcome = sweep(Plan.of(bases), Store(tmp_path), device=CPU, workers=2)
+    assert most == [2, 2, 2, 1]
+    assert outcome.finished == len(under_way) == 4 and outcome.left == 4
+
+
 def test_a_worker_that_the_system_ends_is_said_so(tmp_path, monkeypatch):
     """As where memory runs out: the pool has one answer for all that was under way."""
 

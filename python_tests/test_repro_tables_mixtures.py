@@ -6,7 +6,7 @@ import pytest
 
 from epi_kernels.repro import published_values as printed
 from epi_kernels.repro.runs import CpiFt, Run
-from epi_kernels.repro.tables import results
+from epi_kernels.repro.tables import TABLES, results
 from python_tests.repro_fakes import fake_task, make_preset, recipe
 from python_tests.table_scores import cells, finding, mixture_score, rendered
 
@@ -129,3 +129,18 @@ def test_what_shrinks_with_the_data_is_said():
     imbalance |= {"recipe": longer, "cpift": imbalance["cpift"] | {"probe": longer | {"epochs": 1}}}
     epochs = rendered("cpift-4", scarce_score, imbalance=imbalance)
     assert "Epochs are of the data as cut: the steps shrink with them." in epochs.notes
+
+
+def test_a_preset_says_in_which_order_groups_come_and_how_models_are_fused():
+    asked = {"order": "curriculum", "fusion": "linear", "omega": 0.3}
+    mixture = make_preset().mixture.model_dump()
+    mixture["cpift"] |= asked
+    for table in ("cpift-1", "cpift-3"):
+        runs = TABLES[table].runs(make_preset(mixture=mixture))
+        found = [run.model_dump(include=asked.keys()) for run in runs if isinstance(run, CpiFt)]
+        assert found and all(one == asked for one in found)
+        told = "to consolidate; order curriculum; fusion linear; omega 0.3. "
+        assert any(told in note for note in rendered(table, mixture_score, mixture=mixture).notes)
+    assert any("to consolidate. " in note for note in rendered("cpift-1", mixture_score).notes)
+    with pytest.raises(ValueError, match="order"):
+        make_preset(mixture=mixture | {"cpift": mixture["cpift"] | {"order": "best"}})

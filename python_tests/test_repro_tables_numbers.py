@@ -320,6 +320,17 @@ def test_tuning_says_when_the_choice_or_the_budget_is_wrong():
     )
 
 
+def test_tuning_names_arms_that_only_lose_to_full_fine_tuning():
+    """A lower rate would seem better for them: what learns nothing has 0."""
+    table = rendered("tuning", sequential({0: -3.0}, static=-7.5))
+    assert "second: EPI (-3.00 at best), static (-7.50 at best). " in finding(
+        table, "No setting that was tried"
+    )
+    assert finding(table, "preset").endswith("1 seed.")
+    won = rendered("tuning", sequential({0: 3.0}))
+    assert not any("No setting that was tried" in one for one in won.findings)
+
+
 def test_a_sentence_names_places_that_differ_apart():
     places = {"a": [1.0, 1.1, 1.2], "b": [-1.0, -1.1, -1.2], "c": [-1.0, 0.0, 1.0]}
     assert compared(

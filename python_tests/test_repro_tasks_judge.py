@@ -77,6 +77,21 @@ def test_nothing_is_asked_twice(tmp_path, waits):
     assert sum(line.startswith("{") and line.endswith("}") for line in lines) == 5  # 2 whole ones, 3 new ones
 
 
+def test_a_judge_that_moved_is_the_same_one(tmp_path, waits):
+    """Its runs keep their keys and its ratings count: what is left alone is asked at the new address."""
+    kept = tmp_path / "kept.jsonl"
+    with endpoint([completion("[[6]]")]) as (url, requests):
+        judged(url, kept).score(ANSWERS[:3], EXAMPLES[:3])
+    with endpoint([completion("[[8]]")]) as (new, requests):
+        assert judged(url, kept, address=new + "/").score(ANSWERS, EXAMPLES) == (3 * 6 + 8) / 4
+    assert len(requests) == 1
+    with pytest.raises(ReproError, match=f"the judge at {new} failed"):  # where it was asked
+        judged(url, kept, address=new, retries=0).score(["another"], EXAMPLES[:1])
+    spec = JudgeSpec(url=url, model="m")
+    assert spec.model_copy(update={"address": new}).model_dump() == spec.model_dump()
+    assert JudgeSpec(url=new, model="m").model_dump() != spec.model_dump()
+
+
 def test_fails_for_a_while_then_works(tmp_path, waits):
     passing = [
         (500, b"oops"),

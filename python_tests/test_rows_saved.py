@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from epi_kernels import load_isolation, save_isolation
 from epi_kernels.optim.compact import RUNS_KEY
@@ -81,16 +87,28 @@ def test_adamw_loads_what_it_knows():
     assert torch.equal(adamw.state[adamw_params["w"]]["exp_avg"], saved["state"][0]["exp_avg"])
 
 
+def net_of(params: dict[str, nn.Parameter]) -> nn.Module:
+    net = nn.Module()
+    for one, param in params.items():
+        net.register_parameter(one, param)
+    return net
+
+
+@NAMES
+def test_a_flat_dict_goes_back_into_an_optimizer_that_is_compact(name: str):
+    """torch asks of it what the optimizer's own state has, and puts {} for the runs."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    params, optimizer = begun(**OPTIONS[name])
+    state = get_optimizer_state_dict(net_of(params), optimizer, options=flat)
+    before = snapshot(optimizer)
+    set_optimizer_state_dict(net_of(params), optimizer, state, options=flat)
+    assert snapshot(optimizer) == before and RUNS_KEY in optimizer.state[params["w"]]
+
+
 @NAMES
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_checkpoint_in_place(name: str, tmp_path):
     """The template of a fresh optimizer knows nothing of masks; they come along in the groups."""
-
-    def net_of(params: dict[str, nn.Parameter]) -> nn.Module:
-        net = nn.Module()
-        for one, param in params.items():
-            net.register_parameter(one, param)
-        return net
 
     def state_of(params, optimizer) -> dict:
         return dict(zip(("model", "optim"), get_state_dict(net_of(params), optimizer), strict=True))

@@ -55,6 +55,21 @@ def test_fsdp1_is_refused_and_the_message_points_to_fsdp2(use_orig_params, n_ran
         assert "FSDP1" in heard.message and "fully_shard" in heard.message
 
 
+def zero_of_torch(rank: int):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = nn.Linear(8, 8)
+    assert ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW).optim.param_groups
+    MaskedEMAAdamW(net.named_parameters())  # beside it: nobody shares this one's parameters out
+    ZeroRedundancyOptimizer(net.parameters(), MaskedEMAAdamW)
+
+
+def test_torchs_zero_is_refused():
+    for heard in outcomes(2, zero_of_torch):
+        assert isinstance(heard, Failed) and heard.kind == "NotImplementedError"
+        assert "ZeroRedundancyOptimizer" in heard.message and "fully_shard" in heard.message
+
+
 def test_zero_3_is_refused():
     param = nn.Parameter(torch.ones(3))
     param.ds_id = 0  # what DeepSpeed marks a partitioned parameter with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_states_of_another_kind_are_refused_and_by_our_calls_or_by_numbers_they_
         assert differing(values(third, again), values(other, fresh)) == []
 
 
+@pytest.mark.parametrize("dtype, bits, n_heard", [(BF16, 16, 2), (BF16, 24, 0), ({}, 24, 0)], ids=str)
+def test_corrections_that_nothing_has_room_for_are_missed_aloud(dtype, bits, n_heard, tmp_path):
+    """By torch's calls and by ours; float32 weights have none to lose."""
+    net, optimizer = made(**dtype, master_weight_bits=24)
+    step(net, optimizer, 5)
+    saved(tmp_path / "torch", net, optimizer)
+    save_checkpoint(tmp_path / "ours", net, optimizer)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert load_in_place(tmp_path / "torch", *made(**dtype, master_weight_bits=bits))[0] == ""
+        load_checkpoint(tmp_path / "ours", *made(**dtype, master_weight_bits=bits))
+    dropped = "the weights' corrections of this state dict"
+    assert sum(str(one.message).startswith(dropped) for one in heard) == n_heard
+
+
 @FLAT
 def test_what_a_parameter_that_was_frozen_since_has_is_not_lost_in_silence(flat, tmp_path):
     net, optimizer = made()
@@ -167,6 +183,24 @@ def test_a_flat_dict_for_a_template_that_lacks_states_is_refused():
     with pytest.raises(ValueError, match=r"saved with 3 states and has 1 now \(a, c: none\)"):
         set_optimizer_state_dict(other, fresh, state, options=flat)
     assert differing(values(other, fresh), before) == [] and fresh.param_groups[0]["isolation_step"] == 0
+
+
+def test_stages_of_a_pipeline_that_were_cut_otherwise_load_and_what_may_be_lost_is_said():
+    """torch makes one flat dict of the stages', and gives a group what its first parameter's had."""
+    flat, state = StateDictOptions(flatten_optimizer_state_dict=True), {}
+    net = Net(torch.float32)
+    for names in ("a", "bc"):
+        optimizer = MaskedEMAAdamW([getattr(net, name) for name in names], isolation_ratio=0.1)
+        step(net, optimizer, 3)
+        stage = torch.nn.Module()
+        for name in names:
+            stage.register_parameter(name, getattr(net, name))
+        state |= get_optimizer_state_dict(stage, optimizer, options=flat)
+    other = Net(torch.float32)
+    fresh = MaskedEMAAdamW(other.parameters(), isolation_ratio=0.1)
+    with pytest.warns(UserWarning, match="tell of 1 parameters, as of a stage .* has 3: masks that other"):
+        set_optimizer_state_dict(other, fresh, state, options=flat)
+    assert [float(fresh.state[param]["step"]) for param in other.parameters()] == [3.0] * 3
 
 
 @FLAT

@@ -205,6 +205,21 @@ def test_carried_importance_protects_from_the_first_step(tmp_path):
     assert [line["step"] for line in second.state.log_history if "isolation/share" in line] == [0]
 
 
+def test_a_run_resumed_from_a_model_alone_is_protected_too(tmp_path):
+    model = tiny_llama()
+    first = MaskedEMAAdamW(model.named_parameters(), lr=0.0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    first.step()
+    saving = arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True)
+    trainer(model, saving).train()
+    resumed = trainer(model, arguments(tmp_path, max_steps=2), mask_interval=100)
+    add_isolation_callback(resumed, carry=first)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    n_isolated = sum(int(ours(resumed).isolation_mask(p).sum()) for p in model.parameters())
+    assert n_isolated >= int(0.1 * sum(p.numel() for p in model.parameters()))
+
+
 def test_a_resumed_run_is_the_whole_one(tmp_path):
     whole_model = tiny_llama()
     whole = trainer(whole_model, arguments(tmp_path / "whole"))

@@ -1,6 +1,9 @@
 """The ranks whose parameters are selected together: agreement before anything is reduced, then sums and maxima.
 
-A refresh costs one small all-reduce a stage: bytes are in ``World``'s docstring. An ordinary step costs none.
+A refresh costs one small all-reduce a stage, but one for each counting pass of the threshold: bytes are in ``World``'s
+docstring. A pass tells as many parts of the keys apart as it has counters, so the exact k-th of 2^30 keys (minmax) takes
+three of 2,048 counters, 16 KiB each; two would be 256 KiB each, and one is as large as the keys or elements are many. An
+ordinary step costs none.
 """
 
 from __future__ import annotations
@@ -47,22 +50,24 @@ def by_all(prepare: Callable[[], Value]) -> Value:
     return found  # type: ignore[return-value]  # prepare() has ended
 
 
-def on_first_rank(write: Callable[[], None]) -> None:
-    """``write()`` by the first rank; a call of all ranks, which go on when it is done.
+def on_first_rank(write: Callable[[], Value]) -> Value:
+    """``write()`` by the first rank; a call of all ranks, which go on when it is done, with what it gave.
 
     Raises:
         Exception: what it raised, on every rank.
     """
-    heard: list[Exception | None] = [None]
+    heard: list[Any] = [None, None]
     if first_rank():
         try:
-            write()
+            heard[0] = write()
         except Exception as error:
-            heard = [error]
+            heard[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(heard, src=0)
-    if heard[0] is not None:
-        raise heard[0]
+    given, refused = heard
+    if refused is not None:
+        raise refused
+    return given
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,8 @@ class World:
     """Reductions over a process group, of values that every rank has in the same shape.
 
     Bytes a refresh: 40 to open it (do all ranks mean the same one?); 8 a layer for the extrema (zscore: 24 more, of
-    float64 sums); 8 a bin and domain for each counting pass, 16 KiB with a global threshold, two to five passes; 32 a
-    layer for the report.
+    float64 sums); 8 a bin and domain for each counting pass, 16 KiB with a global threshold: two to five passes, mostly
+    three; 32 a layer for the report.
 
     Raises:
         ValueError: ``group`` is no process group of this rank's.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     getLogger("huggingface_hub").setLevel(ERROR)
+
+
+@contextlib.contextmanager
+def only_shapes_matter() -> Iterator[None]:
+    """transformers says nothing of token ids, rotary embeddings and activations, which make no parameter larger or smaller,
+    unless TRANSFORMERS_VERBOSITY asks for it. What it raises is raised."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def is_config(model: str) -> bool:

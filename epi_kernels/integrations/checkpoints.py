@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -26,16 +27,18 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from epi_kernels.distributed.shards import local, wrap
-from epi_kernels.distributed.world import by_all, on_first_rank
+from epi_kernels.distributed.world import by_all, first_rank, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
 from epi_kernels.optim import MaskedEMAAdamW, group_text, ranks
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.group_text import VERSION_KEY
 from epi_kernels.optim.home import home
+from epi_kernels.optim.masks import MASK_KEYS
 from epi_kernels.optim.wrapped import unwrapped
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model", "optimizer", "state", "param_groups"
+SAVES = "saves"  # rank -> [16] uint8, which save its file is of: torch does not see that files of several are mixed
 MARK = ".metadata"  # written last, by torch
 
 
@@ -63,11 +66,12 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
 
     ranks.compare(list(optimizer._parameters()), optimizer.state, optimizer._config)
 
-    def prepare() -> None:
+    def prepare() -> bytes:
         if target.exists() and not (target / MARK).exists() and (target.is_file() or any(target.iterdir())):
             raise ValueError(f"{path} is there and is no checkpoint: it would be replaced")
         shutil.rmtree(partial, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        return os.urandom(16)
 
     def put_in_place() -> None:
         for file in (*sorted(partial.iterdir()), partial):
@@ -81,7 +85,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
         sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    on_first_rank(prepare)
+    number = torch.frombuffer(bytearray(on_first_rank(prepare)), dtype=torch.uint8)
+    state[SAVES] = {str(dist.get_rank() if dist.is_initialized() else 0): number}
     save(state, checkpoint_id=partial)
     on_first_rank(put_in_place)
 
@@ -95,8 +100,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     Raises:
         TypeError: ``optimizer`` is no MaskedEMAAdamW, nor a library's wrapper of one.
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another model or of other groups, or does not fit the optimizer, or the ranks' settings differ;
-            nothing has changed.
+        ValueError: it is of another model or of other groups, does not fit the optimizer or has files of several saves, or
+            the ranks' settings differ; nothing has changed.
         CheckpointException: (of torch, on every rank) a file is damaged; nothing has changed. Where one rank alone
             refuses, the others hear a ValueError with its words.
     """
@@ -104,6 +109,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     folder, names, template = by_all(lambda: _template(Path(path).resolve(), model, optimizer))
     ranks.compare_settings(list(optimizer._parameters()), optimizer._config)
     load(template, checkpoint_id=folder)
+    by_all(lambda: _check_one_save(template.get(SAVES, {}), folder))
     states, groups = template[OPTIMIZER][STATE], template[OPTIMIZER][GROUPS]
     found = by_all(lambda: _in_our_order(states, groups, optimizer, names, folder))
     optimizer.load_state_dict(found)  # refused by all ranks or by none
@@ -128,6 +134,9 @@ def _template(
     names, weights = _names(model, optimizer), get_model_state_dict(model)
     _check_model(weights, stored, folder)
     template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
+    numbers = [(path[1], one.size) for path, one in stored.items() if path[0] == SAVES]
+    if numbers and first_rank():  # it alone opens the files of all ranks
+        template[SAVES] = {rank: torch.empty(size, dtype=torch.uint8) for rank, size in numbers}
     params = {name: param for param, name in names.items()}
     _lay_out(template[OPTIMIZER], stored, params, optimizer._config, folder)
     return folder, names, template
@@ -179,6 +188,16 @@ def _check_model(weights: Mapping[str, Any], stored: Mapping[tuple, Any], folder
             )
 
 
+def _check_one_save(numbers: Mapping[str, Tensor], folder: Path) -> None:
+    """Earlier releases wrote no numbers."""
+    found = {bytes(number.tolist()): rank for rank, number in numbers.items()}
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder}: files of {len(found)} saves are mixed in it (those of ranks {', '.join(sorted(found.values()))} are not "
+            "of one): copy all of its files anew from where it was saved"
+        )
+
+
 def _check_same(wanted: Iterable[str], found: Iterable[str], folder: Path) -> None:
     lacking, strange = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if lacking or strange:
@@ -210,7 +229,9 @@ def _lay_out(
             raise ValueError(f"{folder} holds state of {name}, which this optimizer lacks")
         param, value = params[name], None
         if isinstance(one, TensorStorageMetadata):
-            alike = key != "step" and one.size == param.shape
+            # a mask that one process packed has the shape of a parameter [1] as well
+            packed = key in MASK_KEYS and one.properties.dtype == torch.uint8
+            alike = key != "step" and not packed and one.size == param.shape
             size = local(param).shape if alike else one.size
             value = torch.empty(size, dtype=one.properties.dtype, device=home(param, config))
             value = wrap(value, param) if alike else value

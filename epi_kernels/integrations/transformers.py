@@ -84,7 +84,8 @@ class IsolationCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         ours = _unwrapped(optimizer)
-        if self._carry is not None and state.global_step == 0:  # a resumed run has its importance
+        # a resumed run has its importance, unless its checkpoint is without the optimizer (save_only_model)
+        if self._carry is not None and (state.global_step == 0 or not any(ours.state.values())):
             ours.carry_importance(self._carry)
             ours.refresh_isolation_mask()
             self._log(ours.isolation_report())
@@ -114,7 +115,7 @@ def add_isolation_callback(
 
     Args:
         carry: the optimizer of an earlier stage, or its state dict (``MaskedEMAAdamW.carry_importance``); its importance
-            is taken over and a mask selected before the first step.
+            is taken over and a mask selected before the first step; also of a run resumed without its optimizer's state.
         tensorboard: whether the Trainer writes TensorBoard's event files. None: where it reports nowhere else
             (``report_to``) and tensorboard is installed. W&B and the others that ``report_to`` names get the same scalars.
     """

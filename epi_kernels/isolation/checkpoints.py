@@ -101,15 +101,21 @@ class Checkpoint:
 
 
 class MemoryTensors:
-    """A state dict, or any mapping of names to tensors."""
+    """A state dict, or any mapping of names to tensors.
+
+    ``aliases``: further names of a tensor (tied embeddings in a state dict) -> its first, which alone counts, as in a
+    checkpoint's files and among a model's parameters.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], label: str = "the tensors given"):
         self.label, self._values = label, tensors
+        self.aliases = _aliases(tensors)
         self.tensors = {
             name: TensorInfo(
                 FLOAT_NAMES.get(one.dtype, str(one.dtype)), tuple(one.shape), one.numel() * one.element_size()
             )
             for name, one in tensors.items()
+            if name not in self.aliases
         }
 
     def read_bytes(self, name: str, begin: int, end: int) -> Tensor:
@@ -118,11 +124,29 @@ class MemoryTensors:
         return value.reshape(-1)[begin // width : end // width].cpu().view(torch.uint8)
 
 
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> the first name of the same elements in memory."""
+    first: dict[tuple, str] = {}
+    found = {}
+    for name, one in tensors.items():
+        if one.numel():
+            place = (one.device, one.data_ptr(), one.dtype, one.shape, one.stride())
+            if first.setdefault(place, name) != name:
+                found[name] = first[place]
+    return found
+
+
 def open_tensors(source: Source) -> Tensors:
-    """Raises IsolationError when a path holds no whole weights."""
+    """Raises IsolationError when a path holds no whole weights, TypeError for what is neither path nor mapping."""
     if isinstance(source, Mapping):
         return MemoryTensors(source)
-    return Checkpoint(source) if isinstance(source, str | os.PathLike) else source
+    if isinstance(source, str | os.PathLike):
+        return Checkpoint(source)
+    if not hasattr(source, "read_bytes"):
+        raise TypeError(
+            f"weights are a checkpoint's path or a mapping of names to tensors (model.state_dict()), not {type(source).__name__}"
+        )
+    return source
 
 
 def read(source: Tensors, name: str, start: int, stop: int) -> Tensor:

@@ -37,6 +37,7 @@ from torch import Tensor
 from .checkpoint_writer import write_checkpoint
 from .checkpoints import (
     Checkpoint,
+    MemoryTensors,
     Source,
     Tensors,
     floating,
@@ -239,6 +240,8 @@ def fuse(
             fused[name] = base[name].clone()
         else:
             raise IsolationError(f"{name} is {info.dtype}: fuse such checkpoints with fuse_checkpoints")
+    if isinstance(first, MemoryTensors):  # tied tensors stay one, under all their names
+        fused |= {name: fused[of] for name, of in first.aliases.items()}
     return fused, fusion.report
 
 

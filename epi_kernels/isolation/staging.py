@@ -13,12 +13,13 @@ Groups that tie keep their order.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Sequence
 
 import torch
 
-from .core_file import Core, byte_slices, require_same_model
+from .core_file import Core, byte_slices, open_core, require_same_model
 from .errors import IsolationError
 from .overlap import popcount
 
@@ -30,12 +31,12 @@ def order_groups(
     order: str = "random",
     *,
     seed: int = 0,
-    cores: Sequence[Core] | None = None,
+    cores: Sequence[str | os.PathLike[str] | Core] | None = None,
     difficulty: Sequence[float] | None = None,
 ) -> list[list[int]]:
     """The groups (of task positions) in the order of their stages; the module's docstring has the orders.
 
-    `cores` (order "frozen") and `difficulty` ("curriculum") have one entry a task.
+    `cores` (order "frozen"; files or what was read of them) and `difficulty` ("curriculum") have one entry a task.
 
     Raises:
         IsolationError (a ValueError): an unknown order, or one whose cores or difficulties are not there.
@@ -50,7 +51,7 @@ def order_groups(
     if order == "frozen":
         if cores is None or len(cores) != tasks:
             raise IsolationError(f"order 'frozen' needs the cores of all {tasks} tasks")
-        return _smallest_frozen(found, cores)
+        return _smallest_frozen(found, [open_core(one) for one in cores])
     if order == "curriculum":
         if difficulty is None or len(difficulty) != tasks or not all(map(math.isfinite, difficulty)):
             raise IsolationError(

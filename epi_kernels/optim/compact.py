@@ -162,11 +162,10 @@ def change_whole(
 
 
 def expand_states(
-    saved: MutableMapping[Any, dict[str, Any]], param_groups: Sequence[Mapping[str, Any]]
+    saved: MutableMapping[Any, dict[str, Any]], params: Sequence[Tensor]
 ) -> dict[Tensor, dict[str, Any]]:
-    """Makes the states of a state dict whole, by the numbers that torch gives parameters there; returns those that were
-    not. They are made for the dict, and lie in host memory: that of the device may have no room."""
-    params = dict.fromkeys(param for group in param_groups for param in group["params"])
+    """Makes the states of a state dict whole, by the numbers that ``params`` have there; returns those that were not. They
+    are made for the dict, and lie in host memory: that of the device may have no room."""
     made = {}
     for number, param in enumerate(params):
         if RUNS_KEY in saved.get(number, {}):

@@ -40,8 +40,8 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
 
     Raises:
         TypeError: it is no MaskedEMAAdamW, nor a library's wrapper of one.
-        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet; of sharded ones,
-            on every rank.
+        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet, or importance that
+            is not a number; of sharded ones, on every rank.
         OSError: the file cannot be written; what was at ``path`` is still there.
     """
     from safetensors import SafetensorError
@@ -52,7 +52,14 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
 
     def prepare() -> tuple[dict[str, Entry], list[Carried | None]]:
         named = _named_entries(optimizer)
-        return named, match_source(optimizer, [entry.param for entry in named.values()], list(named))
+        found = match_source(optimizer, [entry.param for entry in named.values()], list(named))
+        for name, one in zip(named, found, strict=True):
+            if one is not None and bool(one.importance.isnan().any()):
+                raise ValueError(
+                    f"the importance of {name} has values that are not a number, as after a gradient that was none, and so have "
+                    "its weights: save what there was before that step"
+                )
+        return named, found
 
     entries, carried = by_all(prepare) if sharded else prepare()
     writes = not sharded or first_rank()

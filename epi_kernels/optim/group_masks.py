@@ -97,6 +97,7 @@ def left_behind(
         return {}
     _check_grouping(saved_groups, told)
     _check_in_states(saved_groups, told, states)
+    here = _Here(params, states)
     masks: dict[Any, Masks] = {}
     owners: dict[Any, str | Fingerprint] = {}
     for group, one in zip(saved_groups, told, strict=True):
@@ -110,14 +111,13 @@ def left_behind(
         for key in [key for key, found in masks.items() if kind in found]:
             mask, owner = masks[key][kind], owners.get(key)
             if key in own or any(
-                _equal(own[other], mask) and (owner is None or _may_be(owner, other, params, states))
-                for other in moved
+                _equal(own[other], mask) and (owner is None or here.may_be(owner, other)) for other in moved
             ):
                 del masks[key][kind]
     masks = {key: found for key, found in masks.items() if found}
     for key, owner in owners.items():
         if key in masks:
-            _check_owner(key, owner, masks, states, params)
+            _check_owner(key, owner, masks, here)
     return masks
 
 
@@ -181,45 +181,54 @@ def _check_owner(
     key: Any,
     owner: str | Fingerprint,
     masks: Mapping[Any, Masks],
-    states: Mapping[Any, Any],
-    params: Mapping[Any, tuple[Tensor, str | None]],
+    here: _Here,
 ) -> None:
     """Refuses a mask that is another parameter's, or may be."""
-    here = _name(key, params)
-    may_be = [other for other in params if _may_be(owner, other, params, states)]
+    name = here.names[key]
+    may_be = here.all_that_may_be(owner)
     if key not in may_be:
         whose = owner if isinstance(owner, str) else "another parameter"
         raise ValueError(
-            f"a mask of {whose} would come to {here}: give this optimizer its parameters in the order of the one that was "
+            f"a mask of {whose} would come to {name}: give this optimizer its parameters in the order of the one that was "
             "saved, or make that one with names (model.named_parameters())"
         )
-    alike = [_name(other, params) for other in may_be if not _same(masks.get(other, {}), masks[key])]
+    alike = [here.names[other] for other in may_be if not _same(masks.get(other, {}), masks[key])]
     if alike:
         raise ValueError(
-            f"whether masks are of {here} or of {_some(alike)} cannot be told: of parameters without names they go by "
+            f"whether masks are of {name} or of {_some(alike)} cannot be told: of parameters without names they go by "
             f"shape and exp_avg_sq. Make the optimizer that saves with names (model.named_parameters()), or use {OURS}"
         )
 
 
-def _may_be(
-    owner: str | Fingerprint,
-    key: Any,
-    params: Mapping[Any, tuple[Tensor, str | None]],
-    states: Mapping[Any, Any],
-) -> bool:
-    """Whether nothing says that a parameter is another one. A state that came to another dtype says nothing."""
-    if isinstance(owner, str):
-        return bare_name(_name(key, params)) == bare_name(owner)
-    if tuple(params[key][0].shape) != owner.shape:
-        return False
-    here = Fingerprint.of(states.get(key) or {})
-    return here is None or here.dtype != owner.dtype or here.crc == owner.crc
+class _Here:
+    """What tells the parameters at hand apart, read once of each: there may be thousands."""
 
+    def __init__(self, params: Mapping[Any, tuple[Tensor, str | None]], states: Mapping[Any, Any]) -> None:
+        self._states = states
+        # where this optimizer's parameters have no names, the model's
+        self.names = {key: str(key) if name is None else name for key, (_, name) in params.items()}
+        self._bare = {key: bare_name(name) for key, name in self.names.items()}
+        self._shapes = {key: tuple(param.shape) for key, (param, _) in params.items()}
+        self._alike: dict[str | tuple[int, ...], list[Any]] = {}  # keys by bare name, and by shape
+        for key in params:
+            self._alike.setdefault(self._bare[key], []).append(key)
+            self._alike.setdefault(self._shapes[key], []).append(key)
+        self._fingerprints: dict[Any, Fingerprint | None] = {}
 
-def _name(key: Any, params: Mapping[Any, tuple[Tensor, str | None]]) -> str:
-    """Where this optimizer's parameters have none, the model's."""
-    name = params[key][1]
-    return str(key) if name is None else name
+    def may_be(self, owner: str | Fingerprint, key: Any) -> bool:
+        """Whether nothing says that a parameter is another one. A state that came to another dtype says nothing."""
+        if isinstance(owner, str):
+            return self._bare[key] == bare_name(owner)
+        if self._shapes[key] != owner.shape:
+            return False
+        if key not in self._fingerprints:
+            self._fingerprints[key] = Fingerprint.of(self._states.get(key) or {})
+        here = self._fingerprints[key]
+        return here is None or here.dtype != owner.dtype or here.crc == owner.crc
+
+    def all_that_may_be(self, owner: str | Fingerprint) -> list[Any]:
+        same = self._alike.get(bare_name(owner) if isinstance(owner, str) else owner.shape, [])
+        return [key for key in same if self.may_be(owner, key)]
 
 
 def _same(one: Masks, other: Masks) -> bool:

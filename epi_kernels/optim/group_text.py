@@ -104,7 +104,7 @@ def read(saved_group: Mapping[str, Any]) -> Told:
             told = json.loads(version)
             version = told["version"]
         found = _parsed(told) if version == STATE_VERSION else Told(version)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"the masks or states under {VERSION_KEY} of the state dict are damaged") from None
     if version != STATE_VERSION:
         raise ValueError(f"the state dict has {VERSION_KEY} {version!r}; this release reads {STATE_VERSION}")

@@ -104,6 +104,7 @@ class MaskedEMAAdamW(Optimizer):
     Raises:
         ValueError: an argument is out of range; names the argument, the value and what is allowed.
         RuntimeError: a backend asked for by name cannot run, with the reason.
+        NotImplementedError: ZeroRedundancyOptimizer makes it, or parameters are laid out in a way that is not supported.
 
     Source: EPI, arXiv 2604.14010 (Evolving Parameter Isolation).
     """
@@ -145,6 +146,7 @@ class MaskedEMAAdamW(Optimizer):
         offload: str | None = None,
         isolation_granularity: str = "element",
     ) -> None:
+        ranks.check_maker()
         arguments.check_torch_options(
             amsgrad=amsgrad,
             foreach=foreach,
@@ -263,7 +265,7 @@ class MaskedEMAAdamW(Optimizer):
         return loss
 
     def _adopt_state(self) -> None:
-        stepping.adopt_state(self, [entry.param for entry in self._parameters()])
+        stepping.adopt_state(self, [param for group in self.param_groups for param in group["params"]])
 
     def _forget_plans(self) -> None:
         """And the state they hold; the ranks compare where they are before the next step."""

@@ -6,7 +6,7 @@ once, notes what it relied on, and serves until one comparison with the notes fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ class StepPlan:
         # what the plan relies on
         self._fixed = self._switches()
         self._missing = [grad is None for grad in grads]
-        self._state_values = _state_values(state_of)
+        self._state_values = list(_state_values(state_of))
         self._state_watch = Watch(
             [
                 shards.local(value)
@@ -132,6 +132,10 @@ class StepPlan:
         """There is a step, and no part of it reads a scalar on the host."""
         return len(self._batches) > 0 and all(share.backend.counts_on_device for share in self._batches)
 
+    def is_over(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, with gradients or without, that it was made for."""
+        return len(params) == len(self._all_params) and all(map(is_, params, self._all_params))
+
     def fits(
         self,
         params: Sequence[Tensor],
@@ -142,14 +146,14 @@ class StepPlan:
     ) -> bool:
         """Whether the plan still is what a new one would be, but for the gradients' addresses and what groups say
         of the step. ``alike``: gradients are known to have their weights' dtype, shape and device."""
-        if len(params) != len(self._all_params) or not all(map(is_, params, self._all_params)):
+        if not self.is_over(params):
             return False
         present = _present(grads)
         if len(present) != len(self._params) or (
             len(present) < len(grads) and [grad is None for grad in grads] != self._missing
         ):
             return False
-        if self._switches() != self._fixed or not self._same_state(_state_values(state_of)):
+        if self._switches() != self._fixed or not self._same_state(state_of):
             return False
         weights = self._weights()
         if self._shards_watch is not None and self._shards is not None:
@@ -160,12 +164,8 @@ class StepPlan:
             )
         return same_weights and (alike or all(list(map(of, present)) == like for of, like in self._like))
 
-    def _same_state(self, values: list[Any]) -> bool:
-        return (
-            len(values) == len(self._state_values)
-            and all(map(is_, values, self._state_values))
-            and self._state_watch.unmoved()
-        )
+    def _same_state(self, state_of: Mapping[Tensor, dict[str, Any]]) -> bool:
+        return all(map(is_, _state_values(state_of), self._state_values)) and self._state_watch.unmoved()
 
     def run(
         self,
@@ -361,5 +361,8 @@ def _hyper_parameters(
     return hyper
 
 
-def _state_values(state_of: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, state_of.values())))
+_END = object()  # of all values: two of unlike lengths differ there
+
+
+def _state_values(state_of: Mapping[Tensor, dict[str, Any]]) -> Iterator[Any]:
+    return chain(chain.from_iterable(map(dict.values, state_of.values())), (_END,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,25 @@ def check_named(param_groups: Sequence[dict[str, Any]]) -> None:
             "ranks tell parameters apart by name, and this optimizer's have none: pass (name, tensor) pairs, with "
             "the names that the parameters have in the whole model"
         )
+
+
+def check_maker() -> None:
+    """
+    Raises:
+        NotImplementedError: torch's ZeroRedundancyOptimizer is making the optimizer at hand: each rank has some of the
+            parameters, without names, and would select among those alone.
+    """
+    module = sys.modules.get(
+        "torch.distributed.optim.zero_redundancy_optimizer"
+    )  # who makes one has imported it
+    frame = sys._getframe(1) if module is not None else None
+    while frame is not None:
+        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise NotImplementedError(
+                "ZeroRedundancyOptimizer shares parameters out, and each rank would select a mask among its own: use FSDP2, "
+                "torch.distributed.fsdp.fully_shard, or DistributedDataParallel with the optimizer by itself"
+            )
+        frame = frame.f_back
 
 
 def settings(config: IsolationConfig) -> dict[str, Any]:

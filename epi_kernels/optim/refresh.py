@@ -279,10 +279,11 @@ def _search(
     if sampled:
         counting_pass(selection.SAMPLE_STRIDE)
         search.bracket_from_sample(problem.n_elements)
-    # a wrong bracket costs one pass, then every pass gains bin_bits of the 32; a GPU is never asked
-    # whether it is done, its kernels return at once where it is
+    # a wrong bracket costs one pass, then every pass gains bin_bits of the 32. A GPU by itself is not asked whether it is
+    # done, its kernels return at once where it is; between ranks, who have waited for it already, a pass is an all-reduce
+    asks = device.type == "cpu" or world is not None
     for _ in range(1 + -(-32 // problem.bin_bits)):
-        if device.type == "cpu" and bool(search.done.all()):
+        if asks and bool(search.done.all()):
             break
         counting_pass(1)
         search.select()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels.distributed.shards import is_sharded
+from epi_kernels.distributed.shards import any_sharded, is_sharded
 from epi_kernels.optim import carry, ranks, schedules, stepping
 from epi_kernels.optim.compact import expand_states
 from epi_kernels.optim.entries import list_entries
@@ -39,12 +39,15 @@ def saved(optimizer: MaskedEMAAdamW, of_torch: Callable[[], dict[str, Any]]) -> 
         found = of_torch()
     finally:
         optimizer._optimizer_state_dict_post_hooks = hooks
-    whole = expand_states(found["state"], optimizer.param_groups)
-    export_states(found["state"], optimizer.param_groups)
+    # as torch numbers them
+    params = list(dict.fromkeys(param for group in optimizer.param_groups for param in group["params"]))
+    whole = expand_states(found["state"], params)
+    if any_sharded(params):
+        export_states(found["state"], params)
     put_in_groups(
         found["param_groups"],
         optimizer.param_groups,
-        {**optimizer.state, **whole},
+        {**optimizer.state, **whole} if whole else optimizer.state,
         config=optimizer._config,
         template_has_masks=always_has_mask(optimizer._config),
     )

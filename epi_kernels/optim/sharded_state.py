@@ -44,9 +44,8 @@ def exported(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     return found
 
 
-def export_states(states: dict[Any, dict[str, Any]], param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Puts ``exported`` in a state dict's ``state``, by the numbers that torch gives parameters there."""
-    params = dict.fromkeys(param for group in param_groups for param in group["params"])
+def export_states(states: dict[Any, dict[str, Any]], params: Sequence[Tensor]) -> None:
+    """Puts ``exported`` in a state dict's ``state``, by the numbers that ``params`` have there."""
     for number, param in enumerate(params):
         if is_sharded(param) and number in states:
             states[number] = exported(states[number], param)

@@ -29,7 +29,7 @@ from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF, load_moments, new_m
 from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.schedules import STEP_KEY, load_schedules
 from epi_kernels.optim.sharded_state import localized
-from epi_kernels.optim.states_told import AtHand, check_states, stepped_since
+from epi_kernels.optim.states_told import AtHand, check_states, stepped_since, warn_of_lost_corrections
 from epi_kernels.optim.step_counts import read_step
 
 
@@ -202,6 +202,13 @@ def _at_hand(
     ]
 
 
+def _without_gaps(entry: Any) -> Any:
+    """torch puts {} where a flat dict lacks what the optimizer that loads has in a state."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {key: value for key, value in entry.items() if not (isinstance(value, dict) and not value)}
+
+
 def read_state_dict(
     state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]], config: IsolationConfig
 ) -> tuple[defaultdict[Tensor, Any], list[dict[str, Any]]]:
@@ -210,13 +217,14 @@ def read_state_dict(
         raise ValueError("a state dict of an optimizer has the keys 'state' and 'param_groups'")
     saved_groups = state_dict["param_groups"]
     _check_groups(param_groups, saved_groups)
+    states = {key: _without_gaps(entry) for key, entry in state_dict["state"].items()}
     steps = [group.get(STEP_KEY) for group in saved_groups]
     told = [group_text.read(group) for group in saved_groups]
     of_states = [one.states for one in told]
     named = by_names(chain.from_iterable(group["params"] for group in saved_groups))
-    of_torch = _is_of_torch(saved_groups) or (named and stepped_since(of_states, state_dict["state"]))
+    of_torch = _is_of_torch(saved_groups) or (named and stepped_since(of_states, states))
     if of_torch or None in steps:  # torch's AdamW counts per parameter only
-        entries = state_dict["state"].items()
+        entries = states.items()
         isolation_step = max(
             (int(read_step(entry["step"], f"state {key}")) for key, entry in entries if "step" in entry),
             default=0,
@@ -231,7 +239,7 @@ def read_state_dict(
     saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
     owners = [(param, group, i) for group in groups for i, param in enumerate(group["params"])]
     owner_of = dict(zip(saved_ids, owners, strict=True))
-    strangers = [key for key in state_dict["state"] if key not in owner_of]
+    strangers = [key for key in states if key not in owner_of]
     if strangers:
         raise ValueError(f"the state dict holds state of parameters no group lists: {strangers[:5]}")
     state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -239,15 +247,17 @@ def read_state_dict(
         name for group in param_groups for name in group.get("param_names", [None] * len(group["params"]))
     ]
     known = {key: (param, name) for key, (param, _, _), name in zip(saved_ids, owners, names, strict=True)}
-    left = left_behind(saved_groups, told, state_dict["state"], known, of_torch=of_torch)
+    left = left_behind(saved_groups, told, states, known, of_torch=of_torch)
     if named and not of_torch:
-        check_states(
-            of_states, [_at_hand(g, s, state_dict["state"], left) for g, s in zip(groups, saved_groups)]
-        )
-    for key in dict.fromkeys([*state_dict["state"], *left]):
-        entry, masks = state_dict["state"].get(key), left.get(key)
+        check_states(of_states, [_at_hand(g, s, states, left) for g, s in zip(groups, saved_groups)])
+    for key in dict.fromkeys([*states, *left]):
+        entry, masks = states.get(key), left.get(key)
         param, group, position = owner_of[key]
         name = group["param_names"][position] if "param_names" in group else f"parameter {key}"
         if entry or masks:
             state[param] = load_param_state(entry or {}, param, group, config, name, masks)
+    saved = {owner_of[key][0]: entry for key, entry in states.items() if entry}
+    warn_of_lost_corrections(
+        [] if of_torch else of_states, saved.values(), [state[param] for param in saved], config
+    )
     return state, groups

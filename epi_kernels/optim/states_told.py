@@ -8,14 +8,14 @@ a whole state (a frozen parameter's) is gone, and nothing says so. A text goes t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epi_kernels.distributed.shards import is_sharded, local
+from epi_kernels.distributed.shards import any_sharded, is_sharded
 from epi_kernels.optim.arguments import INT4, INT8, IsolationConfig, shares_importance
 from epi_kernels.optim.corrections import CORRECTION_KEY
 from epi_kernels.optim.moments import MOMENT_KEYS, SCALE_OF
@@ -49,18 +49,25 @@ class StatesTold:
         config: IsolationConfig,
         by_group: int,
     ) -> StatesTold:
-        found = [
-            (group, param, states.get(param) or {}) for group in param_groups for param in group["params"]
-        ]
-        masks = [(param, state["isolation_mask"]) for _, param, state in found if "isolation_mask" in state]
-        stepped = [state for *_, state in found if state]
+        params = [param for group in param_groups for param in group["params"]]
+        found = [states.get(param) or {} for param in params]
+        stepped = [state for state in found if state]
         steps = _on_host([state["step"] for state in stepped])
+        with_own = [
+            param for group in param_groups if not shares_importance(group) for param in group["params"]
+        ]
+        sharded = [is_sharded(param) for param in params] if any_sharded(params) else [False] * len(params)
+        masks = [
+            (state["isolation_mask"], cut)
+            for state, cut in zip(found, sharded, strict=True)
+            if "isolation_mask" in state
+        ]
         return StatesTold(
-            parameters=len(found),
+            parameters=len(params),
             used=sum(step > 0 or _has_carried(state) for step, state in zip(steps, stepped, strict=True)),
-            own=sum("importance" in state for group, _, state in found if not shares_importance(group)),
-            masked=sum(is_sharded(param) for param, _ in masks)
-            + sum(_on_host([local(mask).any() for param, mask in masks if not is_sharded(param)])),
+            own=sum("importance" in (states.get(param) or {}) for param in with_own),
+            masked=sum(cut for _, cut in masks)
+            + sum(_on_host([mask.any() for mask, cut in masks if not cut])),
             by_group=by_group,
             step=int(max(steps, default=0)),
             state_bits=_BITS_OF_CODES.get(config.state_dtype, 0),
@@ -76,6 +83,8 @@ class StatesTold:
 
 def _on_host(values: Sequence[Tensor]) -> list[Any]:
     """Of tensors of one element, in their order; one transfer a device."""
+    if len({value.device for value in values}) == 1:
+        return torch.stack(list(values)).tolist()
     places: dict[torch.device, list[int]] = {}
     for place, value in enumerate(values):
         places.setdefault(value.device, []).append(place)
@@ -113,6 +122,27 @@ def stepped_since(told: Sequence[StatesTold | None], states: Mapping[Any, Any]) 
     return True
 
 
+def warn_of_lost_corrections(
+    told: Sequence[StatesTold | None],
+    saved: Iterable[Mapping[str, Any]],
+    loaded: Iterable[Mapping[str, Any]],
+    config: IsolationConfig,
+) -> None:
+    """Of weights, which come as they are stored then. ``saved``, ``loaded``: a parameter's states; ``told``: where a load in
+    place may have left corrections behind."""
+    gone = any(
+        CORRECTION_KEY in one and CORRECTION_KEY not in ours for one, ours in zip(saved, loaded, strict=True)
+    )
+    bits = max((one.master_weight_bits for one in told if one is not None), default=16)
+    if gone or (bits > 16 and config.master_weight_bits == 16):
+        were = f"master_weight_bits={bits}" if bits > 16 else "master_weight_bits"
+        warnings.warn(
+            f"the weights' corrections of this state dict ({were}) are dropped, for this optimizer or its weights keep none: "
+            "the weights go on as they are stored. To keep them give it the same master_weight_bits",
+            stacklevel=callers_level(),
+        )
+
+
 @dataclass(frozen=True)
 class AtHand:
     """A parameter and its state in the dict that is loaded."""
@@ -139,7 +169,12 @@ def check_states(told: Sequence[StatesTold | None], found: Sequence[Sequence[AtH
         return
     with_own = [each for each in every if each.state and not shares_importance(each.group)]
     _check_kept("own importances", first.own, with_own, lambda each: "importance" in each.state)
-    if first.parameters != len(every):  # stages of a pipeline that were cut otherwise
+    if first.parameters != len(every):  # torch gives a group the text of its first parameter's stage
+        warnings.warn(
+            f"these groups tell of {first.parameters} parameters, as of a stage of a pipeline that was cut otherwise, and this "
+            f"optimizer has {len(every)}: masks that other stages had in their groups (persistent ones), if any, are not here",
+            stacklevel=callers_level(),
+        )
         return
     _check_kept("states", first.used, every, lambda each: _step(each.state) > 0 or "importance" in each.state)
     _check_kept(

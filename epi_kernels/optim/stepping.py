@@ -153,6 +153,8 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
         RuntimeError: they are of another number or shape.
         ValueError: the state does not fit a successor.
     """
+    if optimizer._plan is not None and optimizer._plan.is_over(params):
+        return
     given, found = optimizer._given, list(map(id, params))
     if found == given.ids:
         return
@@ -174,6 +176,7 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
         del optimizer.state[old]
         optimizer.state[entry.param] = state
     given.replace(params)
+    optimizer._plan = None
 
 
 def plan_of(

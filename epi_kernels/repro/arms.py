@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from epi_kernels.repro.methods.config import Method
 
 Rate = Annotated[float, Field(gt=0)]
 _METHOD: TypeAdapter[Any] = TypeAdapter(Method)
+# Names of rows that tables have without an arm: one that is called so would stand in their place.
+_ROWS = re.compile(r"(full SFT|WiSE-FT|multi-stage)(,.*)?|CPI-FT|before the second stage")
 
 
 class Try(Strict):
@@ -66,6 +69,8 @@ def _resolved(arms: dict[str, Arm]) -> dict[str, Arm]:
     """With the setting of every arm that is like another."""
     found = {}
     for name, arm in arms.items():
+        if _ROWS.fullmatch(name):
+            raise ValueError(f"{name}: a row of the tables has that name; call the arm otherwise")
         if arm.like is not None:
             model = arms.get(arm.like)
             if model is None or not model.tuned:

@@ -142,11 +142,19 @@ def _out(args: argparse.Namespace) -> Path:
 
 def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
     """The preset and the names of its tables that are wanted."""
+    from epi_kernels.repro.config import TaskSpec
+    from epi_kernels.repro.contents import specs_of
     from epi_kernels.repro.errors import ReproError
     from epi_kernels.repro.preset import load_preset
     from epi_kernels.repro.tables import TABLES, tables_of
+    from epi_kernels.repro.tasks import make_task
 
     preset = load_preset(args.preset)
+    for spec in specs_of(preset):
+        if isinstance(spec, TaskSpec):
+            make_task(
+                spec
+            )  # a judge, a source or a harness that its kind does not have is named before anything is made
     if args.seeds:
         preset = preset.with_seeds(args.seeds)
     if args.without:
@@ -159,6 +167,8 @@ def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
         raise ReproError(f"--preset {args.preset}: has no plan, so there is no table to make")
     if args.time_limit is not None and not args.time_limit > 0:
         raise ReproError(f"--time-limit {args.time_limit}: must be above 0")
+    if (out := _out(args)).exists() and not out.is_dir():
+        raise ReproError(f"--out {out}: is a file; name a directory")
     return preset, names
 
 

@@ -113,19 +113,23 @@ class TaskSpec(Grown):
 class JudgeSpec(Strict):
     """An OpenAI-compatible endpoint that gives an answer 1 to 10 points.
 
-    How it is asked is no part of a run's description: it has `how` at their defaults, and a run that is there stays.
+    How it is asked is no part of a run's description: it has `how` at their defaults, no `address`, and a run that is
+    there stays, with what was rated for it.
     """
 
     how: ClassVar[tuple[str, ...]] = ("key_variable", "retries")
 
-    url: str  # ".../v1"
+    url: str  # ".../v1"; with `model` who judges: another one is another judge, whose runs are made anew
     model: str
+    address: str | None = None  # where the same judge answers by now, if no longer at `url`
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     retries: Annotated[int, Field(ge=0)] = 5
 
     @model_serializer(mode="wrap")
     def _who_judges(self, handler: Any) -> dict[str, Any]:
-        return handler(self) | {name: type(self).model_fields[name].default for name in self.how}
+        record = handler(self) | {name: type(self).model_fields[name].default for name in self.how}
+        record.pop("address")
+        return record
 
 
 class Recipe(Grown):

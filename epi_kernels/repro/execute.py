@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,6 +42,7 @@ from epi_kernels.repro.weights import run_fuse, run_interpolate
 from epi_kernels.repro.workshop import Result, Workshop
 
 KEPT = "finished runs are kept"
+PART_OF = "part_of"  # in the notes of a run that a CPI-FT run made for itself: that one's key
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "peft", "datasets", "lm_eval")
 
 
@@ -111,6 +113,9 @@ def _execute(run: Run, shop: Workshop) -> Manifest:
 
 
 def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest:
+    facts = dict(result.facts)
+    if shop.part_of is not None:
+        facts["notes"] = facts.get("notes", {}) | {PART_OF: shop.part_of}
     manifest = Manifest(
         key=key(run),
         run=run,
@@ -123,7 +128,7 @@ def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest
         scores=result.scores,
         losses=result.losses,
         hub=_from_hub(run),
-        **result.facts,
+        **facts,
     )
     shop.store.write(run, manifest, result.write_model if key(run) in shop.keep else None)
     return manifest
@@ -154,22 +159,28 @@ def _cpift(run: CpiFt, shop: Workshop) -> Result:
     groups, similarity = cpift.groups_of(run, shop)
     last = cpift.unfold(run, groups)
     inner = {key(parent) for one in ancestry(last) for parent in parents(one)}
-    shop = replace(shop, keep=shop.keep | inner)
+    shop = replace(shop, keep=shop.keep | inner, part_of=key(run))
+    began = time.perf_counter()
     manifest = ensure(last, shop)
-    stages = shop.ranks.first_does(_stages, run, last, shop.store)
+    spent = time.perf_counter() - began
+    made = shop.ranks.first_does(_parts, run, last, shop.store)
+    stages = [one for one in made if isinstance(one.run, Train)]
     facts = {
         "bytes": most([one.bytes for one in stages if one.bytes]),
         "time": mean_time([one.time for one in stages if one.time]),
     }
     notes = manifest.notes | cpift.describe(groups, similarity, run, manifest) | {"stages": len(stages)}
-    return Result(manifest.scores, manifest.losses, _nothing, facts | {"notes": notes})
+    notes.pop(PART_OF, None)  # the last part's
+    # What its parts took, in earlier calls too, in place of what passed here; those that another run made are not its.
+    own = math.fsum(one.seconds for one in made if one.notes.get(PART_OF) == key(run))
+    return Result(manifest.scores, manifest.losses, _nothing, facts | {"notes": notes}, own - spent)
 
 
-def _stages(run: CpiFt, last: Run, store: Store) -> list[Manifest]:
-    """Of everything that it trains: probes, a stage a group, consolidation."""
+def _parts(run: CpiFt, last: Run, store: Store) -> list[Manifest]:
+    """Of everything that it consists of: probes, a stage a group, fusion, consolidation."""
     given = {key(one) for one in ancestry(run.before)}
-    trained = {key(one): one for one in ancestry(last) if isinstance(one, Train)}
-    found = [store.manifest(one) for name, one in trained.items() if name not in given]
+    parts = {key(one): one for one in ancestry(last)}
+    found = [store.manifest(one) for name, one in parts.items() if name not in given]
     return [one for one in found if one is not None]
 
 

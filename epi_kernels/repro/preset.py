@@ -23,6 +23,7 @@ from epi_kernels.repro.config import (
 )
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.config import Epi, Full
+from epi_kernels.repro.runs import Fusion, Order
 from epi_kernels.repro.strict_yaml import read_yaml
 from epi_kernels.repro.tasks import KINDS
 
@@ -69,6 +70,8 @@ class CpiFtPlan(Strict):
     share: Part = 0.1
     core_ratio: Share = 0.01
     tau: Similarity = 0.1
+    order: Order = "random"  # of the groups' stages
+    fusion: Fusion = "slerp"
     omega: Share | None = None
     taus: Annotated[tuple[Similarity, ...], Distinct] = ()  # the sensitivity figures; tau 0 is one group
     ratios: Annotated[tuple[Share, ...], Distinct] = ()

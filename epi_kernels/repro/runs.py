@@ -16,6 +16,8 @@ from epi_kernels.repro.config import Count, Grown, ModelSpec, Recipe, Share, Str
 from epi_kernels.repro.methods.config import Full, Method, Static
 
 Tasks = tuple[TaskSpec, ...]
+Fusion = Literal["slerp", "linear"]
+Order = Literal["random", "smallest", "largest", "frozen", "curriculum"]
 
 
 class Base(Strict):
@@ -71,7 +73,7 @@ class Fuse(Strict):
     backbone: Run
     probes: tuple[Run, ...]
     core_ratio: Share = 0.01
-    method: Literal["slerp", "linear"] = "slerp"
+    method: Fusion = "slerp"
     omega: Share | None = None  # None: every model weighs the same
     evaluate: Tasks = ()
     seed: int = 0
@@ -92,10 +94,10 @@ class CpiFt(Strict):
     )
     core_ratio: Share = 0.01
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
-    order: Literal["random", "smallest", "largest", "frozen", "curriculum"] = "random"
+    order: Order = "random"
     reading: Literal["earlier", "all"] = "earlier"
     single_stage: bool = False
-    fusion: Literal["slerp", "linear"] = "slerp"
+    fusion: Fusion = "slerp"
     omega: Share | None = None
     seed: int = 0
 

@@ -27,7 +27,8 @@ from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.runs import Run, key
 
-MANIFEST, ISOLATION, WEIGHTS = "manifest.json", "isolation.safetensors", "model.safetensors"
+MANIFEST, ISOLATION = "manifest.json", "isolation.safetensors"
+CONFIG = "config.json"  # of the weights; where it is they are whole
 
 
 class Store:
@@ -70,7 +71,8 @@ class Store:
         """Whether nothing is left to do: a run made as a leaf has no weights for others to start from."""
         if not (self.at(run) / MANIFEST).is_file():
             return False
-        return not with_weights or any(self.weights(run).glob("*.safetensors"))
+        weights = self.weights(run)
+        return not with_weights or ((weights / CONFIG).is_file() and any(weights.glob("*.safetensors")))
 
     def write(self, run: Run, manifest: Manifest, write_model: Callable[[Path], None] | None) -> None:
         """The folder of a finished run, whole or not at all; then its progress is gone. Raises DiskFull."""
@@ -85,6 +87,7 @@ class Store:
 
     def drop_weights(self, run: Run) -> None:
         """What others would start from; the manifest stays, and a run that needs the weights again makes them again."""
+        (self.at(run) / CONFIG).unlink(missing_ok=True)  # first: killed midway, what is left is no model
         for path in self.at(run).glob("*.safetensors"):
             path.unlink()
 

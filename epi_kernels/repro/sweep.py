@@ -227,7 +227,7 @@ def _together(
 ) -> int:
     try:
         with processes(workers) as (pool, ticks):
-            return _drive(pool, job, plan, missing, ticks, progress, ended)
+            return _drive(pool, job, plan, missing, ticks, progress, ended, workers)
     except BrokenProcessPool:
         raise ReproError(
             "a worker process was ended from outside, where memory runs out by the system; finished runs are kept: run"
@@ -243,14 +243,16 @@ def _drive(
     ticks: Callable[[], int],
     progress: Any,
     ended: Ended,
+    workers: int,
 ) -> int:
-    """A run is queued once its parents are there."""
+    """A run is handed to a worker that is free once its parents are there: what waited in a queue would still begin when
+    the time is over."""
     waiting = {name: set(plan.needs[name]) & set(missing) for name in missing}
     under_way: dict[Future, str] = {}
     done = 0
     while waiting or under_way:
         for name in [one for one, needs in waiting.items() if not needs]:
-            if not job.is_over():
+            if len(under_way) < workers and not job.is_over():
                 del waiting[name]
                 under_way[pool.submit(_make, job, plan.runs[name])] = name
         if not under_way:

@@ -82,7 +82,8 @@ def train(stage: Stage, batches: Batches, meters: Meters, limits: Limits, progre
     first = ranks.together(_load, stage, meters, progress)
     saved, pause = time.monotonic(), limits.save_every_s
     for step in range(first, stage.steps):
-        due = ranks.highest(_due(limits, saved + pause))  # all ranks stop before the same step
+        # All ranks stop before the same step, and none before its first: slices shorter than a start get on, too.
+        due = ranks.highest(_due(limits, saved + pause)) if step > first else 0
         if due:
             refuse_drift(stage, f"before step {step + 1}")
             began = time.monotonic()

@@ -38,6 +38,7 @@ class Workshop:
     keep: frozenset[str] = frozenset()  # keys of the runs whose weights others start from
     ranks: Ranks = field(default_factory=Ranks)
     fsdp: bool = False  # stages are sharded over the ranks while they train
+    part_of: str | None = None  # key of the CPI-FT run that what is made is a part of
 
     @property
     def sharded(self) -> bool:
@@ -57,7 +58,7 @@ class Result:
     losses: dict[str, float]
     write_model: Callable[[Path], None]
     facts: dict[str, Any] = field(default_factory=dict)
-    earlier_s: float = 0.0  # seconds that it took before it was stopped
+    earlier_s: float = 0.0  # seconds beside those of this call: that it took before it was stopped
 
 
 Split = Literal["train", "test"]

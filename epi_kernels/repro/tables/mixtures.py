@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from epi_kernels.repro import published_values as printed
 from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.methods.config import Epi, Static
-from epi_kernels.repro.preset import Imbalance, Mixture, Preset
+from epi_kernels.repro.preset import CpiFtPlan, Imbalance, Mixture, Preset
 from epi_kernels.repro.runs import Run
 from epi_kernels.repro.tables import access, paper, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered, Table
@@ -42,8 +42,14 @@ def budget(plan: Mixture | Imbalance) -> str:
         f"Budget: {length(recipe)} of {recipe.batch} examples; multi-stage methods divide the steps among the stages"
         f" (epochs are of a stage's own data). CPI-FT trains {length(cpift.probe)} a task to probe,"
         f" {length(cpift.stage)} a group, and {length(cpift.consolidation)} a stage on {100 * cpift.share:g} % of the"
-        f" data to consolidate. {tuned}"
+        f" data to consolidate{_less_usual(cpift)}. {tuned}"
     )
+
+
+def _less_usual(cpift: CpiFtPlan) -> str:
+    """What of its fusion and of its stages' order is no default."""
+    changed = cpift.model_dump(include={"order", "fusion", "omega"}, exclude_defaults=True)
+    return "".join(f"; {name} {value}" for name, value in changed.items())
 
 
 def score_rows(

@@ -165,6 +165,8 @@ def cpift_run(before: Base, tasks: Tasks, plan: CpiFtPlan, seed: int, **changes:
         "sampled": plan.share,
         "core_ratio": plan.core_ratio,
         "tau": plan.tau,
+        "order": plan.order,
+        "fusion": plan.fusion,
         "omega": plan.omega,
         **changes,
     }

@@ -102,7 +102,8 @@ class Results:
             sizes.append(name if size is None else f"{name} ({size:,} parameters)")
         synthetic = all(spec.kind in SYNTHETIC | PICTURED for spec in preset.tasks.values())
         tasks = "synthetic tasks" if synthetic else f"tasks {', '.join(preset.tasks)}"
-        return scale(f"preset {preset.name}: {', '.join(sizes)}; {tasks}; {len(preset.seeds)} seeds.")
+        seeds = "1 seed" if len(preset.seeds) == 1 else f"{len(preset.seeds)} seeds"
+        return scale(f"preset {preset.name}: {', '.join(sizes)}; {tasks}; {seeds}.")
 
     def over_seeds(self, value: Callable[[Run], float], run_of: RunOf) -> tuple[float, ...]:
         return tuple(value(run_of(seed)) for seed in self.preset.seeds)

@@ -48,6 +48,12 @@ class Stability:
         return plans.adapt(preset, plan.pairs[0], settled, seed, observe=OBSERVE)
 
     def runs(self, preset: Preset) -> Sequence[Run]:
+        plan, arm = access.sequential_plan(preset, self.name), self.arm(preset)
+        interval, steps = getattr(plan.arms[arm].settled.method, "interval", 0), plan.pairs[0].adapt.steps
+        if steps is not None and interval >= steps:
+            raise NoPlan(
+                f"--table {self.name}: preset {preset.name}: {arm} refreshes every {interval} steps, the second stage has {steps}"
+            )
         return [self.run(preset, seed) for seed in preset.seeds]
 
     def render(self, preset: Preset, found: Manifests) -> Rendered:

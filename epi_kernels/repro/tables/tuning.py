@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from epi_kernels.repro.errors import ReproError
@@ -101,7 +102,7 @@ class Tuning:
 
     def render(self, preset: Preset, found: Manifests) -> Rendered:
         results = Results.of(self, preset, found)
-        rows = Rows(results)
+        rows = Rows(replace(results, preset=preset.model_copy(update={"seeds": (self.seed(preset),)})))
         values = {(one.plan, one.arm, one.index): self.value(results, one) for one in self.tried(preset)}
         wrong: list[str] = []
         for one in self.tried(preset):
@@ -138,7 +139,7 @@ class Tuning:
                     else []
                 ),
             ),
-            findings=[*self._budgets(plans_here), self._choice(wrong)],
+            findings=[*self._budgets(plans_here), self._choice(wrong), *self._below(values)],
         )
 
     def _budgets(self, by_plan: dict[str, dict[str, Arm]]) -> list[str]:
@@ -152,6 +153,23 @@ class Tuning:
                 listed = ", ".join(f"{name} {count}" for name, count in counts.items())
                 told.append(failed(f"In {plan}, the arms have not the same number of tries: {listed}."))
         return told
+
+    def _below(self, values: Mapping[tuple[str, str, int], float]) -> list[str]:
+        """Of arms that only lose to full fine-tuning the best is where least is learned: often the lowest rate."""
+        best: dict[str, float] = {}
+        for (plan, arm, _), value in values.items():
+            if plan == "sequential":
+                best[arm] = max(value, best.get(arm, value))
+        told = ", ".join(f"{arm} ({value:+.2f} at best)" for arm, value in best.items() if value < 0)
+        if not told:
+            return []
+        return [
+            failed(
+                f"No setting that was tried keeps more of the first task than full SFT at the same score on the second: {told}."
+                " Where nothing is learned nothing is lost, and the criterion is 0: a lower learning rate would be"
+                " chosen for learning less, so that the grids do not go on there."
+            )
+        ]
 
     def _choice(self, wrong: Sequence[str]) -> str:
         if wrong:

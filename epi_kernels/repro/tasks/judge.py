@@ -68,6 +68,7 @@ class Judge:
     def __init__(self, spec: JudgeSpec, kept: Path | None = None):
         self.spec = spec
         self._asked = (spec.url.rstrip("/"), spec.model)  # servers may call different models by one name
+        self._address = (spec.address or spec.url).rstrip("/")
         name = hashlib.sha256(f"{spec.url} {spec.model}".encode()).hexdigest()[:16]
         self.kept = kept or default_folder() / f"{name}.jsonl"
         self.asked = 0  # requests sent, retries included
@@ -134,15 +135,16 @@ class Judge:
                 doubled = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)
                 time.sleep(wait if wait is not None else doubled * random.uniform(0.5, 1.5))
         raise ReproError(
-            f"the judge at {self.spec.url} failed {self.spec.retries + 1} times: {reasons}. {done} of this task are rated and kept in "
-            f"{self.kept}, and finished runs are kept, too: start the same command again when the endpoint is up"
+            f"the judge at {self._address} failed {self.spec.retries + 1} times: {reasons}. {done} of this task are rated and kept in "
+            f"{self.kept}, and finished runs are kept, too: start the same command again when the endpoint is up; `address` of the judge "
+            "names another place that it answers at"
         )
 
     def _request(self, messages: list[dict[str, str]]) -> str:
         self.asked += 1
         key = os.environ.get(self.spec.key_variable)
         request = urllib.request.Request(
-            self.spec.url.rstrip("/") + "/chat/completions",
+            self._address + "/chat/completions",
             json.dumps({"model": self.spec.model, "messages": messages, "temperature": 0}).encode(),
             {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
         )
@@ -172,6 +174,6 @@ class Judge:
             else f"; the variable {self.spec.key_variable}, which should hold the key, is not set"
         )
         raise ReproError(
-            f"the judge at {self.spec.url} refused: {said}{key if error.code in (401, 403) else ''}. "
+            f"the judge at {self._address} refused: {said}{key if error.code in (401, 403) else ''}. "
             f"Ratings so far are kept in {self.kept}"
         ) from None

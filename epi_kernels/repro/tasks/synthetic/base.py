@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from epi_kernels.finetune.data import Example, sample
+from epi_kernels.repro import lm_eval
 from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.errors import ReproError
 
@@ -40,6 +41,8 @@ class Synthetic:
         for field in ("source", "judge"):
             if getattr(spec, field) is not None:
                 raise ReproError(f"{self.kind} is made here: leave out {field}")
+        if spec.harness == "lm-eval":
+            lm_eval.entry_of(self.kind)
         self.spec, self.seed = spec, seed
 
     def draw(self, rng: random.Random) -> Pair:
