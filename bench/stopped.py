@@ -50,6 +50,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"state_dtype": torch.bfloat16},
     "8-bit": {"state_dtype": "int8"},
     "8-bit importance of its own": {"state_dtype": "int8", "importance_dtype": "int8"},
+    "4-bit": {"state_dtype": "int4"},
 }
 BASE, OTHER_GRADIENTS = list(CONFIGURATIONS)[:2]
 

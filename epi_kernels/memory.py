@@ -225,8 +225,7 @@ def run(args: argparse.Namespace) -> int:
     """Raises SystemExit with what to do when the model cannot be found or FILE cannot be written."""
     from epi_kernels.finetune.errors import UserError
 
-    if args.card is not None:
-        planner.check(args)
+    planner.check(args)
     try:
         config, sizes = _config_and_sizes(args.model)
         if args.card is not None:

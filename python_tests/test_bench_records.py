@@ -40,7 +40,12 @@ def times(left: list[int], entered: list[int]) -> stopped.Times:
 
 def test_the_block_of_stopped_elements_counts_those_more_than_one_refresh_apart(tmp_path, monkeypatch):
     assert stopped.text(tmp_path) == "Not measured yet: `make stopped`."
-    runs = iter([times([8, 8, 8, 9], [5] * 4), *[times([6, 7, 9, 0], [5, 6, 7, 3])] * 4])
+    runs = iter(
+        [
+            times([8, 8, 8, 9], [5] * 4),
+            *[times([6, 7, 9, 0], [5, 6, 7, 3])] * (len(stopped.CONFIGURATIONS) - 1),
+        ]
+    )
     monkeypatch.setattr(stopped, "run", lambda plan, **dtypes: next(runs))
     results.write_record(stopped.record(), tmp_path, "stopped-2030-01-02-0123456789", ("rows",))
     lines = stopped.text(tmp_path).splitlines()

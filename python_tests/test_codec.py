@@ -32,7 +32,10 @@ def test_values_on_the_grid_come_back_whatever_the_random_bits(scale, signed):
 
 
 def test_what_a_code_stands_for():
-    codes, scales = torch.tensor([0, 2, 3, 14, 15, 16, 24, 255], dtype=torch.uint8), torch.tensor([103], dtype=torch.uint8)
+    codes, scales = (
+        torch.tensor([0, 2, 3, 14, 15, 16, 24, 255], dtype=torch.uint8),
+        torch.tensor([103], dtype=torch.uint8),
+    )
     below = [2.0**-21, 1.5 * 2.0**-21, 2.0**-15, 1.5 * 2.0**-15]
     expected = torch.tensor([0.0, *below, 2.0**-14, 1.5 * 2.0**-14, 1.9375])
     assert torch.equal(codec.decode(codes, scales, signed=False), expected)

@@ -193,7 +193,12 @@ def test_twenty_kills_at_random_moments_leave_no_trace(undisturbed, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_kills_of_an_offloaded_run_leave_no_trace(undisturbed, tmp_path):
-    """Beside the run that was not offloaded."""
-    kill_and_compare(undisturbed, tmp_path, 4, {STEPPING}, "--offload", "cpu")
+    """Stepped during the backward pass, beside a run that was not offloaded."""
+    resident, released = tmp_path / "resident", ("--gradient-release", "--max-grad-norm", 0)
+    undisturbed.server.start(["finetune", *arguments(undisturbed.files, resident, *MORE, *released)])
+    assert undisturbed.server.wait() == 0, undisturbed.output.read_text()[-2000:]
+    beside = undisturbed._replace(out=resident)
+    kill_and_compare(beside, tmp_path, 4, {STEPPING}, *released, "--offload", "cpu")
     for run in tmp_path.glob("out-*/run.json"):
-        assert json.loads(run.read_text())["options"]["offload"] == "cpu"
+        options = json.loads(run.read_text())["options"]
+        assert options["offload"] == "cpu" and options["gradient_release"]

@@ -190,6 +190,16 @@ def test_65536_elements_that_stop_at_beta_0999_leave_and_enter_with_float32s(dty
         assert abs(float(ours[seen].double().mean() - exact.double().mean())) <= 1
 
 
+def test_of_4_bits_most_elements_that_stop_leave_and_most_come_back():
+    """Not with float32's, element by element, nor all of them: what the README says of 4-bit states."""
+    codes = stopped.run(STOPPED, state_dtype="int4")
+    before, gone, again = codes.shares[0], codes.shares[STOPPED.without], codes.shares[-1]
+    assert before > 0.85 and gone < 0.15 and again > 0.55
+    assert all(
+        later <= share + 0.01 for share, later in zip(codes.shares, codes.shares[1 : STOPPED.without + 1])
+    )
+
+
 def test_rounded_to_nearest_an_element_that_stops_would_stay_isolated():
     few = replace(STOPPED, elements=1 << 14)
     stays = stopped.run(few, state_dtype="int8", stochastic_rounding=False)

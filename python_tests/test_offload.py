@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from epi_kernels import AdaptiveInterval, AdaptiveRatio, MaskedEMAAdamW, enable_gradient_release
+from epi_kernels.optim.offload import pipeline
 from python_tests.released_net import Net, assert_same, loss_of, optimizer_of, train
 from python_tests.simulated_device import simulated  # noqa: F401
 
@@ -175,3 +178,38 @@ def test_a_saved_weight_that_is_stepped_is_noticed():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@BOTH
+def test_an_interrupt_leaves_nothing_on_its_way(monkeypatch, released):
+    """Ctrl-C while step() waits: weights that are set after it stay as they are set, and states are what was stepped."""
+
+    def slow(self, wait):
+        time.sleep(0.01)
+        back(self, wait)
+
+    back, result = pipeline.HostPipeline._return, pipeline.Future.result
+    monkeypatch.setattr(pipeline.HostPipeline, "_return", slow)
+    monkeypatch.setattr(pipeline, "STAGING_BYTES", 1 << 20)
+    net = Net()
+    optimizer = optimizer_of(net, offload="cpu")
+    if released:
+        enable_gradient_release(net, optimizer)
+    loss_of(net, 0).backward()
+    pressed = []
+
+    def interrupted(self, timeout=None):
+        if not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+        return result(self, timeout)
+
+    monkeypatch.setattr(pipeline.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(7.0)
+    time.sleep(0.3)
+    assert all((param == 7).all() for param in net.parameters())
+    assert not optimizer._pipeline._running

@@ -10,6 +10,7 @@ import torch
 
 from epi_kernels import MaskedEMAAdamW, enable_gradient_release
 from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
+from epi_kernels.isolation import isolate_rows
 from epi_kernels.optim.exchange import load_isolation, save_isolation
 from python_tests.harness import assert_same_run, give_gradients, make, snapshot
 from python_tests.released_net import Net, assert_same, loss_of, optimizer_of, train
@@ -161,6 +162,17 @@ def test_state_lies_on_the_host_and_nothing_is_made_on_the_device(pinned):  # no
         assert bool(pinned) == on_device
     for resident, offloaded in zip(*runs, strict=True):
         assert_same_run(resident, offloaded)
+
+
+def test_rows_are_scored_where_the_states_lie(pinned):  # noqa: F811
+    params = {
+        name: param.detach().as_subclass(OnDevice) for name, param in Net(torch.bfloat16).named_parameters()
+    }
+    optimizer = make(params, offload="cpu", backend="auto")
+    for param in params.values():
+        param.grad = torch.ones_like(plain(param)).as_subclass(OnDevice)
+    optimizer.step()
+    assert isolate_rows(optimizer, 0.0) == 0 and pinned
 
 
 def test_a_device_without_copies_is_refused():

@@ -13,6 +13,7 @@ from epi_kernels import memory
 from epi_kernels.finetune import command as finetune
 from epi_kernels.finetune.model import sizes_of
 from epi_kernels.planner import activations, machine, plans
+from epi_kernels.planner import command as command_
 from epi_kernels.planner.machine import Machine
 from python_tests.finetune_runs import arguments, same_weights, write_inputs
 from python_tests.tiny_model import command, write_config
@@ -27,8 +28,8 @@ def passes(checkpointing: bool, release: bool) -> int:
     return WEIGHTS + (0 if release else WEIGHTS) + (50_000_000 if checkpointing else 500_000_000)
 
 
-def found(card: float) -> list[plans.Plan]:
-    return plans.plans(SIZES, passes, plans.Job(card, 1, 2048), RATES)
+def found(card: float, *more, sizes=SIZES) -> list[plans.Plan]:
+    return plans.plans(sizes, passes, plans.Job(card, 1, 2048, *more), RATES)
 
 
 # --- bytes of the passes ----------------------------------------------------------------------------------------
@@ -112,11 +113,45 @@ def test_states_count_on_the_card_or_on_the_host():
     for plan in found(100):
         one = plan.configuration
         options = {name: value for name, value in one.options.items() if name != "offload"}
-        state = plans.footprint.masked_ema_adamw(SIZES, torch.bfloat16, **options)["total"]
+        kinds = plans.footprint.masked_ema_adamw(SIZES, torch.bfloat16, **options)
+        state, counters = kinds["total"], kinds["other"]  # which are not pinned
         beside = plans.STAGING_BYTES // 2 if one.offloaded else state
         on_card = plans.RESERVED + passes(one.checkpointing, one.release) + beside
         assert plan.device_bytes == on_card
-        assert plan.host_bytes == (state + plans.STAGING_BYTES if one.offloaded else 0)
+        assert plan.host_bytes == (state - counters + plans.STAGING_BYTES if one.offloaded else 0)
+
+
+def test_accumulation_keeps_gradients_released_or_not():
+    """Beside them a pass holds one at a time, and only the last pass hides an update."""
+    for once, often in zip(found(100), found(100, 4), strict=True):
+        one = once.configuration
+        released = passes(one.checkpointing, True) - passes(one.checkpointing, one.release)
+        assert often.device_bytes - once.device_bytes == WEIGHTS + released
+        assert often.passes_seconds == pytest.approx(4 * once.passes_seconds)
+        assert often.update_seconds == once.update_seconds
+    tight = 3.1
+    assert any(plan.fits for plan in found(tight)) and not any(plan.fits for plan in found(tight, 4))
+    assert "no accumulation (now 4" in plans.Job(tight, 1, 2048, 4).nothing_fits()
+
+
+def test_what_the_options_add_to_the_states_is_counted():
+    own = {"importance_beta": 0.9, "importance_dtype": torch.float32, "persistent_masks": True}
+    more = {plan.configuration.name: plan for plan in found(100, 1, own) if plan.configuration.release}
+    for plan in found(100):
+        name, added = plan.configuration.name, 4 * sum(SIZES) + sum(SIZES) // 8
+        if plan.configuration.options.get("state_dtype") == "int4":
+            assert name not in more, "which has no importance of its own"
+        elif plan.configuration.release and not plan.configuration.checkpointing:
+            released = next(p for p in found(100, 1, own) if p.configuration is plan.configuration)
+            grown = (released.device_bytes - plan.device_bytes, released.host_bytes - plan.host_bytes)
+            assert grown == ((0, added) if plan.configuration.offloaded else (added, 0))
+
+
+def test_pinned_memory_comes_in_powers_of_two():
+    n = (1 << 22) + 64
+    larger = [plan for plan in found(100, sizes=[n] * 200) if plan.configuration.offloaded]
+    for plan, before in zip(larger, [p for p in found(100) if p.configuration.offloaded], strict=True):
+        assert plan.host_bytes == pytest.approx(2 * before.host_bytes - plans.STAGING_BYTES, rel=1e-6)
 
 
 def test_passes_are_not_counted_where_states_alone_do_not_fit():
@@ -133,6 +168,12 @@ def test_a_slow_host_sticks_out_and_a_fast_one_is_hidden():
         SIZES, passes, plans.Job(100, 1, 2048), Machine("a card", 1e12, 6e13, link=1e13, host=1e13)
     )[-1]
     assert slow.configuration.offloaded and slow.update_seconds > 0
+    assert fast.host_gbps_to_hide and fast.host_gbps_to_hide == slow.host_gbps_to_hide
+    narrow = Machine("a card", 1e12, 6e13, link=1e9, host=1e13)
+    (held_up,) = plans.plans(SIZES, passes, plans.Job(100, 1, 2048), narrow, plans.CONFIGURATIONS[-1:])
+    assert held_up.host_gbps_to_hide is None and held_up.update_seconds > 0
+    text = command_.verdict(held_up, plans.Job(100, 1, 2048), narrow)
+    assert "copies alone take longer than the backward pass" in text and plans.UNROUNDED in text
     assert fast.update_seconds == 0 and fast.seconds == fast.passes_seconds == slow.passes_seconds
 
 
@@ -160,13 +201,15 @@ def test_memory_card_names_the_configuration_and_what_it_needs(capsys, tmp_path)
         and "MaskedEMAAdamW(model.named_parameters(), master_weight_bits=32)" in text
     )
     assert command(memory, "--model", config, "--card", 0.9, "--max-length", 64, *RATES_GIVEN) == 0
-    assert "Nothing fits: give a larger --card" in capsys.readouterr().out
+    assert "Nothing fits: give a larger card" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
         (("--card", 0), "--card is 0"),
+        (("--card", "inf"), "--card is inf"),
+        (("--host-gbps", 60, "--batch-size", 2), "--batch-size, --host-gbps plans for a card: give --card"),
         (("--card", 24, "--host-gbps", -1), "--host-gbps is -1"),
         (("--card", 24, "--dtype", "float32"), "bfloat16"),
     ],
@@ -201,6 +244,25 @@ def test_finetune_fits_itself_and_a_resume_stays_as_it_was(files, tmp_path, caps
     )
     assert same_weights(out, by_hand)
     assert command(finetune, "--out", out, "--resume") == 0
+
+
+def test_finetune_fits_what_the_run_keeps(files, monkeypatch):
+    """Gradients from pass to pass, an importance of its own and masks of cores: in the job that is planned."""
+    from epi_kernels.finetune import fit, options, plan
+
+    jobs = []
+    monkeypatch.setattr(fit, "find_plans", lambda config, sizes, job, *_, **__: jobs.append(job) or [])
+    more = {"accumulation": 8, "importance_beta": 0.9, "importance_dtype": "int8", "freeze": ["core"]}
+    asked = options.Options(model=str(files / "model"), data="data", out="out", fit=24, **more)
+    with pytest.raises(fit.UserError, match="no accumulation"):
+        fit.fitted(asked)
+    (job,) = jobs
+    assert job.accumulation == 8
+    tensors = [torch.nn.Parameter(torch.empty(n)) for n in (7, 9)]
+    released = [options.Options(gradient_release=True, accumulation=passes) for passes in (1, 8)]
+    assert [plan.memory(tensors, torch.float32, one).gradients for one in released] == [36, 64]
+    counted = plans.footprint.tensors(1 << 20, torch.bfloat16, **job.options)
+    assert sum(counted["importance"]) == (1 << 20) + (1 << 14) and counted["persistent_mask"] == (1 << 17,)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -14,6 +14,7 @@ from epi_kernels.planner.machine import GB
 from .errors import UserError
 from .model import load_config, row_length, sizes_of
 from .options import Options
+from .plan import of_states
 
 DECIDED = (
     "dtype",
@@ -52,7 +53,7 @@ def fitted(options: Options) -> tuple[Options, list[str]]:
     check(options)
     config = load_config(options.model)
     sizes, length = sizes_of(config), row_length(config, options.max_length)
-    job = plans.Job(options.fit, options.batch_size, length)
+    job = plans.Job(options.fit, options.batch_size, length, options.accumulation, of_states(options))
     found = find_plans(config, sizes, job, machine.rates(options.fit), quiet=options.quiet)
     best = plans.choose(found)
     if best is None:

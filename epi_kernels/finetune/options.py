@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ class Options:
         for name in ("lr", "weight_decay", "eps"):
             need(name, getattr(self, name) >= 0, "0 or more")
         need("max_grad_norm", self.max_grad_norm >= 0, "0 (no clipping) or more")
-        need("fit", self.fit is None or self.fit > 0, "more than 0 GB")
+        need("fit", self.fit is None or 0 < self.fit < math.inf, "more than 0 GB")
         for name in (
             "validation_split",
             "beta1",

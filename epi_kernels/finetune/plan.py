@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,27 +36,34 @@ def memory(parameters: Iterable[torch.Tensor], dtype: torch.dtype, options: Opti
     sizes = [(tensor.numel(), tensor.requires_grad) for tensor in parameters]
     every = sum(count for count, _ in sizes)
     trained = [count for count, trains in sizes if trains]
-    named = STATE_DTYPES
     ours = footprint.masked_ema_adamw(
         trained,
         dtype,
-        betas=(options.beta1, options.beta2),
-        isolation_ratio=options.isolation_ratio,
-        importance_beta=options.importance_beta,
-        importance_dtype=named[options.importance_dtype],
-        state_dtype=named[options.state_dtype] if options.state_dtype else None,
+        **of_states(options),
+        state_dtype=STATE_DTYPES[options.state_dtype] if options.state_dtype else None,
         master_weight_bits=options.master_weight_bits,
-        persistent_masks=bool(options.freeze),
     )
+    released = options.gradient_release and options.accumulation == 1  # else they are kept from pass to pass
     total = sum(trained)
     return Memory(
         weights=every * dtype.itemsize,
-        gradients=(max(trained, default=0) if options.gradient_release else total) * dtype.itemsize,
+        gradients=(max(trained, default=0) if released else total) * dtype.itemsize,
         ours=ours["total"] - ours["other"],
         adamw=2 * dtype.itemsize * total,
         epi_as_published=published.STATE_TOTAL_BYTES * total,
         parameters=total,
     )
+
+
+def of_states(options: Options) -> dict[str, Any]:
+    """What `footprint.tensors` takes of the options that `--fit` leaves alone."""
+    return {
+        "betas": (options.beta1, options.beta2),
+        "isolation_ratio": options.isolation_ratio,
+        "importance_beta": options.importance_beta,
+        "importance_dtype": STATE_DTYPES[options.importance_dtype],
+        "persistent_masks": bool(options.freeze),
+    }
 
 
 def refreshes(options: Options, steps: int) -> list[int]:

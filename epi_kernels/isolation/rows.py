@@ -18,6 +18,7 @@ from epi_kernels.optim import MaskedEMAAdamW
 from epi_kernels.optim.arguments import shares_importance
 from epi_kernels.optim.compact import expanded, unit_elements, whole_masks
 from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.home import home
 from epi_kernels.optim.moments import read_moment
 from epi_kernels.optim.wrapped import unwrapped
 from epi_kernels.reference import bits
@@ -72,17 +73,18 @@ def isolate_rows(optimizer: Optimizer, share: float) -> int:
     taken[order] = fits & (scores[order] > 0)
     taken |= scores == torch.inf
     for units, chosen in zip(found, taken.split([len(units.sizes) for units in found]), strict=True):
-        mask = chosen.to(units.param.device).repeat_interleave(units.sizes).view(units.param.shape)
         if bool(chosen.any()):
-            mask |= _persistent(optimizer, units.param)
-            optimizer.set_isolation_mask(units.param, mask, persistent=True)
+            held = _persistent(optimizer, units.param)
+            mask = chosen.to(held.device).repeat_interleave(units.sizes).view(held.shape) | held
+            optimizer.set_isolation_mask(units.param, mask.to(units.param.device), persistent=True)
     return sum(int(_persistent(optimizer, units.param).sum()) for units in found)
 
 
 def _persistent(optimizer: MaskedEMAAdamW, param: Tensor) -> Tensor:
+    """Where the parameter's state lies, as scores and sizes do."""
     packed = whole_masks(optimizer.state.get(param, {}), param).get("persistent_mask")
     if packed is None:
-        return torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+        return torch.zeros(param.shape, dtype=torch.bool, device=home(param, optimizer._config))
     return bits.unpack(packed, param.numel()).view(param.shape)
 
 

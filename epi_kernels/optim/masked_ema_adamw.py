@@ -92,9 +92,9 @@ class MaskedEMAAdamW(Optimizer):
             GradScaler. Not with ``capturable`` or DTensor parameters (FSDP2).
         isolation_granularity: of persistent masks, not of what a refresh selects. "element", "row" (along dim 0) or "block"
             (4,096 neighbours, row-major): masks of whole rows or blocks, whose elements have no moments and no importance
-            (u = 0) and whose gradients the step does not read. State is kept in runs, where that saves memory; a parameter's
-            moments are flat then in ``state``, and whole in ``state_dict()``, on the host. Not with ``capturable``,
-            ``offload``, 4-bit states or DTensor parameters.
+            (u = 0) and whose gradients the step does not read; p counts them all the same, and takes its share from the
+            others. State is kept in runs, where that saves memory; a parameter's moments are flat then in ``state``, and
+            whole in ``state_dict()``, on the host. Not with ``capturable``, ``offload``, 4-bit states or DTensor parameters.
 
     Over several ranks: where a parameter is a DTensor (FSDP2's ``fully_shard``, tensor parallelism) all ranks select
     together, and ``step()``, ``refresh_isolation_mask()``, ``set_isolation_mask()`` and ``load_state_dict()`` are calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--card", "which configuration trains on a card of so many GB (10^9 bytes)"
     )
     group.add_argument("--card", type=float, metavar="GB", help="GB of the card's memory, 24 say")
-    group.add_argument(
-        "--batch-size", type=int, default=BATCH, metavar="N", help=f"sequences of a step [{BATCH}]"
-    )
-    group.add_argument(
-        "--max-length", type=int, default=LENGTH, metavar="N", help=f"tokens of each [{LENGTH}]"
-    )
+    group.add_argument("--batch-size", type=int, metavar="N", help=f"sequences of a step [{BATCH}]")
+    group.add_argument("--max-length", type=int, metavar="N", help=f"tokens of each [{LENGTH}]")
     known = ", ".join(f"{size}: {card.name}" for size, card in machine.CARDS.items())
     group.add_argument(
         "--card-gbps", type=float, metavar="GB/S", help=f"of the card's memory [data sheet of {known}]"
@@ -44,15 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raises SystemExit naming the argument that cannot be."""
+    numbers = ("card", "batch_size", "max_length", *RATES)
+    if args.card is None:
+        given = [f"--{name.replace('_', '-')}" for name in numbers if getattr(args, name) is not None]
+        if given:
+            raise SystemExit(f"epi-kernels memory: {', '.join(given)} plans for a card: give --card too")
+        return
     if args.dtype != "bfloat16":
         raise SystemExit(f"epi-kernels memory: --card plans for bfloat16 weights, not --dtype {args.dtype}")
     if args.isolated_rows is not None:
         raise SystemExit(
             "epi-kernels memory: --card plans without rows that are isolated for good: leave out --isolated-rows"
         )
-    for name in ("card", "batch_size", "max_length", *RATES):
+    for name in numbers:
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise SystemExit(
                 f"epi-kernels memory: --{name.replace('_', '-')} is {value:g}; allowed: more than 0"
             )
@@ -120,11 +123,17 @@ def verdict(best: plans.Plan | None, job: plans.Job, rates: Machine) -> str:
         f"-> {one.name}: {best.device_bytes / GB:.2f} GB of {job.card_gb:g}, {best.seconds:.3g} s a step expected."
     ]
     if one.offloaded:
+        hidden = (
+            "copies alone take longer than the backward pass"
+            if best.host_gbps_to_hide is None
+            else f"with {best.host_gbps_to_hide:.0f} GB/s there the backward pass hides the update"
+        )
         lines.append(
-            f"   The host holds {best.host_bytes / GB:.1f} GB in pinned memory; with {best.host_gbps_to_hide:.0f} GB/s there "
-            f"the backward pass hides the update, with the {rates.host / GB:.0f} GB/s counted here "
+            f"   The host holds {best.host_bytes / GB:.1f} GB in pinned memory; {hidden}, "
+            f"with the {rates.host / GB:.0f} GB/s counted here "
             + (f"{best.update_seconds:.3g} s stick out." if best.update_seconds else "it does.")
         )
+        lines.append(f"   torch pins blocks of powers of two; {plans.UNROUNDED} saves what is rounded up.")
     settings = ", ".join(f"{name}={value!r}" for name, value in one.options.items())
     lines.append(f"   MaskedEMAAdamW(model.named_parameters(), {settings})")
     if one.release:
@@ -150,7 +159,7 @@ def run(args: argparse.Namespace, config: Any, sizes: Sequence[int]) -> tuple[di
     Raises:
         UserError: a pass cannot be counted.
     """
-    job = plans.Job(args.card, args.batch_size, args.max_length)
+    job = plans.Job(args.card, args.batch_size or BATCH, args.max_length or LENGTH)
     rates = machine.rates(args.card, **{name: getattr(args, name) for name in RATES})
     found = find_plans(config, sizes, job, rates)
     best = plans.choose(found)

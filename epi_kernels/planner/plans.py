@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from epi_kernels.optim.offload.pipeline import STAGING_BYTES
 from epi_kernels.planner.machine import GB, Machine
 
 RESERVED = 10**9  # bytes: the CUDA context, and what the allocator cannot use
+UNROUNDED = "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1"
 SAME_TIME = 1.25  # steps that differ by less are called equally fast, and exactness decides
 
 
@@ -56,11 +57,15 @@ CONFIGURATIONS = [
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained on: a card of so many GB, steps of so many sequences of so many tokens."""
+    """What is to be trained on: a card of so many GB, steps of so many passes over so many sequences of so many tokens."""
 
     card_gb: float
     batch: int
     length: int
+    accumulation: int = 1  # gradients stay from pass to pass where there are more, released or not
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of every configuration's states: ``footprint.tensors``
 
     @property
     def card_bytes(self) -> int:
@@ -72,9 +77,20 @@ class Job:
 
     def nothing_fits(self) -> str:
         return (
-            f"Nothing fits: give a larger --card, a smaller --max-length (now {self.length:,}) or --batch-size "
-            f"(now {self.batch}), or shard the model (fully_shard)."
+            f"Nothing fits: give a larger card, a smaller --max-length (now {self.length:,}) or --batch-size "
+            f"(now {self.batch}), "
+            + (
+                f"no accumulation (now {self.accumulation}, which keeps gradients), "
+                if self.accumulation > 1
+                else ""
+            )
+            + "or shard the model (fully_shard)."
         )
+
+    def allows(self, one: Configuration) -> bool:
+        """4-bit states have no importance of their own."""
+        own = footprint.tensors(0, torch.bfloat16, **self.options)["importance"]
+        return not (own and one.options.get("state_dtype") == "int4")
 
 
 PeakOf = Callable[
@@ -90,9 +106,8 @@ class Plan:
     device_bytes: int
     left_bytes: int  # of the card
     host_bytes: int = 0
-    host_gbps_to_hide: float = (
-        0.0  # what the host's memory must move a second for the backward pass to hide the update
-    )
+    # what the host's memory must move a second for the backward pass to hide the update; None: the copies alone outlast it
+    host_gbps_to_hide: float | None = 0.0
     passes_seconds: float = 0.0
     update_seconds: float = 0.0  # what the passes do not hide of it
     at_least: bool = False  # weights, whole gradients and states alone do not fit: nothing else was counted
@@ -124,7 +139,7 @@ def plans(
     machine: Machine,
     configurations: Sequence[Configuration] = CONFIGURATIONS,
 ) -> list[Plan]:
-    return [_plan(one, sizes, pass_of, job, machine) for one in configurations]
+    return [_plan(one, sizes, pass_of, job, machine) for one in configurations if job.allows(one)]
 
 
 def choose(found: Sequence[Plan]) -> Plan | None:
@@ -143,22 +158,25 @@ def _plan(
 ) -> Plan:
     card_bytes = job.card_bytes
     weights = sum(sizes) * torch.bfloat16.itemsize
-    options = {name: value for name, value in one.options.items() if name != "offload"}
+    options = {**job.options, **{name: value for name, value in one.options.items() if name != "offload"}}
     state = footprint.masked_ema_adamw(sizes, torch.bfloat16, **options)["total"]
     beside = RESERVED + (0 if one.offloaded else state)
-    least = beside + weights + (0 if one.release else weights)
+    least = beside + weights + (0 if one.release and job.accumulation == 1 else weights)
     if least > card_bytes:
         return Plan(one, least, card_bytes - least, at_least=True)
-    device = beside + pass_of(one.checkpointing, one.release)
+    # with the gradients of all passes before it, a pass holds one of its own at a time
+    kept = weights if job.accumulation > 1 else 0
+    device = beside + kept + pass_of(one.checkpointing, one.release or kept > 0)
     forward = 2 * sum(sizes) * job.tokens / machine.compute
-    backward = (3 if one.checkpointing else 2) * forward
+    backward = (3 if one.checkpointing else 2) * forward  # the last one hides an update
+    passes = job.accumulation * (forward + backward)
     moved = 3 * weights + 2 * state  # weights in and out, gradients in, states in and out
     if not one.offloaded:
         return Plan(
             one,
             device,
             card_bytes - device,
-            passes_seconds=forward + backward,
+            passes_seconds=passes,
             update_seconds=moved / machine.memory,
         )
     # gradients and weights come down while weights go up, and the host steps what has arrived
@@ -166,13 +184,24 @@ def _plan(
     staging = max(max(room), min(sum(room), STAGING_BYTES))
     device += staging // 2  # gradients that wait for their copy
     moved += 3 * weights  # what the link writes and reads there
-    update = max(2 * weights / machine.link, moved / machine.host)
+    copies = 2 * weights / machine.link
+    update = max(copies, moved / machine.host)
     return Plan(
         one,
         device,
         card_bytes - device,
-        host_bytes=state + staging,
-        host_gbps_to_hide=moved / backward / GB,
-        passes_seconds=forward + backward,
+        host_bytes=_pinned(staging) + sum(_pinned_state(n, options) for n in sizes),
+        host_gbps_to_hide=moved / backward / GB if copies <= backward else None,
+        passes_seconds=passes,
         update_seconds=max(0.0, update - backward),
     )
+
+
+def _pinned_state(n_elements: int, options: Mapping[str, Any]) -> int:
+    parts = footprint.tensors(n_elements, torch.bfloat16, **options).values()
+    return sum(_pinned(one) for kind in parts for one in kind)
+
+
+def _pinned(n_bytes: int) -> int:
+    """What torch 2.13 takes for so many bytes of pinned memory: powers of two, unless ``UNROUNDED`` is set."""
+    return 1 << (n_bytes - 1).bit_length() if n_bytes else 0

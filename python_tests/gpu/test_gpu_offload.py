@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from epi_kernels import MaskedEMAAdamW, enable_gradient_release
+from epi_kernels.isolation import isolate_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +85,16 @@ def test_a_state_dict_comes_back_to_the_host(device):
         assert resident.state[param]["exp_avg"].device == param.device
         for key, value in optimizer.state[param].items():
             assert back.state[param][key].device.type == "cpu" and torch.equal(value, back.state[param][key])
+
+
+def test_rows_are_isolated_alike(device):
+    """Their scores lie with the states on the host, their masks are given with the weights."""
+    dtype, options = CONFIGS["8-bit"]
+    runs = [
+        run(device, dtype, steps=3, released=False, offload=offload, **options)[0]
+        for offload in (None, "cpu")
+    ]
+    counts = [[isolate_rows(optimizer, share) for share in (0.1, 0.3)] for optimizer in runs]
+    assert counts[0] == counts[1] and 0 < counts[0][0] < counts[0][1]
+    for one, other in zip(*(optimizer.param_groups[0]["params"] for optimizer in runs), strict=True):
+        assert torch.equal(runs[0].isolation_mask(one), runs[1].isolation_mask(other))

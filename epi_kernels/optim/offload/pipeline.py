@@ -10,6 +10,7 @@ the device are the only ones: they are fetched anew at every step, so that whoev
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class HostPipeline:
         self._staging: Staging | None = None
         self._steps = ThreadPoolExecutor(1, "epi-offload-step")
         self._returns = ThreadPoolExecutor(1, "epi-offload-return")
-        self._running: list[Future[Future[None]]] = []
+        self._running: deque[Future[Future[None]]] = deque()
         self._failure: BaseException | None = None
 
     @property
@@ -81,13 +82,21 @@ class HostPipeline:
 
         Raises:
             BaseException: what a step raised; those after it were not taken.
+            KeyboardInterrupt: once every weight is back too; of a second one the next call waits for the rest.
         """
-        running, self._running = self._running, []
-        for step in running:
-            step.result().result()
+        try:
+            self._wait()
+        except KeyboardInterrupt:  # whoever goes on from it may set or save what is on its way
+            self._wait()
+            raise
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def _wait(self) -> None:
+        while self._running:
+            self._running[0].result().result()
+            self._running.popleft()
 
     # ---------------------------------------------------------------- the two threads
 
