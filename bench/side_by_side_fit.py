@@ -17,8 +17,8 @@ from bench.shapes import Architecture, ParameterList
 ROOM = 0.95  # of the free memory; the rest is for what is not the optimizers'
 # The most elements of an architecture's list on a CPU, so that a whole run on two cores with 24 GiB (AMD EPYC, AVX-512)
 # takes about half an hour: the sum over all rows of steps, refreshes, page faults (0.4 s a GB) and random numbers (5 ns
-# each), by the milliseconds of the record of 2026-11-29, is 24 minutes. It holds embedding, head and one layer of the
-# largest, Qwen2-7B's 1.32e9.
+# each), by the milliseconds of the record of 2026-11-29, is 25 minutes (of that record itself 25; it took 26). It holds
+# embedding, head and one layer of the largest, Qwen2-7B's 1.32e9.
 CPU_ELEMENTS = 1_400_000_000
 
 

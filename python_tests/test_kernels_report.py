@@ -58,6 +58,15 @@ def test_every_kernel_passes_the_check(arch):
     assert set(bounded["loads"]) == {"32", "8"}
 
 
+def test_many_kernels_disassembled_together_are_what_each_is_alone():
+    """A step whose divisions and roots are calls, at another place than the beginning."""
+    result = compiling("-m", "python_tests.kernels_together")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["together"] == facts["alone"] and min(facts["alone"]) > 100
+    assert facts["same"] and facts["calls"] > 0
+
+
 def test_bad_kernels_are_found():
     result = compiling("-m", "python_tests.bad_kernels")
     assert result.returncode == 0, result.stderr

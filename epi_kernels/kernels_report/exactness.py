@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from epi_kernels.kernels_report import triton_kernels
+from epi_kernels.kernels_report.workers import in_workers
 from epi_kernels.markdown import table
 
 DIVISION = ("tl.div_rn(", "tl.fdiv(")
@@ -115,7 +116,7 @@ def costs(
 ) -> list[Cost]:
     """Of every form of every step, in the order of the table's lines; ``kernels``: states and rounding."""
     tasks = [(*kernel, form, arch) for arch in archs for form in forms for kernel in kernels]
-    return triton_kernels.in_workers(cost, tasks, jobs)
+    return in_workers(cost, tasks, jobs)
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:

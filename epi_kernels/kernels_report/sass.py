@@ -95,17 +95,25 @@ def widths(instructions: tuple[Instruction, ...], *bases: str) -> Counter[int]:
 
 def parse(output: str) -> list[Kernel]:
     """From the output of ``cuobjdump -sass -res-usage``."""
-    usage = {name: (int(reg), int(shared)) for name, reg, _, shared, _ in _RESOURCES.findall(output)}
+    usage = resources_of(output)
     pieces = _FUNCTION.split(output)[1:]
-    kernels = []
-    for name, body in zip(pieces[::2], pieces[1::2], strict=True):
-        instructions = []
-        for address, text in _INSTRUCTION.findall(body):
-            opcode = _PREDICATE.sub("", text).split(maxsplit=1)[0]
-            instructions.append(Instruction(int(address, 16), opcode, text))
-        registers, shared = usage[name]
-        kernels.append(Kernel(name, tuple(instructions), registers, shared))
-    return kernels
+    return [
+        Kernel(name, tuple(instructions_of(body)), *usage[name])
+        for name, body in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+
+
+def resources_of(output: str) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of shared memory) of each kernel."""
+    return {name: (int(reg), int(shared)) for name, reg, _, shared, _ in _RESOURCES.findall(output)}
+
+
+def instructions_of(listing: str) -> list[Instruction]:
+    found = []
+    for address, text in _INSTRUCTION.findall(listing):
+        opcode = _PREDICATE.sub("", text).split(maxsplit=1)[0]
+        found.append(Instruction(int(address, 16), opcode, text))
+    return found
 
 
 def read_cubin(cubin: Path, cuobjdump: str) -> list[Kernel]:

@@ -1,22 +1,21 @@
 """Every Triton kernel in the forms the backend launches, compiled ahead of time.
 
-Runs in processes of its own: under TRITON_INTERPRET=1 the kernels are Python functions, and two
-processes compile twice as fast.
+Runs in processes of its own: under TRITON_INTERPRET=1 the kernels are Python functions.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
+from epi_kernels.kernels_report.cubins import read_kernels
 from epi_kernels.kernels_report.rows import (
     MAX_INSTRUCTIONS,
     MAX_INSTRUCTIONS_BF16,
@@ -27,7 +26,8 @@ from epi_kernels.kernels_report.rows import (
     Row,
     make_row,
 )
-from epi_kernels.kernels_report.sass import read_cubin
+from epi_kernels.kernels_report.sass import Kernel, read_cubin
+from epi_kernels.kernels_report.workers import default_jobs, in_workers
 
 # How the backend passes every argument that is not constexpr; tensors start at multiples of 16 bytes.
 _TYPES = {
@@ -41,9 +41,6 @@ _TYPES = {
     "done": "*u8",
     "keep_factor": "fp32",
 }
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 INEXACT = {
     "contraction": r"\b(fma|mad)\.\S*f(32|64)",
@@ -228,6 +225,10 @@ def measure(compiled, name: str, arch: int, expected: Expectation | None) -> Row
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (kernel,) = read_cubin(cubin, find_cuobjdump())
+    return _row(compiled, name, arch, expected, kernel)
+
+
+def _row(compiled, name: str, arch: int, expected: Expectation | None, kernel: Kernel) -> Row:
     row = make_row("triton", name, f"sm_{arch}", kernel, expected)
     return replace(row, problems=(*row.problems, *inexact(compiled.asm["ptx"])))
 
@@ -242,41 +243,52 @@ def inexact(ptx: str) -> Iterator[str]:
 
 def find_cuobjdump() -> str:
     """Triton's own: it is in every wheel, and knows every architecture that its ptxas knows."""
+    return tool("cuobjdump")
+
+
+def tool(name: str) -> str:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def compile_entry(task: tuple[Entry, int]) -> Row:
-    import importlib
-
     entry, arch = task
-    module = importlib.import_module(f"epi_kernels.backends.triton.{entry.module}")
-    return compile_form(module, entry, arch)
+    return compile_form(module_of(entry), entry, arch)
+
+
+def compile_entries(task: tuple[Sequence[Entry], int]) -> list[Row]:
+    entries, arch = task
+    compiled = [compiled_form(module_of(entry), entry, arch) for entry in entries]
+    kernels = read_kernels([one.asm["cubin"] for one in compiled], arch, find_cuobjdump(), tool("nvdisasm"))
+    return [
+        _row(one, entry.name, arch, entry.expected, kernel)
+        for one, entry, kernel in zip(compiled, entries, kernels, strict=True)
+    ]
 
 
 def compile_form(module: ModuleType, entry: Entry, arch: int, **options) -> Row:
     """The entry's kernel as ``module`` has it; ``options`` of the compiler in place of those of a launch."""
+    return measure(compiled_form(module, entry, arch, **options), entry.name, arch, entry.expected)
+
+
+def module_of(entry: Entry) -> ModuleType:
+    return importlib.import_module(f"epi_kernels.backends.triton.{entry.module}")
+
+
+def compiled_form(module: ModuleType, entry: Entry, arch: int, **options):
     from epi_kernels.backends.triton.common import LAUNCH
 
     function = getattr(module, entry.function)
     constants = dict(entry.constants)
     signature = {name: "constexpr" if name in constants else _TYPES[name] for name in function.arg_names}
-    compiled = compile_cubin(function, signature, constants, arch, **(LAUNCH | options))
-    return measure(compiled, entry.name, arch, entry.expected)
+    return compile_cubin(function, signature, constants, arch, **(LAUNCH | options))
 
 
 def rows(archs: Iterable[int], jobs: int | None = None) -> list[Row]:
-    return in_workers(compile_entry, [(entry, arch) for entry in catalog() for arch in archs], jobs)
-
-
-def in_workers(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None) -> list[Result]:
-    """``function`` of every task, in processes that compile whatever this one does."""
-    jobs = jobs or min(len(os.sched_getaffinity(0)), 8)
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            return list(pool.map(function, tasks, chunksize=1))
-    finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+    """Of every entry of the catalog, for each architecture."""
+    archs, entries, jobs = tuple(archs), catalog(), jobs or default_jobs()
+    tasks = [(entries[first::jobs], arch) for arch in archs for first in range(jobs)]
+    found = chain(*in_workers(compile_entries, tasks, jobs))
+    by_name = {(row.kernel, row.arch): row for row in found}
+    return [by_name[entry.name, f"sm_{arch}"] for entry in entries for arch in archs]
