@@ -57,7 +57,9 @@ REPRODUCED = {
 def _verdict(row: Row) -> str:
     if row["target"] is None:
         return "-"
-    return f"{row['target']['high']:g} {'met' if row['met'] else '**missed**'}"
+    target = row["target"]
+    unit = " ms" if target["figure"].startswith("ours_ms") else ""  # else of a ratio
+    return f"{target['high']:g}{unit} {'met' if row['met'] else '**missed**'}"
 
 
 STEP_TITLES = {

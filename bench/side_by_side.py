@@ -2,12 +2,12 @@
 
     python -m bench.side_by_side                 the lists that fit, on the CPU or, where there is one, the GPU
     python -m bench.side_by_side --quick         a smoke run: tiny lists, nothing written
-    python -m bench.side_by_side --only peers    contenders whose name holds a word
+    python -m bench.side_by_side --only torchao  contenders whose name holds a word
 
 Every contender steps in turn with torch's fused AdamW over the same weights and gradients; ratios are taken pair by
 pair. A peer that is not installed, or cannot run here, becomes a row that says why. Peers install with
 
-    python -m pip install flashoptim torchao bitsandbytes torch-optimi deepspeed
+    .venv/bin/python -m pip install flashoptim torchao bitsandbytes torch-optimi deepspeed
 """
 
 from __future__ import annotations

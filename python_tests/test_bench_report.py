@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import memory_table, plots, report, results, run, sources
+from bench import memory_table, plots, registry, report, results, run, sources
 from python_tests.bench_rows import complete_run
 
 # ---------------------------------------------------------------- files
@@ -89,6 +89,16 @@ def test_the_readme_is_what_the_committed_results_make(monkeypatch, capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
     pictures = set(re.findall(r"\]\(([^)]+\.(?:svg|png))\)", report.README.read_text()))
     assert pictures and pictures <= known
+
+
+def test_a_limit_of_milliseconds_says_so_beside_ratios(tmp_path):
+    rows = complete_run(ms=0.3)
+    tiny = next(row for row in rows if row["name"] == "tensors-f32-300-tiny")
+    tiny |= {"target": registry.HOST._asdict(), "met": True}
+    results.append(rows, tmp_path)
+    lines = report.cpu(tmp_path).splitlines()
+    assert " 0.4 ms met " in next(line for line in lines if line.startswith("| float32, 300 tensors of 16 "))
+    assert " 1.02 met " in next(line for line in lines if line.startswith("| float32 |"))
 
 
 def test_a_caption_says_whether_the_kernels_changed(tmp_path):

@@ -378,3 +378,20 @@ def test_float64_weights_with_bfloat16_states_step():
     p.grad, before = torch.randn_like(p), p.detach().clone()
     optimizer.step()
     assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16 and not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.bfloat16])
+def test_an_importance_dtype_that_no_group_uses_is_said_to_be_without_effect(dtype):
+    def heard(groups: list[dict], **arguments) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            MaskedEMAAdamW(groups, importance_dtype=dtype, **arguments)
+        assert all(one.filename == __file__ for one in found)
+        return [str(one.message) for one in found]
+
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    for shared in (None, 0.999):  # beta2
+        (said,) = heard([{"params": [a]}], importance_beta=shared)
+        assert f"importance_dtype={dtype} has no effect" in said and "importance_beta" in said
+    assert not heard([{"params": [a]}], importance_beta=0.9)
+    assert not heard([{"params": [a]}, {"params": [b], "importance_beta": 0.9}])

@@ -119,6 +119,10 @@ def test_everything_is_checked_before_anything_is_written(files, tmp_path, refus
         *arguments(files, out, "--hysteresis", 0.1, "--normalization", "zscore")
     )
     assert "not with --fsdp" in refused(*arguments(files, out, "--offload", "cpu", "--fsdp"))
+    for own in ([], ["--importance-beta", 0.999]):  # beta2: shared
+        assert "give --importance-beta other than --beta2 (0.999)" in refused(
+            *arguments(files, out, "--importance-dtype", "int8", *own)
+        )
     assert "protects nothing" in refused(*arguments(files, out, "--protect", "x", "--isolation-ratio", 0))
     assert "no such file" in refused(*arguments(files, out, "--protect", tmp_path / "none"))
     assert "holds no checkpoint" in refused(*arguments(files, out, "--protect", files))

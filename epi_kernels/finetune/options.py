@@ -197,6 +197,11 @@ class Options:
             raise UserError("--protect with --isolation-ratio 0 protects nothing: give a ratio above 0")
         if self.protect_steps is not None and self.protect is None:
             raise UserError("--protect-steps says how much --protect weighs: give --protect too")
+        if self.importance_dtype != "fp32" and self.importance_beta in (None, self.beta2):
+            raise UserError(
+                "--importance-dtype is of an importance of its own, and there is none: give --importance-beta other than "
+                f"--beta2 ({self.beta2:g}), or --state-dtype, which a shared one has"
+            )
         if self.offload is not None and self.fsdp:
             raise UserError(
                 "--offload keeps whole parameters' states: not with --fsdp, where each rank holds its share of them"

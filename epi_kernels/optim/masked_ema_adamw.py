@@ -21,7 +21,7 @@ from epi_kernels.optim.home import HOST
 from epi_kernels.optim.masks import check_mask, install_mask, unpacked_mask
 from epi_kernels.optim.offload import HostPipeline, OffloadedPlan
 from epi_kernels.optim.plan import StepPlan
-from epi_kernels.optim.report import IsolationReport
+from epi_kernels.optim.report import IsolationReport, warn_unused_importance_dtype
 from epi_kernels.optim.skipped import SkippedSteps
 from epi_kernels.optim.uncompiled import uncompiled
 from epi_kernels.policies.schedule import IntervalSchedule, RatioSchedule
@@ -72,7 +72,7 @@ class MaskedEMAAdamW(Optimizer):
             T, asked at T = 0 and at every refresh due, for the steps to the next; or an ``AdaptiveInterval``.
         mask_warmup: step of the first refresh; None means ``mask_interval`` (of T = 0).
         importance_beta: decay of an own importance; None (or beta2) shares ``exp_avg_sq`` at no cost.
-        importance_dtype: of an own importance: torch.float32, torch.bfloat16 or "int8".
+        importance_dtype: of an own importance: torch.float32, torch.bfloat16 or "int8". A shared one has ``state_dtype``.
         normalization: within a layer: "minmax", "zscore" or "none".
         scope: "global" ranks all layers together, "layer" each by itself.
         layer_key: name -> hashable; parameters of one value form a layer. Needs named parameters.
@@ -190,6 +190,7 @@ class MaskedEMAAdamW(Optimizer):
         self._given_lr_0 = False  # some group
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         super().__init__(params, defaults)
+        warn_unused_importance_dtype(self.param_groups, self._config.importance_dtype)
 
     # ---------------------------------------------------------------- groups and names
 
@@ -399,7 +400,8 @@ class MaskedEMAAdamW(Optimizer):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the state, by kind, scales with what they scale; ``other`` are the step counters.
 
-        With ``offload`` they are bytes of host memory.
+        With ``offload`` they are bytes of host memory. Tensors below 4,096 elements have float32 moments where codes are
+        asked for, and are counted so.
         """
         return state_.bytes_by_kind(self.state.values())
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from epi_kernels.optim.arguments import INT8, shares_importance
 from epi_kernels.policies.layers import LayerTable
 from epi_kernels.reference.mask import ENTERED, ISOLATED, RELEASED
 
@@ -30,6 +33,17 @@ def warn_nothing_selected(ratio: float, eligible: int) -> None:
         "Raise isolation_ratio.",
         stacklevel=callers_level(),
     )
+
+
+def warn_unused_importance_dtype(param_groups: Iterable[Mapping[str, Any]], dtype: torch.dtype) -> None:
+    """Where no group has an importance of its own. float32, the default, may not have been asked for."""
+    if dtype != torch.float32 and all(map(shares_importance, param_groups)):
+        asked = "int8" if dtype == INT8 else dtype
+        warnings.warn(
+            f"importance_dtype={asked} has no effect: the importance of every group is exp_avg_sq, whose dtype is state_dtype. "
+            "Give importance_beta a value other than beta2 for an importance of its own",
+            stacklevel=callers_level(),
+        )
 
 
 def jaccard(isolated: int, entered: int, released: int) -> float:

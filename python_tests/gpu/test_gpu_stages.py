@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -35,10 +36,21 @@ def test_refresh(domains, factor, normalization, dtype, shift, backend, device):
     checks.check_refresh(backend, device, dtype, shift, normalization, factor, domains)
 
 
+def test_codes_from_subnormal_to_beyond_the_code(backend, device):
+    """Decoding and encoding go through float32 subnormals on a GPU: flushed, they would be zeros."""
+    checks.check_magnitudes(backend, device)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e20], ids=["nan", "inf", "square"])
+def test_a_gradient_that_is_not_finite_spoils_its_block_alone(bad, backend, device):
+    checks.check_spoiled_block(backend, device, checks.BF16, bad)
+
+
+@pytest.mark.parametrize("dtype", [checks.F32, checks.INT8], ids=["f32", "int8"])
 @pytest.mark.parametrize("stride", [1, 3, 64])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_sampled_counts(stride, shift, backend, device):
-    checks.check_sampled_counts(backend, device, stride, shift)
+def test_sampled_counts(stride, shift, dtype, backend, device):
+    checks.check_sampled_counts(backend, device, stride, shift, dtype=dtype)
 
 
 def test_two_runs_give_the_same_moments(backend, device):
