@@ -25,7 +25,7 @@ def stored(x: np.ndarray, r16: np.ndarray | None, *, signed: bool) -> np.ndarray
         y = np.where(bad, 0.0, np.abs(x).astype(np.float64)) * 2.0**-e
         code = np.floor((_signed_code(y) if signed else _unsigned_code(y)) + share)
         if not signed:
-            code = np.maximum(code, np.where(y > 0, 2, 0))
+            code = np.maximum(code, np.where(y > 0, 4, 0))
         field, mantissa = np.floor(code / 16), np.mod(code, 16)
         normal = (1 + mantissa / 16) * 2.0 ** (e + field - (7 if signed else 15))
         octave, half = np.floor(code / 2), np.mod(code, 2)

@@ -14,7 +14,7 @@ SCALES = [0, 1, 2, 100, 103, 126, 200, 222]  # exp_avg's end at 222, exp_avg_sq'
 
 def _all_codes(signed: bool) -> torch.Tensor:
     codes = torch.arange(256)
-    return (codes if signed else codes[codes != 1]).to(torch.uint8)
+    return (codes if signed else codes[(codes == 0) | (codes >= 4)]).to(torch.uint8)
 
 
 @pytest.mark.parametrize(("scale", "signed"), [*itertools.product(SCALES, [True, False]), (230, False)])
@@ -33,10 +33,10 @@ def test_values_on_the_grid_come_back_whatever_the_random_bits(scale, signed):
 
 def test_what_a_code_stands_for():
     codes, scales = (
-        torch.tensor([0, 2, 3, 14, 15, 16, 24, 255], dtype=torch.uint8),
+        torch.tensor([0, 4, 5, 14, 15, 16, 24, 255], dtype=torch.uint8),
         torch.tensor([103], dtype=torch.uint8),
     )
-    below = [2.0**-21, 1.5 * 2.0**-21, 2.0**-15, 1.5 * 2.0**-15]
+    below = [2.0**-20, 1.5 * 2.0**-20, 2.0**-15, 1.5 * 2.0**-15]
     expected = torch.tensor([0.0, *below, 2.0**-14, 1.5 * 2.0**-14, 1.9375])
     assert torch.equal(codec.decode(codes, scales, signed=False), expected)
     codes = torch.tensor([0, 1, 16, 127, 0x80 | 127], dtype=torch.uint8)
@@ -76,7 +76,7 @@ def test_stochastic_rounding_is_unbiased_in_the_value(signed):
     # all 2^16 random words against every value: the mean is the value, but for the floor's 2^-17 of a step
     x = torch.tensor([1.0, 0.731, 0.0101, 0.52, 0.003, 0.00071] + [0.9] * 58)
     if not signed:
-        x[6:10] = torch.tensor([6e-5, 4.1e-5, 2.3e-6, 5.1e-7])  # the binades of two codes
+        x[6:10] = torch.tensor([6e-5, 4.1e-5, 2.3e-6, 1.1e-6])  # the binades of two codes
     total = torch.zeros(64, dtype=torch.float64)
     for words in torch.arange(1 << 16).split(1 << 13):
         codes, scales = codec.encode(x.repeat(len(words)), words.repeat_interleave(64), signed=signed)

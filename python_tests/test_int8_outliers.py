@@ -7,7 +7,7 @@ from epi_kernels import MaskedEMAAdamW
 from epi_kernels.reference import codec
 
 N = 1 << 13
-FACTORS = (300.0, 1000.0)  # of the outliers' gradients; the code's range is 2^10.5 = 1448
+FACTORS = (300.0, 1000.0)  # of the outliers' gradients; the code's range is 2^10 = 1024
 SHARED = {"state_dtype": "int8", "betas": (0.9, 0.99)}
 OWN = {"importance_dtype": "int8", "importance_beta": 0.99}
 NARROW = [pytest.param(SHARED, id="shared"), pytest.param(OWN, id="own")]
@@ -92,10 +92,10 @@ def _updates(state_dtype: object, factor: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("factor", [1.0, *FACTORS, 3000.0, 20000.0])
-def test_no_element_beside_an_outlier_steps_far_beyond_float32(factor):
-    """A first moment rounded up to 2^-11 of its block's largest, over the root of 2^-21 of the largest second one,
-    is 0.7 of what the outlier itself may take. Were second moments to reach 2^-29, it would be 11 times as much."""
+def test_no_element_beside_an_outlier_steps_twice_as_far_as_float32(factor):
+    """A first moment rounded up to 2^-11 of its block's largest, over the root of 2^-20 of the largest second one,
+    is half of what the outlier itself may take. Were second moments to reach 2^-29, it would be 11 times that."""
     narrow, exact = _updates("int8", factor), _updates(torch.float32, factor)
-    assert narrow.abs().max() <= 2.5 * exact.abs().max()
+    assert narrow.abs().max() <= 2 * exact.abs().max()
     if factor in FACTORS:  # within the code's range steps have their size in the mean
         assert 0.9 < float((narrow * exact).sum() / exact.square().sum()) < 1.15

@@ -19,9 +19,9 @@ constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 template <bool kSigned>
 constexpr uint32_t kNonfiniteCode = kSigned ? 0 : 255;  // of its elements
 
-// Unsigned codes: sixteen to a binade, and two below the code kFine. 1 is not used, so that a positive value
-// becomes kLeast at least.
-constexpr uint32_t kFine = 16, kLeast = 2;
+// Unsigned codes: sixteen to a binade, and two below the code kFine. A positive value becomes kLeast at
+// least; what lies below is not used.
+constexpr uint32_t kFine = 16, kLeast = 4;
 constexpr uint32_t kFineBias = 15, kCoarseBias = 22;  // code 0 would stand for 2^-bias, were it no zero
 
 // exp_avg is signed; exp_avg_sq and the importance are not.

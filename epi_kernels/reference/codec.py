@@ -1,14 +1,14 @@
 """8-bit states: a byte an element, a power-of-two scale a block of 64 consecutive logical elements.
 
 exp_avg: sign, 3 exponent and 4 mantissa bits, with subnormals. exp_avg_sq and importance: 15 binades of 16
-codes and, below them, 7 of two: 1 is never written and what is positive becomes no less than 2. A scale byte
+codes and, below them, 6 of two: 1 .. 3 are never written, what is positive becomes no less than 4. A scale byte
 holds the biased exponent b of the block's largest magnitude, less 24; with E = b - 127
 
     exp_avg    = half(sign << 15 | code << 6)          * 2^(E + 8)      half: IEEE binary16
     exp_avg_sq = half((code + 7 * min(code, 16)) << 6) * 2^(E - 7)
 
-Second moments reach 2^-21 of the block's largest, first moments 2^-11, about its root: a smaller element
-neither stalls at a second moment far above its own nor takes, rounded up, a step far beyond its own.
+Second moments reach 2^-20 of 2^E, first moments 2^-10 of theirs, the root: a smaller element neither stalls at
+a second moment far above its own nor takes, rounded up, a step far beyond its own.
 
 All zero bytes are a block of zeros. A block that holds a value that is not finite, or beyond the code, has
 the scale 255: its exp_avg decodes to NaN, its exp_avg_sq to +inf, whole.
@@ -31,7 +31,7 @@ _LIMIT_SIGNED, _LIMIT_UNSIGNED = 247, 255  # biased exponents from which a block
 # a maximum in the last 1/16 of its binade takes the next one, so that rounding up never overflows a code
 _ROUND_UP = 0x7FFFF
 _FINE = 16  # the least unsigned code of the binades of 16
-_LEAST = 2  # the least unsigned code of a positive value
+_LEAST = 4  # the least unsigned code of a positive value
 _HALF = 0x8000  # "random bits" that round to nearest
 
 

@@ -106,6 +106,6 @@ def encode(
         fine = word.to(tl.int32) - ((biased - 15) << 23)
         code = tl.maximum(fine, (fine >> 3) + (7 << 20)) + rounding
         # a block that is not finite: no code exceeds 255, the least
-        code = tl.maximum(code, tl.where(nonfinite, 255 << 19, 2 << 19)) >> 19
+        code = tl.maximum(code, tl.where(nonfinite, 255 << 19, 4 << 19)) >> 19
         code = tl.where(word == 0, tl.where(nonfinite, 255, 0), code)
     return code.to(tl.uint8), tl.where(nonfinite, _NONFINITE, biased - 24)
