@@ -100,9 +100,7 @@ def sample_stage(
     return chosen
 
 
-def freeze(
-    optimizer: Optimizer, cores: Sequence[CoreSource], *, partial: bool = False
-) -> int:
+def freeze(optimizer: Optimizer, cores: Sequence[CoreSource], *, partial: bool = False) -> int:
     """Makes the union of these cores the optimizer's persistent masks, in place of those it has; none lifts them.
 
     Works at any isolation ratio, 0 included. Returns how many elements are frozen. `partial`: a core may hold
