@@ -179,9 +179,8 @@ def release() -> None:
 @contextlib.contextmanager
 def imports_frozen() -> Iterator[None]:
     """Collections inside leave out what was there before, imports above all: 0.2 s each on an AMD EPYC, by time.perf_counter."""
-    torch.optim.AdamW(
-        [torch.nn.Parameter(torch.zeros(1))]
-    )  # imports what an optimizer imports when it is made
+    # imports what an optimizer imports when it is made
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     gc.collect()
     gc.freeze()
     try:

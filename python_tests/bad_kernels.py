@@ -13,7 +13,7 @@ import triton.language as tl
 from epi_kernels.backends.triton.common import LAUNCH
 from epi_kernels.backends.triton.step import step_kernel
 from epi_kernels.kernels_report.rows import Expectation
-from epi_kernels.kernels_report.triton_kernels import catalog, compile_cubin, compile_entry, measure
+from epi_kernels.kernels_report.triton_kernels import catalog, compile_cubin, compile_entries, measure
 
 ARCH = 90
 SCALE = {"table": "*i64", "factor": "fp32"}
@@ -41,7 +41,7 @@ def step(name: str, **options):
     """The float32 step; ``maxnreg`` leaves it too few registers."""
     entry = catalog()[0]
     if not options:
-        return compile_entry((entry, ARCH))
+        return compile_entries(([entry], ARCH))[0]
     types = dict.fromkeys(("chunks", "tensors", "nonfinite"), "*i64")
     types |= dict.fromkeys(("minimum", "maximum"), "*fp32") | {"partials": "*fp64"}
     constants = dict(entry.constants)

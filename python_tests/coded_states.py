@@ -35,6 +35,6 @@ def check_resume(make: Callable[[Named], MaskedEMAAdamW], dtype: torch.dtype, st
     assert_same_run(straight, resumed)
 
 
-def second_moment(optimizer: MaskedEMAAdamW, p: torch.Tensor, name: str = "exp_avg_sq") -> torch.Tensor:
-    """Its values, or an own importance's, whatever they are stored in: flat, row-major."""
-    return read_moment(optimizer.state[p], name, p.shape, "state").reshape(-1)
+def moment(optimizer: MaskedEMAAdamW, p: torch.Tensor, key: str = "exp_avg_sq") -> torch.Tensor:
+    """Its values, whatever they are stored in: flat, row-major."""
+    return read_moment(optimizer.state[p], key, p.shape, "state").reshape(-1)

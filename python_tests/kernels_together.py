@@ -18,8 +18,8 @@ def main() -> None:
     entries = [entry for entry in triton_kernels.catalog() if entry.name in NAMES]
     module, compiled = triton_kernels.module_of, triton_kernels.compiled_form
     cubins = [compiled(module(entry), entry, ARCH).asm["cubin"] for entry in entries]
-    cuobjdump = triton_kernels.tool("cuobjdump")
-    together = read_kernels(cubins, ARCH, cuobjdump, triton_kernels.tool("nvdisasm"))
+    cuobjdump = triton_kernels.triton_tool("cuobjdump")
+    together = read_kernels(cubins, ARCH, cuobjdump, triton_kernels.triton_tool("nvdisasm"))
     alone: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
         for cubin in cubins:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from epi_kernels import MaskedEMAAdamW
-from epi_kernels.optim.moments import NIBBLE_KEYS, SCALE_OF, read_moment
+from epi_kernels.optim.moments import NIBBLE_KEYS, SCALE_OF
 from epi_kernels.optim.sharded_state import compact, localized
 from epi_kernels.reference import nibbles
-from python_tests.coded_states import check_resume, params
+from python_tests.coded_states import check_resume, moment, params
 from python_tests.harness import snapshot, train
 
 INT4 = {"state_dtype": "int4", "isolation_ratio": 0.1, "mask_interval": 2, "lr": 1e-2}
@@ -17,10 +17,6 @@ INT4 = {"state_dtype": "int4", "isolation_ratio": 0.1, "mask_interval": 2, "lr":
 
 def make(named: dict[str, torch.nn.Parameter], **arguments) -> MaskedEMAAdamW:
     return MaskedEMAAdamW(named.items(), **(INT4 | arguments))
-
-
-def moment(optimizer: MaskedEMAAdamW, p: torch.Tensor, key: str) -> torch.Tensor:
-    return read_moment(optimizer.state[p], key, p.shape, "state")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

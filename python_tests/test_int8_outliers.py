@@ -8,7 +8,8 @@ from epi_kernels.reference import codec
 
 N = 1 << 13
 FACTORS = (300.0, 1000.0)  # of the outliers' gradients; the code's range is 2^10 = 1024
-SHARED = {"state_dtype": "int8", "betas": (0.9, 0.99)}
+EXACT = {"betas": (0.9, 0.99)}
+SHARED = {"state_dtype": "int8", **EXACT}
 OWN = {"importance_dtype": "int8", "importance_beta": 0.99}
 NARROW = [pytest.param(SHARED, id="shared"), pytest.param(OWN, id="own")]
 
@@ -39,7 +40,6 @@ def _mask(options: dict, factor: float, steps: int, *, dead_from: int | None = N
         isolation_ratio=0.05,
         mask_interval=steps,
         backend="cpu",
-        **({"betas": (0.9, 0.99)} if "betas" not in options and "importance_beta" not in options else {}),
         **options,
     )
     for step in range(steps):
@@ -55,14 +55,14 @@ def _mask(options: dict, factor: float, steps: int, *, dead_from: int | None = N
 def test_an_element_without_gradient_leaves_the_mask_whatever_its_block_holds(options, factor):
     """20 steps of gradients, then 580 of none: 0.99^580 of its importance is left, 0.003."""
     beside = _beside(_outliers())
-    assert not (_mask({}, factor, 600, dead_from=20) & beside).any()
+    assert not (_mask(EXACT, factor, 600, dead_from=20) & beside).any()
     assert not (_mask(options, factor, 600, dead_from=20) & beside).any()
 
 
 @pytest.mark.parametrize("options", NARROW)
 def test_masks_beside_outliers_are_as_near_float32s_as_without_them(options):
     def jaccard(factor: float) -> float:
-        narrow, exact = _mask(options, factor, 300), _mask({}, factor, 300)
+        narrow, exact = _mask(options, factor, 300), _mask(EXACT, factor, 300)
         return float((narrow & exact).sum() / (narrow | exact).sum())
 
     without = jaccard(1.0)

@@ -10,7 +10,7 @@ import torch
 from bench import stopped
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.reference import codec
-from python_tests.coded_states import check_resume, params, second_moment
+from python_tests.coded_states import check_resume, moment, params
 from python_tests.harness import train
 
 INT8 = {"state_dtype": "int8", "importance_beta": 0.9, "importance_dtype": "int8"}
@@ -78,7 +78,7 @@ def test_importance_carries_from_codes_and_into_codes():
         assert report.isolated >= report.ratio * sum(p.numel() for p in old_params.values()) - 1
         for p, q in zip(old_params.values(), new_params.values(), strict=True):
             # codes may differ, since a block's largest value may have moved up a binade; values do not
-            assert torch.equal(second_moment(old, p), second_moment(new, q))
+            assert torch.equal(moment(old, p), moment(new, q))
             assert int(new.state[q]["step"]) == 5
 
 
@@ -119,12 +119,12 @@ def test_a_stale_element_decays_to_its_true_value(dtypes, n):
     size = torch.where(stale, 1.0, torch.linspace(0.3, 3.0, n))
     p.grad = size / (1 - beta) ** 0.5  # one step, and the EMA is size squared
     optimizer.step()
-    start = float(second_moment(optimizer, p, name)[stale].double().mean())
+    start = float(moment(optimizer, p, name)[stale].double().mean())
     assert abs(start - 1) < 0.02
     p.grad = torch.where(stale, 0.0, size)
     for _ in range(steps):
         optimizer.step()
-    found = second_moment(optimizer, p, name)[stale].double().mean()
+    found = moment(optimizer, p, name)[stale].double().mean()
     assert abs(float(found) / (start * beta**steps) - 1) < 0.02
 
 

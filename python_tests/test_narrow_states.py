@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from epi_kernels import MaskedEMAAdamW
-from python_tests.coded_states import second_moment
+from python_tests.coded_states import moment
 from python_tests.harness import Target
 
 N = 4096  # the smallest tensor whose states are codes
@@ -32,7 +32,7 @@ def five_sigma(code: str, beta: float, steps: int, elements: int) -> float:
 
 
 def decayed(optimizer: MaskedEMAAdamW, p: torch.nn.Parameter, name: str, stale: torch.Tensor) -> float:
-    return float(second_moment(optimizer, p, name)[stale].double().mean())
+    return float(moment(optimizer, p, name)[stale].double().mean())
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def largest_update(plan: Rows, state_dtype: torch.dtype | str, target: Target) -
         before = p.detach().clone()
         optimizer.step()
         most = max(most, float((p.detach() - before).abs().max()))
-        v = second_moment(optimizer, p).view(rows, width)
+        v = moment(optimizer, p).view(rows, width)
         assert bool(torch.isfinite(v).all()) and torch.equal((v > 0).cpu(), seen.expand(rows, width))
     assert bool(seen.any())
     return most
@@ -150,4 +150,4 @@ def test_a_positive_second_moment_never_becomes_zero(target: Target, narrow: str
     p.grad = torch.zeros_like(p)
     for _ in range(5 if target.interpreted else 300):
         optimizer.step()
-    assert bool((second_moment(optimizer, p) > 0).all())
+    assert bool((moment(optimizer, p) > 0).all())

@@ -2,7 +2,7 @@
 
 A refresh costs one small all-reduce a stage, but one for each counting pass of the threshold: bytes are in ``World``'s
 docstring. A pass tells as many parts of the keys apart as it has counters, so the exact k-th of 2^30 keys (minmax) takes
-three of 2,048 counters, 16 KiB each; two would be 256 KiB each, and one is as large as the keys or elements are many. An
+three of 2,048 counters, 16 KiB each; two would take 256 KiB each, and one a counter for every key. An
 ordinary step costs none.
 """
 

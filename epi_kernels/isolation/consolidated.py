@@ -16,7 +16,6 @@ A frozen element is blocked in the optimizer's step itself: no gradient, momentu
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from epi_kernels.optim.names import bare_name
 from epi_kernels.optim.wrapped import unwrapped
 
 from .checkpoints import require_same_shapes
-from .core_file import Core, byte_slices, open_core, require_same_model, union_mask
+from .core_file import Core, CoreSource, byte_slices, open_core, require_same_model, union_mask
 from .errors import IsolationError
 
 READINGS = ("earlier", "all")
@@ -101,9 +100,7 @@ def sample_stage(
     return chosen
 
 
-def freeze(
-    optimizer: Optimizer, cores: Sequence[str | os.PathLike[str] | Core], *, partial: bool = False
-) -> int:
+def freeze(optimizer: Optimizer, cores: Sequence[CoreSource], *, partial: bool = False) -> int:
     """Makes the union of these cores the optimizer's persistent masks, in place of those it has; none lifts them.
 
     Works at any isolation ratio, 0 included. Returns how many elements are frozen. `partial`: a core may hold
@@ -177,7 +174,7 @@ def _named(optimizer: MaskedEMAAdamW) -> dict[str, Tensor]:
 
 def consolidate(
     stages: Sequence[Stage],
-    cores: Sequence[str | os.PathLike[str] | Core],
+    cores: Sequence[CoreSource],
     make_optimizer: Callable[[Stage], MaskedEMAAdamW],
     train: Callable[[Stage, MaskedEMAAdamW], None],
 ) -> None:

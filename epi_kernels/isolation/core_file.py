@@ -43,6 +43,9 @@ class Core(Protocol):
         ...
 
 
+CoreSource = str | os.PathLike[str] | Core
+
+
 class MemoryCore:
     """A core region whose packed masks lie in memory."""
 
@@ -112,7 +115,7 @@ class CoreFile:
         return self._file.read_bytes(KEY + name, begin, end)
 
 
-def open_core(source: str | os.PathLike[str] | Core) -> Core:
+def open_core(source: CoreSource) -> Core:
     return CoreFile(source) if isinstance(source, str | os.PathLike) else source
 
 

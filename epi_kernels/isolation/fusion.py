@@ -47,7 +47,7 @@ from .checkpoints import (
     require_same_shapes,
     slices,
 )
-from .core_file import Core, open_core, read_mask
+from .core_file import Core, CoreSource, open_core, read_mask
 from .errors import IsolationError
 from .tensor_files import FLOATS
 
@@ -206,7 +206,7 @@ class _Fusion:
 def fuse(
     base: Source,
     tuned: Sequence[Source],
-    cores: Sequence[str | os.PathLike[str] | Core] = (),
+    cores: Sequence[CoreSource] = (),
     *,
     method: str = "slerp",
     omega: float | None = None,
@@ -248,7 +248,7 @@ def fuse(
 def fuse_checkpoints(
     base: str | os.PathLike[str],
     tuned: Sequence[str | os.PathLike[str]],
-    cores: Sequence[str | os.PathLike[str] | Core],
+    cores: Sequence[CoreSource],
     out: str | os.PathLike[str],
     *,
     method: str = "slerp",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .core_file import Core, byte_slices, open_core, require_same_model
+from .core_file import CoreSource, byte_slices, open_core, require_same_model
 
 _BITS_OF_BYTE = torch.tensor([bin(byte).count("1") for byte in range(256)], device="cpu")
 
@@ -24,7 +23,7 @@ def jaccard(intersection: int, size: int, other: int) -> float:
     return intersection / union if union else 1.0
 
 
-def intersections(sources: Sequence[str | os.PathLike[str] | Core]) -> list[list[int]]:
+def intersections(sources: Sequence[CoreSource]) -> list[list[int]]:
     """|C_i and C_j| of every pair; |C_i| on the diagonal. Raises IsolationError for cores of different models."""
     cores = [open_core(one) for one in sources]
     require_same_model(cores)
@@ -37,7 +36,7 @@ def intersections(sources: Sequence[str | os.PathLike[str] | Core]) -> list[list
     return [[counts[max(i, j)][min(i, j)] for j in range(len(cores))] for i in range(len(cores))]
 
 
-def jaccard_matrix(cores: Sequence[str | os.PathLike[str] | Core]) -> list[list[float]]:
+def jaccard_matrix(cores: Sequence[CoreSource]) -> list[list[float]]:
     """S(i, j) for every pair of core regions, or files of them; symmetric, 1 on the diagonal.
 
     Raises:

@@ -13,13 +13,12 @@ Groups that tie keep their order.
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Sequence
 
 import torch
 
-from .core_file import Core, byte_slices, open_core, require_same_model
+from .core_file import Core, CoreSource, byte_slices, open_core, require_same_model
 from .errors import IsolationError
 from .overlap import popcount
 
@@ -31,7 +30,7 @@ def order_groups(
     order: str = "random",
     *,
     seed: int = 0,
-    cores: Sequence[str | os.PathLike[str] | Core] | None = None,
+    cores: Sequence[CoreSource] | None = None,
     difficulty: Sequence[float] | None = None,
 ) -> list[list[int]]:
     """The groups (of task positions) in the order of their stages; the module's docstring has the orders.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from epi_kernels.kernels_report.sass import Instruction, Kernel, instructions_of, resources_of
+from epi_kernels.kernels_report.sass import Instruction, Kernel, instructions_of, output_of, resources_of
 
 # Whose last operand is the address of an instruction, which the disassembler prints from the start of the file.
 _GOES_TO = {"BRA", "BSSY", "CALL", "RET", "WARPSYNC"}
@@ -27,10 +26,10 @@ def read_kernels(cubins: Sequence[bytes], arch: int, cuobjdump: str, nvdisasm: s
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels"
         file.write_bytes(b"".join(code for _, code in codes))
-        instructions = instructions_of(_output(nvdisasm, "--binary", f"SM{arch}", str(file)))
+        instructions = instructions_of(output_of(nvdisasm, "--binary", f"SM{arch}", str(file)))
         for cubin, (name, code) in zip(cubins, codes, strict=True):
             file.write_bytes(cubin)
-            registers, shared = resources_of(_output(cuobjdump, "-res-usage", str(file)))[name]
+            registers, shared = resources_of(output_of(cuobjdump, "-res-usage", str(file)))[name]
             kernels.append((name, len(code), registers, shared))
     found, start = [], 0
     for name, size, registers, shared in kernels:
@@ -66,10 +65,3 @@ def _moved(instruction: Instruction, start: int) -> Instruction:
     if instruction.base in _GOES_TO:
         text = _LAST_ADDRESS.sub(lambda match: f"0x{int(match[1], 16) - start:x}", text)
     return Instruction(instruction.address - start, instruction.opcode, text)
-
-
-def _output(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr.strip()}")
-    return result.stdout

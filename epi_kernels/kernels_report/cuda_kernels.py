@@ -127,9 +127,9 @@ def _cuobjdump(nvcc: str) -> str:
     beside = Path(nvcc).resolve().parent / "cuobjdump"
     if beside.exists():
         return str(beside)
-    from epi_kernels.kernels_report.triton_kernels import find_cuobjdump
+    from epi_kernels.kernels_report.triton_kernels import triton_tool
 
-    return shutil.which("cuobjdump") or find_cuobjdump()
+    return shutil.which("cuobjdump") or triton_tool("cuobjdump")
 
 
 def _demangle(names: list[str]) -> list[str]:

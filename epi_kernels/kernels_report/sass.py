@@ -109,6 +109,7 @@ def resources_of(output: str) -> dict[str, tuple[int, int]]:
 
 
 def instructions_of(listing: str) -> list[Instruction]:
+    """From what ``cuobjdump -sass`` or ``nvdisasm`` print."""
     found = []
     for address, text in _INSTRUCTION.findall(listing):
         opcode = _PREDICATE.sub("", text).split(maxsplit=1)[0]
@@ -117,8 +118,13 @@ def instructions_of(listing: str) -> list[Instruction]:
 
 
 def read_cubin(cubin: Path, cuobjdump: str) -> list[Kernel]:
-    command = [cuobjdump, "-sass", "-res-usage", str(cubin)]
+    """Raises RuntimeError where the tool fails."""
+    return parse(output_of(cuobjdump, "-sass", "-res-usage", str(cubin)))
+
+
+def output_of(*command: str) -> str:
+    """Raises RuntimeError with what the command said where it fails."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {result.stderr.strip()}")
-    return parse(result.stdout)
+    return result.stdout

@@ -224,7 +224,7 @@ def measure(compiled, name: str, arch: int, expected: Expectation | None) -> Row
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (kernel,) = read_cubin(cubin, find_cuobjdump())
+        (kernel,) = read_cubin(cubin, triton_tool("cuobjdump"))
     return _row(compiled, name, arch, expected, kernel)
 
 
@@ -241,26 +241,19 @@ def inexact(ptx: str) -> Iterator[str]:
             yield f"{what}: {found[0]}"
 
 
-def find_cuobjdump() -> str:
-    """Triton's own: it is in every wheel, and knows every architecture that its ptxas knows."""
-    return tool("cuobjdump")
-
-
-def tool(name: str) -> str:
+def triton_tool(name: str) -> str:
+    """Where Triton's own cuobjdump or nvdisasm is: in every wheel, and it knows every architecture that its ptxas knows."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def compile_entry(task: tuple[Entry, int]) -> Row:
-    entry, arch = task
-    return compile_form(module_of(entry), entry, arch)
-
-
 def compile_entries(task: tuple[Sequence[Entry], int]) -> list[Row]:
+    """Of entries of the catalog, for one architecture: disassembled together."""
     entries, arch = task
     compiled = [compiled_form(module_of(entry), entry, arch) for entry in entries]
-    kernels = read_kernels([one.asm["cubin"] for one in compiled], arch, find_cuobjdump(), tool("nvdisasm"))
+    cubins = [one.asm["cubin"] for one in compiled]
+    kernels = read_kernels(cubins, arch, triton_tool("cuobjdump"), triton_tool("nvdisasm"))
     return [
         _row(one, entry.name, arch, entry.expected, kernel)
         for one, entry, kernel in zip(compiled, entries, kernels, strict=True)

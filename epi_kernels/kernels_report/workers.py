@@ -8,12 +8,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
+from epi_kernels.workers import usable_cores
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def default_jobs() -> int:
-    return min(len(os.sched_getaffinity(0)), 8)
+    return min(usable_cores(), 8)
 
 
 def in_workers(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None) -> list[Result]:

@@ -40,7 +40,7 @@ def save_isolation(optimizer: MaskedEMAAdamW, path: str | os.PathLike[str]) -> N
 
     Raises:
         TypeError: it is no MaskedEMAAdamW, nor a library's wrapper of one.
-        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet, or importance that
+        ValueError: parameters have no names, or names that a file cannot hold, or there is no state yet, or importance
             is not a number; of sharded ones, on every rank.
         OSError: the file cannot be written; what was at ``path`` is still there.
     """

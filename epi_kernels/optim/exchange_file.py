@@ -95,9 +95,7 @@ def _take(name: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Save
         if importance.dtype not in IMPORTANCE_DTYPES or importance.shape != shape:
             found = f"{importance.dtype} {list(importance.shape)}"
             raise ValueError(f"the importance of {name} must be floats {list(shape)}, is {found}")
-        if not bool(
-            (importance >= 0).all()
-        ):  # nan compares false; inf is a square that float32 does not hold
+        if not bool((importance >= 0).all()):  # so of nan; inf is a square that float32 does not hold
             raise ValueError(f"the importance of {name} has values that are negative or not a number")
     masks = {}
     for key in MASK_KEYS:

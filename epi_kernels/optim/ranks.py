@@ -45,12 +45,13 @@ def check_maker() -> None:
         NotImplementedError: torch's ZeroRedundancyOptimizer is making the optimizer at hand: each rank has some of the
             parameters, without names, and would select among those alone.
     """
-    module = sys.modules.get(
-        "torch.distributed.optim.zero_redundancy_optimizer"
-    )  # who makes one has imported it
-    frame = sys._getframe(1) if module is not None else None
+    # who makes one has imported it
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return
+    frame = sys._getframe(1)
     while frame is not None:
-        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
             raise NotImplementedError(
                 "ZeroRedundancyOptimizer shares parameters out, and each rank would select a mask among its own: use FSDP2, "
                 "torch.distributed.fsdp.fully_shard, or DistributedDataParallel with the optimizer by itself"

@@ -172,7 +172,8 @@ def check_states(told: Sequence[StatesTold | None], found: Sequence[Sequence[AtH
     if first.parameters != len(every):  # torch gives a group the text of its first parameter's stage
         warnings.warn(
             f"these groups tell of {first.parameters} parameters, as of a stage of a pipeline that was cut otherwise, and this "
-            f"optimizer has {len(every)}: masks that other stages had in their groups (persistent ones), if any, are not here",
+            f"optimizer has {len(every)}: masks that other stages had in their groups (persistent ones), if any, are not here. To "
+            "keep them load into stages cut as those were",
             stacklevel=callers_level(),
         )
         return

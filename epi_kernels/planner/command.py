@@ -133,7 +133,7 @@ def verdict(best: plans.Plan | None, job: plans.Job, rates: Machine) -> str:
             f"with the {rates.host / GB:.0f} GB/s counted here "
             + (f"{best.update_seconds:.3g} s stick out." if best.update_seconds else "it does.")
         )
-        lines.append(f"   torch pins blocks of powers of two; {plans.UNROUNDED} saves what is rounded up.")
+        lines.append(f"   torch pins powers of two; {plans.UNROUNDED} is to save what is rounded up.")
     settings = ", ".join(f"{name}={value!r}" for name, value in one.options.items())
     lines.append(f"   MaskedEMAAdamW(model.named_parameters(), {settings})")
     if one.release:

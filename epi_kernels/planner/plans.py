@@ -63,9 +63,8 @@ class Job:
     batch: int
     length: int
     accumulation: int = 1  # gradients stay from pass to pass where there are more, released or not
-    options: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of every configuration's states: ``footprint.tensors``
+    # of every configuration's states: ``footprint.tensors``
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def card_bytes(self) -> int:

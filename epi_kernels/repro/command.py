@@ -152,9 +152,8 @@ def _chosen(args: argparse.Namespace) -> tuple[Preset, list[str]]:
     preset = load_preset(args.preset)
     for spec in specs_of(preset):
         if isinstance(spec, TaskSpec):
-            make_task(
-                spec
-            )  # a judge, a source or a harness that its kind does not have is named before anything is made
+            # a judge, a source or a harness that its kind does not have is named before anything is made
+            make_task(spec)
     if args.seeds:
         preset = preset.with_seeds(args.seeds)
     if args.without:

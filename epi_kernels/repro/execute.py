@@ -109,7 +109,7 @@ def _execute(run: Run, shop: Workshop) -> Manifest:
     _free(shop.device)
     started = time.perf_counter()
     result = _make(run, shop)
-    return shop.ranks.first_does(_write, run, shop, result, result.earlier_s + time.perf_counter() - started)
+    return shop.ranks.first_does(_write, run, shop, result, result.added_s + time.perf_counter() - started)
 
 
 def _write(run: Run, shop: Workshop, result: Result, seconds: float) -> Manifest:

@@ -58,7 +58,8 @@ class Result:
     losses: dict[str, float]
     write_model: Callable[[Path], None]
     facts: dict[str, Any] = field(default_factory=dict)
-    earlier_s: float = 0.0  # seconds beside those of this call: that it took before it was stopped
+    # to the seconds of this call: what it took before it was stopped; of a run made of parts, theirs less what passed here
+    added_s: float = 0.0
 
 
 Split = Literal["train", "test"]

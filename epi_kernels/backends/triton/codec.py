@@ -101,11 +101,10 @@ def encode(
         code = (((scaled << 5) & 0x7FFFFFFF) | (scaled & -0x80000000)).to(tl.uint32) >> 24
         code = tl.where(nonfinite, 0, code)
     else:
-        # no less than code 2; in a block that is not finite no code exceeds 255, the least
         # of the two spacings, the one whose code is larger holds
         fine = word.to(tl.int32) - ((biased - 15) << 23)
         code = tl.maximum(fine, (fine >> 3) + (7 << 20)) + rounding
-        # a block that is not finite: no code exceeds 255, the least
+        # no less than code 4; in a block that is not finite no code exceeds 255, the least
         code = tl.maximum(code, tl.where(nonfinite, 255 << 19, 4 << 19)) >> 19
         code = tl.where(word == 0, tl.where(nonfinite, 255, 0), code)
     return code.to(tl.uint8), tl.where(nonfinite, _NONFINITE, biased - 24)
