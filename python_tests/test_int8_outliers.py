@@ -93,8 +93,8 @@ def _updates(state_dtype: object, factor: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("factor", [1.0, *FACTORS, 3000.0, 20000.0])
 def test_no_element_beside_an_outlier_steps_twice_as_far_as_float32(factor):
-    """A first moment rounded up to 2^-11 of its block's largest, over the root of 2^-20 of the largest second one,
-    is half of what the outlier itself may take. Were second moments to reach 2^-29, it would be 11 times that."""
+    """A first moment rounded up to 2^-10 of its block's scale, over the root of 2^-20 of the second moments' scale, is
+    about what the outlier itself may take. Were second moments to reach 2^-29, it would be 23 times that."""
     narrow, exact = _updates("int8", factor), _updates(torch.float32, factor)
     assert narrow.abs().max() <= 2 * exact.abs().max()
     if factor in FACTORS:  # within the code's range steps have their size in the mean
