@@ -149,12 +149,31 @@ class ThresholdSearch {
     if (key >= d.lo) row(domain)[key >= d.hi ? problem_.bins : (key - d.lo) >> d.shift] += n;
   }
 
+  // Noted keys of a domain. Few are inside a bracket that is one bin of the last; which side of it the others
+  // are on, nothing predicts.
+  void add_keys(int64_t domain, const uint32_t* first, const uint32_t* last) {
+    const Domain& d = domains_[domain];
+    int64_t* bins = row(domain);
+    const uint64_t width = static_cast<uint64_t>(d.hi - d.lo);
+    int64_t above = 0;
+    for (; first != last; ++first) {
+      const int64_t key = *first;
+      above += key >= d.hi;
+      if (static_cast<uint64_t>(key - d.lo) < width) [[unlikely]]
+        ++bins[(key - d.lo) >> d.shift];
+    }
+    bins[problem_.bins] += above;
+  }
+
   // Counts every element, and notes the keys inside the brackets for recount().
   void count_all() {
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
     noted_.resize(threads);
     for (NotedKeys& own : noted_) {
-      own.keys.resize(kNotedKeys / threads);
+      if (own.keys == nullptr) {
+        own.capacity = kNotedKeys / threads;
+        own.keys.reset(new uint32_t[own.capacity]);
+      }
       own.runs.clear();
       own.size = 0;
       own.overflowed = false;
@@ -182,7 +201,7 @@ class ThresholdSearch {
         const int64_t domain = own.runs[run].domain;
         if (domains_[domain].done) continue;
         const int64_t end = run + 1 < own.runs.size() ? own.runs[run + 1].first : own.size;
-        for (int64_t i = own.runs[run].first; i < end; ++i) add_key(domain, own.keys[i], 1);
+        add_keys(domain, own.keys.get() + own.runs[run].first, own.keys.get() + end);
       }
     }
     for (int64_t i = 0; i < problem_.layers; ++i) {

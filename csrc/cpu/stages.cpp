@@ -121,7 +121,7 @@ void count(const Kernels& kernels, const Table& table, const LayerTerms& terms, 
     }
     NotedKeys& own = (*noted)[id];
     if (own.runs.empty() || own.runs.back().domain != domain) own.runs.push_back({domain, own.size});
-    KeyBuffer buffer{own.keys.data(), own.size, static_cast<int64_t>(own.keys.size()), own.overflowed};
+    KeyBuffer buffer{own.keys.get(), own.size, own.capacity, own.overflowed};
     a.noted = &buffer;
     kernels.count(table[task.row], task.start, task.stop, a);
     own.size = buffer.size;

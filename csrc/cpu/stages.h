@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cpu/tasks.h"
@@ -41,7 +42,8 @@ struct NotedKeys {
   struct Run {
     int64_t domain, first;
   };
-  std::vector<uint32_t> keys;  // its size is the room there is
+  std::unique_ptr<uint32_t[]> keys;  // not initialised
+  int64_t capacity = 0;
   std::vector<Run> runs;
   int64_t size = 0;
   bool overflowed = false;

@@ -176,17 +176,22 @@ EPI_INLINE int64_t count_codes(const Codes& u, const uint8_t* mask, int64_t star
   return above;
 }
 
+// Sampled blocks asked for ahead (Zen 4, two threads: of one ahead a sample of 1e8 takes twice as long).
+constexpr int64_t kSamplesAhead = 8;
+
 // Calls visit(start, stop) for what is to be counted of a range: all of it, or every sample_stride-th block.
-// `address(i)`: where an element lies; `bits`: of one.
+// `address(i)`: where an element lies; `bits`: of one; `mask`: nullptr, or read beside it.
 template <class Address, class Visit>
-EPI_INLINE void for_each_counted(int64_t start, int64_t stop, int bits, const CountArguments& a,
-                                 const Address& address, const Visit& visit) {
+EPI_INLINE void for_each_counted(int64_t start, int64_t stop, int bits, const uint8_t* mask,
+                                 const CountArguments& a, const Address& address, const Visit& visit) {
   if (a.sample_stride <= 1) return visit(start, stop);
   const int64_t pace = kSampleBlock * a.sample_stride;
   for (int64_t i = (start + pace - 1) / pace * pace; i < stop; i += pace) {
-    // the next block lies on a page of its own
-    const char* next = static_cast<const char*>(address(i + pace));
+    // a block may lie on a page of its own, which no hardware asks for
+    const int64_t later = i + kSamplesAhead * pace;
+    const char* next = static_cast<const char*>(address(later));
     for (int j = 0; j < kSampleBlock * bits / 8; j += 64) __builtin_prefetch(next + j);
+    if (mask != nullptr) __builtin_prefetch(mask + later / 8);
     visit(i, i + kSampleBlock < stop ? i + kSampleBlock : stop);
   }
 }
@@ -196,7 +201,7 @@ EPI_INLINE void count_coded_range(const Codes& u, int bits, TableRow row, int64_
                                   const CountArguments& a) {
   const uint8_t* mask = a.keep_factor != 1.0f ? pointer<const uint8_t>(row, kIsolationMask) : nullptr;
   for_each_counted(
-      start, stop, bits, a, [&](int64_t i) __attribute__((always_inline)) { return u.address(i); },
+      start, stop, bits, mask, a, [&](int64_t i) __attribute__((always_inline)) { return u.address(i); },
       [&](int64_t i, int64_t end)
           __attribute__((always_inline)) { a.histogram[a.last_bin] += count_codes<F>(u, mask, i, end, a); });
 }
@@ -215,7 +220,7 @@ EPI_INLINE void count_range(TableRow row, int64_t start, int64_t stop, const Cou
   [[maybe_unused]] const bool positive = a.lo_bound[0] > 0.0f && (mask == nullptr || a.lo_bound[1] > 0.0f);
   auto above = L::u32(0);
   for_each_counted(
-      start, stop, 8 * sizeof(T), a,
+      start, stop, 8 * sizeof(T), mask, a,
       [&](int64_t i) __attribute__((always_inline)) { return static_cast<const void*>(u + i); },
       [&](int64_t i, int64_t end) __attribute__((always_inline)) {
         if constexpr (sizeof(T) == 2) {
