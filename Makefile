@@ -4,7 +4,7 @@
 #   VENV         where it goes (.venv)
 #   TORCH        what is installed as torch when VENV has none (torch==2.13.0)
 #   TORCH_INDEX  index to take torch from, and torch alone; pip's own configuration otherwise
-#   TIME_LIMIT   seconds for one slice of `make gpu` and `make reproduce-medium`; the next call resumes
+#   TIME_LIMIT   seconds for one slice of `make gpu*` and `make reproduce-medium`; the next call resumes
 #   *_ARGS       passed on: TEST_ARGS to pytest, DEMO_ARGS, REPRODUCE_ARGS, BENCH_ARGS, QUALITY_ARGS and GPU_ARGS to their programs
 
 PYTHON      ?= python3
@@ -26,11 +26,11 @@ BUILD_SCRIPTS := setup.py tools/build_support.py
 # Idle OpenMP threads sleep instead of spinning: test processes share the cores.
 QUIET_THREADS := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality exactness stopped codebooks tables gpu gpu-large gpu-offload env lint format typecheck clean
+.PHONY: help build test demo reproduce reproduce-medium bench side-by-side quality exactness stopped codebooks tables gpu gpu-side-by-side gpu-large gpu-offload env lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | exactness | stopped | codebooks | gpu | gpu-large | gpu-offload | env | tables | lint | format | typecheck | build | clean'
+	@echo 'make test | demo | reproduce | reproduce-medium | bench | side-by-side | quality | exactness | stopped | codebooks | gpu | gpu-side-by-side | gpu-large | gpu-offload | env | tables | lint | format | typecheck | build | clean'
 
 # The last file that `python -m venv` writes: an environment without it is unfinished.
 $(VENV)/bin/activate:
@@ -95,7 +95,7 @@ tables: build
 # Needs no network and makes no environment: the interpreter of a GPU machine brings its own torch.
 # VENV's python serves where PYTHON has no torch.
 GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
-GPU_TARGETS := gpu gpu-large gpu-offload reproduce-medium
+GPU_TARGETS := gpu gpu-side-by-side gpu-large gpu-offload reproduce-medium
 SLICE = $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
 $(GPU_TARGETS): export PYTHONPATH := .
 $(GPU_TARGETS): export EPI_KERNELS_CUDA_ARCHS ?= native
@@ -104,6 +104,9 @@ gpu-build:
 	@$(GPU_PYTHON) -c 'import torch' || \
 	  { echo "make $(MAKECMDGOALS): neither $(PYTHON) nor $(PY) can import torch; set PYTHON" >&2; exit 1; }
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-side-by-side: gpu-build
+	$(GPU_PYTHON) -m bench.side_by_side --device cuda $(strip $(SLICE) $(GPU_ARGS))
 
 gpu gpu-large gpu-offload: gpu-build
 	$(GPU_PYTHON) -m bench.$(subst -,_,$@) $(strip $(SLICE) $(GPU_ARGS))

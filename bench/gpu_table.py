@@ -1,4 +1,4 @@
-"""The README's blocks on a GPU: timings and targets of `make gpu` and `make side-by-side`, rows of `make gpu-large`.
+"""The README's blocks on a GPU: timings and targets of `make gpu` and `make gpu-side-by-side`, rows of `make gpu-large`.
 
 What was never run is said to be, with the command that runs it.
 """
@@ -54,6 +54,13 @@ class Claim(NamedTuple):
 # ---------------------------------------------------------------- targets
 
 
+# Of a step with isolation on, by dtype and states: at most so much of torch's fused one, at least so much of a copy's bandwidth.
+STEPS = {
+    "float32": (("float32", None), 1.02, 0.9),
+    "bfloat16, 8-bit states": (("bfloat16", "int8"), 0.8, 0.85),
+}
+
+
 def device_claims(run: Row | None) -> list[Claim]:
     """Of `make gpu`: each the worst over its workloads, a backend at a time."""
     timed = [row for row in run["rows"] if "ms" in row] if run else []
@@ -61,30 +68,27 @@ def device_claims(run: Row | None) -> list[Claim]:
     found = []
     for backend in backends:
         own = [row for row in timed if row["backend"] == backend]
-        f32 = [row for row in own if row["dtype"] == "float32"]
-        shares = [row["copy_share"] for row in f32 if "copy_share" in row]
-        found += [
-            Claim(
-                f"float32, isolation on, `{backend}`: step, of torch fused",
-                _at_most(1.02),
-                max((row["step_over_torch"]["p50"] for row in f32), default=None),
-            ),
-            Claim(
-                f"float32, isolation on, `{backend}`: share of copy bandwidth",
-                _at_least(0.9),
-                min(shares, default=None),
-            ),
+        for name, (kind, most, share) in STEPS.items():
+            rows = [row for row in own if (row["dtype"], row["state_dtype"]) == kind]
+            ratios = [row["step_over_torch"]["p50"] for row in rows]
+            shares = [row["copy_share"] for row in rows if "copy_share" in row]
+            step = f"{name}, isolation on, `{backend}`:"
+            found.append(Claim(f"{step} step, of torch fused", _at_most(most), max(ratios, default=None)))
+            found.append(
+                Claim(f"{step} share of copy bandwidth", _at_least(share), min(shares, default=None))
+            )
+        found.append(
             Claim(
                 f"a refresh every {INTERVAL} steps, `{backend}`: of the steps between",
                 _at_most(0.01),
                 max((row["refresh_over_step"]["p50"] / INTERVAL for row in own), default=None),
-            ),
-        ]
+            )
+        )
     return found
 
 
 def side_by_side_claims(rows: Sequence[Row] | None) -> list[Claim]:
-    """Of `make side-by-side` on a GPU."""
+    """Of `make gpu-side-by-side`."""
     named = {(row["list"], row["contender"]): row for row in rows or []}
 
     def figure(key: str, contender: str = EIGHT_BIT, where: str = "one-tensor") -> float | None:
@@ -140,10 +144,11 @@ def _timing_line(row: Row) -> list[str]:
     rounding = {None: "", True: ", stochastic rounding", False: ", rounding to nearest"}[
         row["stochastic_rounding"]
     ]
+    states = {None: "", "int8": ", 8-bit states", "int4": ", 4-bit states"}[row["state_dtype"]]
     share = f"{row['step_gbps']:,.0f} ({row['copy_share']:.0%})" if "copy_share" in row else "-"
     above = row["refresh_peak_above_step_bytes"]
     return [
-        f"{row['workload']}, {row['dtype']}{rounding}",
+        f"{row['workload']}, {row['dtype']}{states}{rounding}",
         row["backend"],
         milliseconds(row["ms"]["step"]["p50"]),
         milliseconds(row["ms"]["torch"]["p50"]),
@@ -156,7 +161,7 @@ def _timing_line(row: Row) -> list[str]:
 
 
 def timings(folder: Path = results.RESULTS) -> str:
-    """The newest whole `make gpu`, the newest whole `make side-by-side` on a GPU, and the targets of both."""
+    """The newest whole `make gpu`, the newest whole `make gpu-side-by-side`, and the targets of both."""
     run, rows = status.newest(folder), side_by_side_table.newest(folder, "cuda")
     parts = []
     if run is None:
@@ -170,7 +175,7 @@ def timings(folder: Path = results.RESULTS) -> str:
         parts.append(table(header, [_timing_line(row) for row in run["rows"]], "llrrrrrrr"))
         parts.append(_why_not(run["rows"], "name"))
     if rows is None:
-        parts.append("Side by side: never run on a GPU: `make side-by-side`.")
+        parts.append("Side by side: never run on a GPU: `make gpu-side-by-side`.")
     else:
         parts.append(side_by_side_table.text(folder, "cuda"))
     if run is not None or rows is not None:

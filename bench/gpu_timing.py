@@ -45,24 +45,30 @@ class Workload:
     dtype: torch.dtype
     backend: str
     stochastic_rounding: bool | None = None
+    state_dtype: str | None = None  # int8 | int4; None: the weights'
 
     @property
     def slice_name(self) -> str:
         rounding = {None: "", True: "-stochastic", False: "-nearest"}[self.stochastic_rounding]
         kind = {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]
-        return f"time-{self.name}-{kind}{rounding}-{self.backend}"
+        states = "" if self.state_dtype is None else f"-{self.state_dtype}"
+        return f"time-{self.name}-{kind}{states}{rounding}-{self.backend}"
 
-    @property
-    def state_bytes(self) -> int:
-        return torch.empty((), dtype=self.dtype).element_size()
+
+KINDS = (
+    (torch.float32, None, None),
+    (torch.bfloat16, True, None),
+    (torch.bfloat16, False, None),
+    (torch.bfloat16, True, "int8"),
+    (torch.bfloat16, True, "int4"),
+)
 
 
 def workloads(backends: list[str]) -> list[Workload]:
-    kinds = [(torch.float32, None), (torch.bfloat16, True), (torch.bfloat16, False)]
     return [
-        Workload(name, dtype, backend, rounding)
+        Workload(name, dtype, backend, rounding, states)
         for name in ("one-tensor", "llama-1b")
-        for dtype, rounding in kinds
+        for dtype, rounding, states in KINDS
         for backend in backends
     ]
 
@@ -81,8 +87,8 @@ def measure(work: Workload, device: Device, effort: Effort, smoke: bool) -> dict
     """One row: percentiles in ms, paired ratios, GB/s, and the memory a refresh takes."""
     from epi_kernels import MaskedEMAAdamW
 
-    # weight, gradient, our two states and torch's two, the mask; a tenth for what is not ours
-    per_element = 6 * work.state_bytes + MASK_BYTES
+    # weight, gradient, torch's two states, ours (at most as large) and the mask; a tenth for what is not ours
+    per_element = 6 * work.dtype.itemsize + MASK_BYTES
     room = int(device.free_bytes() * 0.9 / per_element)
     if work.name == "one-tensor":
         sizes = [(n,)] if (n := min(effort.elements, 10 ** int(math.log10(max(room, 1))))) else []
@@ -95,6 +101,7 @@ def measure(work: Workload, device: Device, effort: Effort, smoke: bool) -> dict
         "dtype": str(work.dtype).removeprefix("torch."),
         "backend": work.backend,
         "stochastic_rounding": work.stochastic_rounding,
+        "state_dtype": work.state_dtype,
         "elements": elements,
         "tensors": len(sizes),
     }
@@ -106,7 +113,12 @@ def measure(work: Workload, device: Device, effort: Effort, smoke: bool) -> dict
         param = torch.nn.Parameter(torch.randn(shape, device=device.torch_device, dtype=work.dtype) * 0.02)
         param.grad = torch.randn_like(param) * 1e-3
         params.append(param)
-    arguments = {"lr": 1e-6, "backend": work.backend, "stochastic_rounding": work.stochastic_rounding}
+    arguments = {
+        "lr": 1e-6,
+        "backend": work.backend,
+        "stochastic_rounding": work.stochastic_rounding,
+        "state_dtype": work.state_dtype,
+    }
     ours = MaskedEMAAdamW(params, mask_interval=None, **arguments)
     theirs = torch.optim.AdamW(params, lr=1e-6, fused=True)
     ours.step()
@@ -160,11 +172,12 @@ def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def with_bandwidth(row: dict[str, Any], copy: dict[str, float]) -> dict[str, Any]:
-    """Adds GB/s of the step and its share of the copy's."""
+    """Adds GB/s of the step and its share of the copy's: weight in and out, gradient and mask in, moments in and out."""
     if "ms" not in row:
         return row
     itemsize = 4 if row["dtype"] == "float32" else 2
-    step_bytes = row["elements"] * (7 * itemsize + MASK_BYTES)
+    moments = row["state_bytes_per_element"] - MASK_BYTES
+    step_bytes = row["elements"] * (3 * itemsize + 2 * moments + MASK_BYTES)
     gbps = step_bytes / (row["ms"]["step"]["p50"] * 1e6)
     return {**row, "step_gbps": round(gbps, 1), "copy_share": round(gbps / copy["p50"], 3)}
 

@@ -2,6 +2,7 @@
 
     python -m bench.side_by_side                 the lists that fit, on the CPU or, where there is one, the GPU
     python -m bench.side_by_side --quick         a smoke run: tiny lists, nothing written
+    python -m bench.side_by_side --time-limit 540  as many lists as fit in the time; the same command goes on
     python -m bench.side_by_side --only torchao  contenders whose name holds a word
 
 Every contender steps in turn with torch's fused AdamW over the same weights and gradients; ratios are taken pair by
@@ -13,13 +14,18 @@ pair. A peer that is not installed, or cannot run here, becomes a row that says 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import json
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,12 +36,16 @@ from bench import results
 from bench.bench_memory import peak_mib
 from bench.contenders import CONTENDERS, LR, REFERENCE, Contender
 from bench.gpu_device import CpuDevice, Device, open_device
+from bench.gpu_record import slug
 from bench.gpu_timing import Effort, copy_gbps, imports_frozen, release
 from bench.shapes import Architecture, ParameterList, Shape, architectures
 from bench.side_by_side_fit import CPU_ELEMENTS, fitting, sits_out
+from bench.slices import Kept, Slice, run_slices
 
 GROUP, PREFIX = "side-by-side", "side-by-side"
 PEERS = ("flashoptim", "torchao", "bitsandbytes", "torch-optimi", "deepspeed")
+# Guessed: what a time limit leaves must hold the next slice.
+COPY_SECONDS, ROW_SECONDS = 20, 6
 
 
 @dataclass(frozen=True)
@@ -164,59 +174,114 @@ def measure(
 # ---------------------------------------------------------------- the run
 
 
-@imports_frozen()
-def run(contenders: Sequence[Contender], device: Device, plan: Plan, complete: bool) -> list[dict[str, Any]]:
-    copy = copy_gbps(device, Effort(copy_bytes=plan.copy_bytes, warm_up=2))
-    shared = results.unjudged(GROUP, copy["p50"], torch.get_num_threads(), backend="auto", complete=complete)
-    shared["device"] = device.facts()
-    shared["versions"] |= {name: version for name in PEERS if (version := installed(name))}
-    rows: list[dict[str, Any]] = []
-    taken: dict[str, dict[str, Any]] = {}  # by contender: its row of the largest list so far
-    lists = plan.lists()
-    total = len(lists) * len(contenders)
-    progress = tqdm(total=total, unit="row", disable=None)
-    for list_name, listed in lists.items():
+def list_slices(
+    contenders: Sequence[Contender], device: Device, plan: Plan, complete: bool, done: Mapping[str, Any]
+) -> list[Slice]:
+    """What all rows share, then every list in each dtype. ``done``: results by slice, of those before among them."""
+    slices = [Slice("copy", COPY_SECONDS, lambda _: {"shared": _shared(device, plan, complete)})]
+    for name, listed in plan.lists().items():
         for dtype in REFERENCE:
             entered = [contender for contender in contenders if contender.weights == dtype]
-            if not entered:
-                continue
-            if isinstance(listed, Architecture):
-                chosen = fitting(listed, dtype, device, taken, plan.list_elements)
-            else:
-                chosen = listed
-            params = parameters(chosen.shapes, dtype, device)
-            reference = torch.optim.AdamW(params, lr=LR, fused=True)
-            reference.step()
-            held = 2 * stored_bytes(params) + stored_bytes(reference.state)
-            for contender in entered:
-                progress.set_description(f"{list_name}: {contender.name}")
-                row = {
-                    "name": f"{list_name}-{contender.slug}",
-                    "list": list_name,
-                    "contender": contender.name,
-                    "isolates": contender.isolates,
-                    "note": contender.note,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "elements": chosen.elements,
-                    "tensors": len(chosen.shapes),
-                    **chosen.facts(),
-                    "beside": REFERENCE[dtype],
-                }
-                known = taken.get(contender.name)
-                found = sits_out(known, chosen.elements, held, device, plan.slow_seconds)
-                found = found or measure(contender, params, reference.step, device, plan)
-                if "gbps" in found:
-                    found["copy_share"] = found["gbps"] / copy["p50"]
-                    if known is None or known["elements"] < chosen.elements:
-                        taken[contender.name] = row | found
-                rows.append(row | found | shared)
-                if progress.disable:  # no terminal: a line a row instead
-                    print(f"[{len(rows)}/{total}] {summary(rows[-1:])}", flush=True)
-                release()
-                progress.update()
-            del params, reference  # before the next list is made
-            release()
-    progress.close()
+            if entered:
+                rows = partial(_list_rows, name, listed, dtype, entered, device, plan, done)
+                slices.append(Slice(f"{name}-{_short(dtype)}", ROW_SECONDS * len(entered), rows))
+    return slices
+
+
+def _shared(device: Device, plan: Plan, complete: bool) -> dict[str, Any]:
+    copy = copy_gbps(device, Effort(copy_bytes=plan.copy_bytes, warm_up=2))
+    shared = results.unjudged(GROUP, copy["p50"], torch.get_num_threads(), backend="auto", complete=complete)
+    shared["versions"] |= {name: version for name in PEERS if (version := installed(name))}
+    return shared | {"device": device.facts()}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@imports_frozen()
+def _list_rows(
+    name: str,
+    listed: ParameterList | Architecture,
+    dtype: torch.dtype,
+    entered: Sequence[Contender],
+    device: Device,
+    plan: Plan,
+    done: Mapping[str, Any],
+    _seconds: float,
+) -> dict[str, Any]:
+    """Rows of one list. Nobody is stopped within one: who would take long sits it out."""
+    taken = _largest(done)
+    if isinstance(listed, Architecture):
+        chosen = fitting(listed, dtype, device, taken, plan.list_elements)
+    else:
+        chosen = listed
+    params = parameters(chosen.shapes, dtype, device)
+    reference = torch.optim.AdamW(params, lr=LR, fused=True)
+    reference.step()
+    held = 2 * stored_bytes(params) + stored_bytes(reference.state)
+    rows: list[dict[str, Any]] = []
+    progress = tqdm(entered, unit="row", disable=None, leave=False)
+    for contender in progress:
+        progress.set_description(f"{name}: {contender.name}")
+        row = {
+            "name": f"{name}-{contender.slug}",
+            "list": name,
+            "contender": contender.name,
+            "isolates": contender.isolates,
+            "note": contender.note,
+            "dtype": _short(dtype),
+            "elements": chosen.elements,
+            "tensors": len(chosen.shapes),
+            **chosen.facts(),
+            "beside": REFERENCE[dtype],
+        }
+        found = sits_out(taken.get(contender.name), chosen.elements, held, device, plan.slow_seconds)
+        rows.append(row | (found or measure(contender, params, reference.step, device, plan)))
+        if progress.disable:  # no terminal: a line a row instead
+            print(f"    {len(rows)}/{len(entered)} {summary(rows[-1:])}", flush=True)
+        release()
+    del params, reference
+    release()  # before the next list is made
+    return {"rows": rows}
+
+
+def _largest(done: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By contender: its row of the largest list so far."""
+    taken: dict[str, dict[str, Any]] = {}
+    for row in (row for result in done.values() for row in result.get("rows", ())):
+        known = taken.get(row["contender"])
+        if "gbps" in row and (known is None or known["elements"] < row["elements"]):
+            taken[row["contender"]] = row
+    return taken
+
+
+def run(
+    contenders: Sequence[Contender],
+    device: Device,
+    plan: Plan,
+    complete: bool,
+    kept: Kept,
+    limit: float | None = None,
+) -> list[dict[str, Any]] | None:
+    """Rows of all lists; None where ``limit`` (seconds) ended it before.
+
+    Raises:
+        RuntimeError: a list could not be measured at all; the next call tries it again.
+    """
+    slices = list_slices(contenders, device, plan, complete, kept.done)
+    left = run_slices(slices, kept, limit, lambda result: result.get("error", "done"))
+    if failed := {name: result["error"] for name, result in kept.done.items() if "error" in result}:
+        for name in failed:
+            kept.forget(name)
+        raise RuntimeError("; ".join(f"{name}: {error}" for name, error in failed.items()))
+    if left:
+        return None
+    shared = kept.done["copy"]["shared"]
+    rows = []
+    for row in (row for piece in slices[1:] for row in kept.done[piece.name]["rows"]):
+        share = {"copy_share": row["gbps"] / shared["copy_gbps"]} if "gbps" in row else {}
+        rows.append(row | share | shared)
     return rows
 
 
@@ -241,6 +306,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _identity(device: Device, threads: int) -> str:
+    """Of what a run goes on with: machine, commit and kernels, versions, number of threads."""
+    origin = results.provenance()
+    all_of_it = [origin[key] for key in ("machine", "versions", "dirty", "kernels")]
+    all_of_it += [device.facts(), threads, *(installed(name) for name in PEERS)]
+    digest = zlib.crc32(json.dumps(all_of_it, sort_keys=True).encode())
+    return f"{slug(device.facts()['name'])}-{origin['commit']}-{digest:08x}"
+
+
 def _number(text: str) -> int:
     return int(float(text))
 
@@ -260,6 +334,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="WORD", help="contenders whose name holds it")
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (2)")
     parser.add_argument("--out", type=Path, help="folder of the result file (whole runs: bench/results)")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="stop before the next list; the same command goes on",
+    )
     args = parser.parse_args(argv)
     device = open_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(device, str):
@@ -271,7 +351,24 @@ def main(argv: list[str] | None = None) -> int:
     if not contenders:
         parser.error(f"no contender's name holds {args.only!r}: {', '.join(c.name for c in CONTENDERS)}")
     complete = plan == Plan() and args.only is None
-    rows = run(contenders, device, plan, complete)
+    if args.time_limit is not None and not complete:
+        parser.error("--time-limit: only a whole run is kept to go on with")
+    with contextlib.ExitStack() as stack:
+        folder = (
+            (args.out or results.RESULTS) if complete else Path(stack.enter_context(TemporaryDirectory()))
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = Kept(folder / f"{PREFIX}-{_identity(device, args.threads)}.state.tmp")
+        if kept.done:
+            print(f"{len(kept.done)} slices were done before: {kept.path.name}")
+        try:
+            rows = run(contenders, device, plan, complete, kept, args.time_limit)
+        except RuntimeError as error:
+            print(f"error: {error}; the same command tries again", file=sys.stderr)
+            return 1
+        if rows is None:
+            print("incomplete: the same command goes on")
+            return 0
     if sys.stderr.isatty():
         print(summary(rows))
     out = args.out or (results.RESULTS if complete else None)
@@ -279,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         print("not written: not the whole run (--out FOLDER writes it)")
     else:
         print(f"written: {results.append(rows, out, prefix=PREFIX)}")
+        kept.path.unlink(missing_ok=True)
     return 0
 
 

@@ -47,6 +47,11 @@ class Kept:
         self.done[name] = result
         self.end_attempts(name, [])
 
+    def forget(self, name: str) -> None:
+        """The next call runs it anew."""
+        del self.done[name]
+        self.end_attempts(name, [])
+
     def end_attempts(self, name: str, ends: Sequence[str]) -> None:
         self.started[name] = list(ends)
         if not ends:

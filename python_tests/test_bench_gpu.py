@@ -163,17 +163,25 @@ def test_smoke_run_on_the_cpu(tmp_path):
     """Tests, copy and timings in two calls; the record is whole and refused as a status."""
     out = tmp_path / "gpu-smoke.json"
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--smoke", "--out", str(out)]
-    only = "tests-stages-reference|copy|time-.*-(f32|bf16-stochastic)-cpu"
+    only = "tests-stages-reference|copy|time-.*-(f32|bf16(-int8|-int4)?-stochastic)-cpu"
     for extra in (["--time-limit", "0.001"], ["--write-now"]):
         done = subprocess.run([*command, "--only", only, *extra], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "incomplete:" in done.stdout
     run = json.loads(out.read_text())
     assert run["smoke"] and not run["complete"] and run["tests"]["failed"] == 0 and run["tests"]["run"] > 0
-    assert len(run["rows"]) == 4 and run["kernel_hash"] == status.kernel_hash()
+    assert len(run["rows"]) == 8 and run["kernel_hash"] == status.kernel_hash()
     for row in run["rows"]:
         assert {"p20", "p50", "p80"} <= row["ms"]["step"].keys() and row["copy_share"] > 0
+        itemsize = 4 if row["dtype"] == "float32" else 2
+        moved = 3 * itemsize + 2 * (row["state_bytes_per_element"] - 1 / 8) + 1 / 8
+        assert row["step_gbps"] == pytest.approx(
+            row["elements"] * moved / row["ms"]["step"]["p50"] / 1e6, abs=0.06
+        )
         assert row["step_over_torch"]["p50"] > 0 and row["refresh_peak_above_step_bytes"] is None
+    one = {row["state_dtype"]: row for row in run["rows"] if row["workload"] == "one-tensor"}
+    held = {kind: row["state_bytes_per_element"] for kind, row in one.items()}
+    assert 2.1 < held["int8"] < 2.3 and 1.1 < held["int4"] < 1.3, "two codes, their scales and the mask"
     assert {"torch", "triton", "nvcc", "driver"} <= run["versions"].keys()
     assert status.line(tmp_path) == "**GPU status:** never run."
     assert list(tmp_path.glob("*.state.tmp")), "an incomplete run can go on"

@@ -20,6 +20,7 @@ from bench import (
 from bench.contenders import Contender
 from bench.gpu_device import CpuDevice
 from bench.published_epi import PublishedEPI
+from bench.slices import Kept
 from epi_kernels import MaskedEMAAdamW, footprint, memory, published
 from python_tests.threads import on_threads
 
@@ -209,12 +210,45 @@ def test_likeness_of_a_row():
     assert known[1] == "an operation at a time"
 
 
-def test_a_slow_contender_sits_out_the_other_lists():
+DEFAULT = [contender for contender in contenders.CONTENDERS if contender.name == "ours, float32"]
+
+
+def test_a_slow_contender_sits_out_the_other_lists(tmp_path):
     plan = replace(side_by_side.QUICK, slow_seconds=0.0)
-    (contender,) = [c for c in contenders.CONTENDERS if c.name == "ours, float32"]
-    first, second = side_by_side.run([contender], CpuDevice(), plan, complete=False)
+    rows = side_by_side.run(DEFAULT, CpuDevice(), plan, complete=False, kept=Kept(tmp_path / "state"))
+    assert rows is not None
+    first, second = rows
     assert first["list"] == "one-tensor" and "ours_ms" in first
     assert second["skipped"] == "about 0 s a step"
+
+
+def test_a_run_goes_on_where_its_time_ended(tmp_path):
+    """The second call measures what the first did not; the copy is of the first, as is what it left."""
+    state = tmp_path / "state"
+    arguments = (DEFAULT, CpuDevice(), side_by_side.QUICK, False)
+    assert side_by_side.run(*arguments, Kept(state), limit=0.5) is None
+    begun = Kept(state).done
+    assert begun.keys() == {"copy"}
+    rows = side_by_side.run(*arguments, Kept(state))
+    assert rows is not None and [row["list"] for row in rows] == ["one-tensor", "small-tensors"]
+    assert all(row["copy_gbps"] == begun["copy"]["shared"]["copy_gbps"] for row in rows)
+    done = json.loads(state.read_text())["done"]
+    assert [row["ours_ms"] for row in rows] == [
+        row["ours_ms"] for result in done.values() for row in result.get("rows", ())
+    ]
+    assert side_by_side.run(*arguments, Kept(state)) == rows, "nothing is measured twice"
+
+
+def test_a_list_that_could_not_be_made_is_tried_again(tmp_path, monkeypatch):
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("no room")
+
+    arguments = (DEFAULT, CpuDevice(), side_by_side.QUICK, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "parameters", no_room)
+        with pytest.raises(RuntimeError, match="small-tensors-float32: OutOfMemoryError: no room"):
+            side_by_side.run(*arguments, Kept(tmp_path / "state"))
+    assert side_by_side.run(*arguments, Kept(tmp_path / "state")) is not None
 
 
 # ---------------------------------------------------------------- how much of an architecture
@@ -343,7 +377,9 @@ def test_a_table_says_how_much_of_an_architecture_and_who_needs_more(monkeypatch
     entered = [c for c in contenders.CONTENDERS if c.name in names]
     plan = replace(side_by_side.QUICK, architectures=True)
     with on_threads():
-        rows = side_by_side.run(entered, Free(1.1 * 24.125 * (12_864 + 2 * 4_160)), plan, complete=True)
+        room = Free(1.1 * 24.125 * (12_864 + 2 * 4_160))
+        rows = side_by_side.run(entered, room, plan, complete=True, kept=Kept(tmp_path / "state"))
+    assert rows is not None
     results.append(rows, tmp_path, prefix="side-by-side")
     text = side_by_side_table.text(tmp_path)
     lines = {line.split(" | ")[0]: line for line in text.splitlines()}
