@@ -41,6 +41,11 @@ def lines() -> list[Line]:
         ("ours, float32 weights, float32 importance of its own", f32, own),
         ("ours, bfloat16 weights, bfloat16 importance of its own", bf16, own | {"importance_dtype": bf16}),
         ("ours, 8-bit states, bfloat16 weights", bf16, int8),
+        (
+            "ours, 8-bit states, 8-bit importance of its own, bfloat16 weights",
+            bf16,
+            int8 | own | {"importance_dtype": "int8"},
+        ),
         ("ours, 8-bit states, 24-bit weights", bf16, int8 | {"master_weight_bits": 24}),
         ("ours, 4-bit states, bfloat16 weights", bf16, {"state_dtype": "int4"}),
         ("ours, bfloat16 states, 32-bit weights", bf16, {"master_weight_bits": 32}),
