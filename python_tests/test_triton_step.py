@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from epi_kernels import MaskedEMAAdamW
 from epi_kernels.reference.stats import LayerStats
 from python_tests.harness import need_triton
 from python_tests.stage_checks import run_step
@@ -160,3 +161,39 @@ def test_which_devices_are_refused():
     if DEVICE.type == "cpu":
         assert triton.only_by_name(DEVICE) is not None
         assert triton.refuses(torch.device("cuda"), torch.float32) is not None
+
+
+class Counted:
+    """Stands for a kernel and is launched in its place."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, _grid):
+        self.launches += 1
+        return lambda *arguments, **options: None
+
+
+def test_launches_go_by_dtypes_whatever_the_number_of_tensors(monkeypatch):
+    """Small tensors keep float32 states where others have codes, and what is left of whole blocks is stepped in bounds."""
+    from epi_kernels.backends.triton import prepare, step
+
+    found = []
+    for repeats in (1, 50):
+        params = [
+            torch.nn.Parameter(torch.zeros(n, dtype=dtype, device=DEVICE))
+            for _ in range(repeats)
+            for dtype in (F32, BF16)
+            for n in (16, 8192, 5000)
+        ]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer = MaskedEMAAdamW(
+            params, state_dtype="int8", master_weight_bits=24, mask_interval=None, backend="triton"
+        )
+        kernels = Counted(), Counted()
+        monkeypatch.setattr(prepare, "prepare_kernel", kernels[0])
+        monkeypatch.setattr(step, "step_kernel", kernels[1])
+        optimizer.step()
+        found.append(tuple(kernel.launches for kernel in kernels))
+    assert found[0] == found[1] == (1, 6)
