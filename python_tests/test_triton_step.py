@@ -174,26 +174,50 @@ class Counted:
         return lambda *arguments, **options: None
 
 
-def test_launches_go_by_dtypes_whatever_the_number_of_tensors(monkeypatch):
-    """Small tensors keep float32 states where others have codes, and what is left of whole blocks is stepped in bounds."""
+@pytest.fixture
+def kernels(monkeypatch):
+    """(prepare, step), counted and not run."""
     from epi_kernels.backends.triton import prepare, step
 
-    found = []
+    found = Counted(), Counted()
+    monkeypatch.setattr(prepare, "prepare_kernel", found[0])
+    monkeypatch.setattr(step, "step_kernel", found[1])
+    return found
+
+
+def many(repeats: int) -> MaskedEMAAdamW:
+    """Small tensors keep float32 states where others have codes, and what is left of whole blocks is stepped in bounds."""
+    params = [
+        torch.nn.Parameter(torch.zeros(n, dtype=dtype, device=DEVICE))
+        for _ in range(repeats)
+        for dtype in (F32, BF16)
+        for n in (16, 8192, 5000)
+    ]
+    return MaskedEMAAdamW(
+        params, state_dtype="int8", master_weight_bits=24, mask_interval=None, backend="triton"
+    )
+
+
+def step_anew(optimizer: MaskedEMAAdamW) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+
+
+def test_launches_go_by_dtypes_whatever_the_number_of_tensors(kernels):
     for repeats in (1, 50):
-        params = [
-            torch.nn.Parameter(torch.zeros(n, dtype=dtype, device=DEVICE))
-            for _ in range(repeats)
-            for dtype in (F32, BF16)
-            for n in (16, 8192, 5000)
-        ]
-        for param in params:
-            param.grad = torch.zeros_like(param)
-        optimizer = MaskedEMAAdamW(
-            params, state_dtype="int8", master_weight_bits=24, mask_interval=None, backend="triton"
-        )
-        kernels = Counted(), Counted()
-        monkeypatch.setattr(prepare, "prepare_kernel", kernels[0])
-        monkeypatch.setattr(step, "step_kernel", kernels[1])
-        optimizer.step()
-        found.append(tuple(kernel.launches for kernel in kernels))
-    assert found[0] == found[1] == (1, 6)
+        for kernel in kernels:
+            kernel.launches = 0
+        step_anew(many(repeats))
+        assert [kernel.launches for kernel in kernels] == [1, 6]
+
+
+def test_the_table_of_chunks_is_kept_where_gradients_alone_are_new(kernels, monkeypatch):
+    from epi_kernels.backends.triton import backend as triton_backend
+
+    optimizer, made = many(3), []
+    variants = triton_backend.step_variants
+    monkeypatch.setattr(triton_backend, "step_variants", lambda forms: made.append(0) or variants(forms))
+    for _ in range(4):
+        step_anew(optimizer)
+    assert len(made) == 1
