@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def _torchao(bits: int) -> Make:
     return make
 
 
-def _flashoptim(master_weight_bits: int | None) -> Make:
+def _flashoptim(master_weight_bits: Literal[24] | None) -> Make:
     def make(params: Sequence[Tensor]) -> torch.optim.Optimizer:
         import flashoptim  # pyright: ignore[reportMissingImports]
 
