@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,10 +67,13 @@ def _torchao(bits: int) -> Make:
     return make
 
 
-def _flashoptim(params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    import flashoptim  # pyright: ignore[reportMissingImports]
+def _flashoptim(master_weight_bits: Literal[24] | None) -> Make:
+    def make(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        import flashoptim  # pyright: ignore[reportMissingImports]
 
-    return flashoptim.FlashAdamW(params, lr=LR)
+        return flashoptim.FlashAdamW(params, lr=LR, master_weight_bits=master_weight_bits)
+
+    return make
 
 
 def _optimi(params: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -249,8 +252,13 @@ CONTENDERS = [
     Contender("bitsandbytes 8-bit", BF16, _bitsandbytes, False, "isolates nothing; weights round to nearest"),
     Contender("torchao 8-bit", BF16, _torchao(8), False, "isolates nothing; weights round stochastically"),
     Contender("torchao 4-bit", BF16, _torchao(4), False, "isolates nothing; weights round stochastically"),
+    Contender("flashoptim", BF16, _flashoptim(None), False, "isolates nothing; weights round to nearest"),
     Contender(
-        "flashoptim, 24-bit weights", BF16, _flashoptim, False, "isolates nothing; 8-bit weight correction"
+        "flashoptim, 24-bit weights",
+        BF16,
+        _flashoptim(24),
+        False,
+        "isolates nothing; 8-bit weight correction",
     ),
     Contender("optimi with Kahan", BF16, _optimi, False, "isolates nothing; 16-bit weight correction"),
     Contender(

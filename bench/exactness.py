@@ -5,17 +5,20 @@ python -m bench.exactness     writes bench/results/exactness-DATE-COMMIT.json
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import gpu_table, results
 from epi_kernels.kernels_report.exactness import ROUNDINGS, STATES, costs, markdown
+from epi_kernels.markdown import table
 from epi_kernels.provenance import versions
 
 PREFIX, ARCH = "exactness", 90
 # What an H200 has time for while it moves the 10.3 bytes of a step with bfloat16 weights and 8-bit states: the aim is
 # below it. Reckoned from its data sheet, not measured.
 AIM, TIME_FOR, STEP_BYTES = 65, 73, 10.3
+TORCH_BYTES = (14, 28)  # of a step of torch's fused AdamW, in bfloat16 and in float32
 
 
 def record(jobs: int | None = None) -> dict[str, Any]:
@@ -53,7 +56,29 @@ def text(folder: Path = results.RESULTS) -> str:
         f"while it moves the {STEP_BYTES} bytes (reckoned, not measured): from left to right "
         f"{', '.join(map(str, meeting))} of {len(found['rows']) // len(shipped)} meet it."
     )
-    return "\n\n".join([caption, markdown(found["rows"]), verdict])
+    return "\n\n".join([caption, markdown(found["rows"]), verdict, _reckoned(shipped)])
+
+
+def _reckoned(shipped: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """What the steps with 8-bit states may be expected to take on an H200; ``shipped``: rows by states and rounding."""
+    lines = []
+    for rounding in ROUNDINGS:
+        executed = shipped["int8", rounding]["common_instructions_per_element"]
+        times = max(executed / TIME_FOR, 1.0)  # as long as its bytes
+        of_torch = (f"{times * STEP_BYTES / moved:.2f}" for moved in TORCH_BYTES)
+        lines.append([rounding, f"{times:.2f}", f"{100 / times:.0f} %", *of_torch])
+    _, of_bfloat16, share = gpu_table.STEPS[gpu_table.EIGHT_BIT_STEP]
+    aims = (
+        f"at least {100 * share:.0f} %",
+        f"at most {of_bfloat16:.2f}",
+        f"at most {gpu_table.OF_TORCH_FLOAT32:.2f}",
+    )
+    lines.append(["aim, stochastic", "-", *aims])
+    header = ["8-bit states, as shipped", "time, of what its bytes take", "share of the bandwidth"]
+    header += ["of torch fused, bfloat16", "of torch fused, float32"]
+    return "What comes of it on an H200, reckoned likewise, slow cases left out:\n\n" + table(
+        header, lines, "lrrrr"
+    )
 
 
 def main() -> int:

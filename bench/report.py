@@ -75,7 +75,7 @@ STEP_TITLES = {
     "tensors-f32-300-tiny": "float32, 300 tensors of 16",
     "tensors-bf16-300-tiny": "bfloat16, 300 tensors of 16",
     "tensors-mixed-300-tiny": "float32 and bfloat16 in turn, 300 tensors of 16",
-    "tensors-mixed-int8-24-bit-weights-300-tiny": "the same, 8-bit states and 24-bit weights",
+    "tensors-mixed-int8-24-bit-weights-300-tiny": "the same, 8-bit states (float32 at this size), 24-bit weights",
     "tensors-f32-300": "float32, 300 tensors of 1,000",
     "tensors-f32-300-fsdp2": "the same under FSDP2, one rank",
 }

@@ -175,6 +175,15 @@ def test_out_of_memory_is_a_row(monkeypatch):
     assert "out of memory" in gpu_large.outcome(row)
 
 
+@pytest.mark.parametrize(
+    ("reason", "status"), [(f"{gpu_large.OUT_OF_MEMORY}: CUDA out of memory.", 0), ("killed", 1)]
+)
+def test_ours_that_a_card_is_too_small_for_are_no_failure(reason, status, monkeypatch, tmp_path):
+    """On 80 GB some of ours do not fit, by `epi-kernels memory`."""
+    monkeypatch.setattr(gpu_large, "in_subprocess", lambda *_: {"skipped": reason})
+    assert gpu_large.main([*SMOKE, "--out", str(tmp_path)]) == status
+
+
 def test_no_gpu_is_said(monkeypatch, capsys):
     monkeypatch.setattr(gpu_device, "open_device", lambda name: "torch sees no CUDA device")
     assert gpu_large.main([]) == 2

@@ -32,6 +32,12 @@ def test_the_block_of_exactness_names_every_price(tmp_path):
     assert "| rounded root | 80.0 (-10.0) | 65.0 (-10.0) | 60.0 (-10.0) | 45.0 (-10.0) |" in text
     assert "costs 15.0 with codes and 15.0 with bfloat16 states, codes 20.0 and 20.0" in text
     assert "from left to right 0, 1, 1, 2 of 2 meet it." in text
+    # 85 and 70 instructions where there is time for 73 while 10.3 bytes move; torch's steps move 14 and 28
+    assert (
+        "| stochastic | 1.16 | 86 % | 0.86 | 0.43 |" in text
+        and "| nearest | 1.00 | 100 % | 0.74 | 0.37 |" in text
+    )
+    assert "| aim, stochastic | - | at least 85 % | at most 0.80 | at most 0.42 |" in text
 
 
 def times(left: list[int], entered: list[int]) -> stopped.Times:

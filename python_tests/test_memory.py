@@ -13,11 +13,14 @@ import gc, sys, torch
 from epi_kernels import MaskedEMAAdamW
 
 backend, n, parameters, scope = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+state_dtype = None if sys.argv[5] == "float32" else sys.argv[5]
 torch.set_num_threads(2)
 params = [torch.nn.Parameter(torch.ones(n // parameters)) for _ in range(parameters)]
 for p in params:
     p.grad = torch.rand_like(p)
-optimizer = MaskedEMAAdamW(params, backend=backend, isolation_ratio=0.01, mask_interval=3, scope=scope)
+optimizer = MaskedEMAAdamW(
+    params, backend=backend, isolation_ratio=0.01, mask_interval=3, scope=scope, state_dtype=state_dtype
+)
 gc.disable()
 
 def peak_kib():
@@ -41,8 +44,8 @@ print(*peaks)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def _growth_kib(backend: str, n: int, parameters: int, scope: str) -> int:
-    command = [sys.executable, "-c", WORKER, backend, str(n), str(parameters), scope]
+def _growth_kib(backend: str, n: int, parameters: int, scope: str, states: str = "float32") -> int:
+    command = [sys.executable, "-c", WORKER, backend, str(n), str(parameters), scope, states]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     step_1, step_2, with_refresh, by_hand = map(int, done.stdout.split())
@@ -50,9 +53,12 @@ def _growth_kib(backend: str, n: int, parameters: int, scope: str) -> int:
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
-@pytest.mark.parametrize(("parameters", "scope"), [(1, "global"), (20, "global"), (20, "layer")])
-def test_8_peak_of_a_refresh(backend: str, parameters: int, scope: str):
-    assert _growth_kib(backend, 10_000_000, parameters, scope) <= 1024
+@pytest.mark.parametrize(
+    ("parameters", "scope", "states"),
+    [(1, "global", "float32"), (20, "global", "float32"), (20, "layer", "float32"), (20, "layer", "int8")],
+)
+def test_8_peak_of_a_refresh(backend: str, parameters: int, scope: str, states: str):
+    assert _growth_kib(backend, 10_000_000, parameters, scope, states) <= 1024
 
 
 @pytest.mark.slow

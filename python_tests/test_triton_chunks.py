@@ -18,7 +18,9 @@ from epi_kernels.backends.triton.chunks import Cache, aligned_tensors, plan, sam
 from epi_kernels.backends.triton.variants import (  # noqa: E402
     RefreshVariant,
     StepVariant,
+    refresh_forms,
     refresh_variants,
+    step_forms,
     step_variants,
 )
 
@@ -51,10 +53,10 @@ def test_the_variant_of_views(name, n_bytes, dtype):
         behind = (-room.data_ptr() % 16 + (n_bytes if each == name else 0)) // dtype.itemsize
         setattr(item, each, room[behind : behind + 4096])
         assert getattr(item, each).data_ptr() % 16 == (n_bytes if each == name else 0)
-    (variant,) = step_variants(StepBatch([item]).table(writes_grad=False).rows, 1024)
+    (variant,) = step_variants(step_forms(StepBatch([item]).table(writes_grad=False).rows, 1024))
     assert variant == StepVariant(dtype == BF16, dtype == BF16, 2 if dtype == BF16 else 1, False)
     u = np.array([item.u.data_ptr()])
-    (variant,) = refresh_variants(u, np.array([int(dtype == BF16)]), 1024)
+    (variant,) = refresh_variants(refresh_forms(u, np.array([int(dtype == BF16)]), 1024))
     assert variant == RefreshVariant(dtype == BF16, name != "importance")
 
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from epi_kernels import MaskedEMAAdamW
 from epi_kernels.reference.stats import LayerStats
 from python_tests.harness import need_triton
 from python_tests.stage_checks import run_step
@@ -160,3 +161,63 @@ def test_which_devices_are_refused():
     if DEVICE.type == "cpu":
         assert triton.only_by_name(DEVICE) is not None
         assert triton.refuses(torch.device("cuda"), torch.float32) is not None
+
+
+class Counted:
+    """Stands for a kernel and is launched in its place."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, _grid):
+        self.launches += 1
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """(prepare, step), counted and not run."""
+    from epi_kernels.backends.triton import prepare, step
+
+    found = Counted(), Counted()
+    monkeypatch.setattr(prepare, "prepare_kernel", found[0])
+    monkeypatch.setattr(step, "step_kernel", found[1])
+    return found
+
+
+def many(repeats: int) -> MaskedEMAAdamW:
+    """Small tensors keep float32 states where others have codes, and what is left of whole blocks is stepped in bounds."""
+    params = [
+        torch.nn.Parameter(torch.zeros(n, dtype=dtype, device=DEVICE))
+        for _ in range(repeats)
+        for dtype in (F32, BF16)
+        for n in (16, 8192, 5000)
+    ]
+    return MaskedEMAAdamW(
+        params, state_dtype="int8", master_weight_bits=24, mask_interval=None, backend="triton"
+    )
+
+
+def step_anew(optimizer: MaskedEMAAdamW) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+
+
+def test_launches_go_by_dtypes_whatever_the_number_of_tensors(kernels):
+    for repeats in (1, 50):
+        for kernel in kernels:
+            kernel.launches = 0
+        step_anew(many(repeats))
+        assert [kernel.launches for kernel in kernels] == [1, 6]
+
+
+def test_the_table_of_chunks_is_kept_where_gradients_alone_are_new(kernels, monkeypatch):
+    from epi_kernels.backends.triton import backend as triton_backend
+
+    optimizer, made = many(3), []
+    variants = triton_backend.step_variants
+    monkeypatch.setattr(triton_backend, "step_variants", lambda forms: made.append(0) or variants(forms))
+    for _ in range(4):
+        step_anew(optimizer)
+    assert len(made) == 1

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize(
-    "dtypes", checks.DTYPES + checks.DTYPES_INT8 + checks.DTYPES_CORRECTED, ids=checks.names
+    "dtypes",
+    checks.DTYPES + checks.DTYPES_INT8 + checks.DTYPES_INT4 + checks.DTYPES_CORRECTED,
+    ids=checks.names,
 )
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 def test_step_and_its_stats(dtypes, shift, stochastic, backend, device):
@@ -29,7 +31,9 @@ def test_step_of_mixed_dtypes_in_one_call(backend, device):
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("dtype", [checks.F32, checks.BF16, checks.INT8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "dtype", [checks.F32, checks.BF16, checks.INT8, checks.INT4], ids=["f32", "bf16", "int8", "int4"]
+)
 @pytest.mark.parametrize(("normalization", "factor"), checks.NORMALIZATIONS)
 @pytest.mark.parametrize("domains", [1, 3])
 def test_refresh(domains, factor, normalization, dtype, shift, backend, device):
@@ -46,7 +50,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_block_alone(bad, backend, devi
     checks.check_spoiled_block(backend, device, checks.BF16, bad)
 
 
-@pytest.mark.parametrize("dtype", [checks.F32, checks.INT8], ids=["f32", "int8"])
+@pytest.mark.parametrize("dtype", [checks.F32, checks.INT8, checks.INT4], ids=["f32", "int8", "int4"])
 @pytest.mark.parametrize("stride", [1, 3, 64])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sampled_counts(stride, shift, dtype, backend, device):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -31,7 +31,9 @@ from epi_kernels.backends.triton.variants import (
     REFRESH_ROWS,
     RefreshVariant,
     StepVariant,
+    refresh_forms,
     refresh_variants,
+    step_forms,
     step_variants,
     u_kinds,
 )
@@ -121,10 +123,12 @@ class TritonBackend:
         # -(1 - beta1) * g is (1 - beta1) * -g to the bit, and g * g has no sign
         scalars[table.rows[:, _table.FLAGS] & _table.MAXIMIZE != 0, 1] *= -1
 
-        variants = step_variants(rows, self._step_chunk)
+        forms, captured = step_forms(rows, self._step_chunk), batch.capturable
         with self._on(device):
-            sizes, layers = rows[:, _table.NUMEL].tolist(), rows[:, _table.LAYER].tolist()
-            work = self._plan(sizes, variants, layers, self._step_chunk, device, captured=batch.capturable)
+            sizes, layers = rows[:, _table.NUMEL], rows[:, _table.LAYER]
+            work = self._plan(
+                sizes, forms, step_variants, layers, self._step_chunk, device, captured=captured
+            )
             device_rows = self._rows_of(batch, rows, device)
             batch.device_tables = (device_rows, work) if batch.capturable else ()
             _prepare.prepare_kernel[(triton.cdiv(len(rows), _prepare.PREPARE_BLOCK),)](
@@ -286,18 +290,19 @@ class TritonBackend:
         own_scale, shared_scale = pointers[:, _table.IMPORTANCE_SCALE], pointers[:, _table.EXP_AVG_SQ_SCALE]
         rows[:, _stats.U_SCALE] = np.where(own != 0, own_scale, shared_scale)
         kinds = u_kinds(pointers[:, _table.FLAGS])
-        variants = refresh_variants(rows[:, _stats.U], kinds, self._refresh_chunk)
-        sizes = [sampled_elements(n, stride) for n in pointers[:, _table.NUMEL].tolist()]
-        layers = pointers[:, _table.LAYER].tolist()
-        work = self._plan(sizes, variants, layers, self._refresh_chunk, device)
+        forms = refresh_forms(rows[:, _stats.U], kinds, self._refresh_chunk)
+        sizes = np.array([sampled_elements(n, stride) for n in pointers[:, _table.NUMEL].tolist()])
+        layers = pointers[:, _table.LAYER]
+        work = self._plan(sizes, forms, refresh_variants, layers, self._refresh_chunk, device)
         key = ("rows", rows.tobytes(), device, _stream(device))
         return work, self._cache.get(key, lambda: upload(rows, device))
 
     def _plan(
         self,
-        sizes: list[int],
-        variants: Sequence[StepVariant | RefreshVariant],
-        layers: list[int],
+        sizes: np.ndarray,  # [n] int64, as the others
+        forms: np.ndarray,  # [n, fields]
+        variants: Callable[[np.ndarray], Sequence[StepVariant | RefreshVariant]],  # of forms
+        layers: np.ndarray,
         chunk: int,
         device: torch.device,
         *,
@@ -305,8 +310,10 @@ class TritonBackend:
     ) -> DevicePlan:
         # a graph is captured on another stream than the steps before it were taken on, which have been waited for
         stream = None if captured else _stream(device)
-        key = (tuple(sizes), tuple(variants), tuple(layers), chunk, device, stream)
-        return self._cache.get(key, lambda: DevicePlan(plan(sizes, variants, layers, chunk), device))
+        key = (sizes.tobytes(), forms.tobytes(), layers.tobytes(), variants, chunk, device, stream)
+        return self._cache.get(
+            key, lambda: DevicePlan(plan(sizes.tolist(), variants(forms), layers.tolist(), chunk), device)
+        )
 
     @staticmethod
     def _rows_of(batch: StepBatch, rows: np.ndarray, device: torch.device) -> Tensor:

@@ -71,8 +71,8 @@ def _kinds(flags: np.ndarray, bf16: int, int8: int, int4: int = 0) -> np.ndarray
     return np.where(flags & (int8 | int4) != 0, codes, np.where(flags & bf16 != 0, BFLOAT16, FLOAT32))
 
 
-def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
-    """The variant of every row of ``table.step_table``, for chunks of ``chunk`` elements."""
+def step_forms(rows: np.ndarray, chunk: int) -> np.ndarray:
+    """[n, 6] int64: the fields of the ``StepVariant`` of every row of ``table.step_table``, for chunks of ``chunk`` elements."""
     flags = rows[:, _table.FLAGS]
     param = _kinds(flags, _table.PARAM_BF16, 0)
     state = _kinds(flags, _table.STATE_BF16, _table.STATE_INT8, _table.STATE_INT4)
@@ -83,8 +83,15 @@ def step_variants(rows: np.ndarray, chunk: int) -> list[StepVariant]:
     item_bytes = np.array(ITEM_BYTES)[np.stack([param, param, state, state, own, stored], axis=1)]
     columns = [_table.PARAM, _table.GRAD, _table.EXP_AVG, _table.EXP_AVG_SQ, _table.IMPORTANCE]
     aligned = aligned_tensors(rows[:, [*columns, _table.WEIGHT_CORRECTION]], item_bytes, chunk)
-    fields = (param, state, importance, aligned, correction, rows[:, _table.INDEX_RUN] != 0)
-    return list(map(StepVariant, *(field.tolist() for field in fields)))
+    return np.stack([param, state, importance, aligned, correction, rows[:, _table.INDEX_RUN] != 0], axis=1)
+
+
+def step_variants(forms: np.ndarray) -> list[StepVariant]:
+    """One a row of ``step_forms``. Hundreds take longer to make and to compare than all else that a step does for them."""
+    return [
+        StepVariant(param, state, importance, bool(full), correction, bool(scattered))
+        for param, state, importance, full, correction, scattered in forms.tolist()
+    ]
 
 
 def u_kinds(flags: np.ndarray) -> np.ndarray:
@@ -92,7 +99,12 @@ def u_kinds(flags: np.ndarray) -> np.ndarray:
     return _kinds(flags, _table.U_BF16, _table.U_INT8, _table.U_INT4)
 
 
-def refresh_variants(u: np.ndarray, kinds: np.ndarray, chunk: int) -> list[RefreshVariant]:
-    """The variant of every importance: its address and how it is stored, [n] each."""
+def refresh_forms(u: np.ndarray, kinds: np.ndarray, chunk: int) -> np.ndarray:
+    """[n, 2] int64: the fields of the ``RefreshVariant`` of every importance: its address and how it is stored, [n] each."""
     aligned = aligned_tensors(u[:, None], np.array(ITEM_BYTES)[kinds][:, None], chunk)
-    return list(map(RefreshVariant, kinds.tolist(), aligned.tolist()))
+    return np.stack([kinds, aligned], axis=1)
+
+
+def refresh_variants(forms: np.ndarray) -> list[RefreshVariant]:
+    """One a row of ``refresh_forms``."""
+    return [RefreshVariant(kind, bool(full)) for kind, full in forms.tolist()]
