@@ -3,11 +3,11 @@
 python -m bench.report             rewrites README.md and the plots beside it (bench/plots.py)
 python -m bench.report --check     exits 1 when README.md or a plot is out of date
 
-<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), side-by-side and
-<!-- bench:end NAME -->            quality (of bench.side_by_side and bench.quality), memory (counted
-                                   from real optimizers, here and now), exactness, stopped and
-                                   codebooks (of bench.exactness and so on), isolated-rows (of
-                                   bench.isolated_rows), gpu and gpu-large
+<!-- bench:begin NAME -->          NAME: cpu (the newest whole run of bench.run), cpu-avx2 (its newest steps and
+<!-- bench:end NAME -->            refreshes without AVX-512), side-by-side and quality (of bench.side_by_side
+                                   and bench.quality), memory (counted from real optimizers, here and
+                                   now), exactness, stopped and codebooks (of bench.exactness and so on),
+                                   isolated-rows (of bench.isolated_rows), gpu and gpu-large
                                    (bench.gpu_table), gpu-status and reproduce-medium-status (bench.status)
 
 <!-- reproduce:begin TABLE -->     a table of `epi-kernels reproduce`, from the bundles in REPRODUCED (epi_kernels.repro.readme)
@@ -238,10 +238,34 @@ def cpu(folder: Path = results.RESULTS) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _avx2(folder: Path) -> str:
+    """A sentence of the newest steps and refreshes without AVX-512, whole run or not."""
+    runs = [results.load(path) for path in sorted(folder.glob("cpu-*.json"))]
+    runs = [rows for rows in runs if rows[0]["machine"]["isa"] == "avx2" and not rows[0]["dirty"]]
+    if not runs:
+        return "Without AVX-512: not measured yet."
+    rows = max(runs, key=lambda rows: rows[0]["date"])
+    step = {
+        row["name"]: f"{row['ratio']['p50']:.2f}" for row in rows if row["group"] == "step" and row["ratio"]
+    }
+    refreshes = [row for row in rows if row["group"] == "refresh" and row["met"] is not None]
+    least = sum(row["met"] for row in refreshes)
+    first = rows[0]
+    return (
+        f"Without AVX-512 arithmetic weighs more ({first['machine']['cpu']}, `avx2`, torch {first['versions']['torch']}, "
+        f"{first['date'][:10]}, commit {first['commit']}{changed_since(first, 'cpu')}): of torch's step the float32 one takes "
+        f"{step['step-f32']}, the bfloat16 one {step['step-bf16']} (stochastic rounding {step['step-bf16-stochastic']}), the one "
+        f"with 8-bit states {step['step-bf16-int8']} (stochastic rounding {step['step-bf16-int8-stochastic']}, where at most 0.9 "
+        f"is the target); {least} of {len(refreshes)} refreshes cost at most a step (the most "
+        f"{max(row['ratio']['p50'] for row in refreshes):.2f})."
+    )
+
+
 # ---------------------------------------------------------------- README
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "cpu": cpu,
+    "cpu-avx2": _avx2,
     "memory": lambda _: memory_table.text(),
     "quality": quality_record.section,
     "isolated-rows": isolated_rows.section,
