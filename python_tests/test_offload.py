@@ -184,9 +184,9 @@ def test_a_saved_weight_that_is_stepped_is_noticed():
 def test_an_interrupt_leaves_nothing_on_its_way(monkeypatch, released):
     """Ctrl-C while step() waits: weights that are set after it stay as they are set, and states are what was stepped."""
 
-    def slow(self, wait):
+    def slow(self, wait, job):
         time.sleep(0.01)
-        back(self, wait)
+        back(self, wait, job)
 
     back, result = pipeline.HostPipeline._return, pipeline.Future.result
     monkeypatch.setattr(pipeline.HostPipeline, "_return", slow)
