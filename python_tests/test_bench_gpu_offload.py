@@ -56,7 +56,7 @@ def test_one_arm_in_a_process_of_its_own(monkeypatch):
 
     def run(command, **options):
         assert command[1:3] == ["-m", "bench.gpu_offload"] and options["timeout"] == 60.0
-        assert "expandable_segments" in options["env"]["PYTORCH_CUDA_ALLOC_CONF"]
+        assert "expandable_segments" in options["env"]["PYTORCH_ALLOC_CONF"]
         return subprocess.CompletedProcess(command, gpu_offload.main(command[3:]), "", "")
 
     monkeypatch.setattr(gpu_large.subprocess, "run", run)
