@@ -252,6 +252,13 @@ def test_capturable_is_refused():
         MaskedEMAAdamW([torch.nn.Parameter(torch.ones(1))], offload="cpu", capturable=True)
 
 
+def test_a_backend_of_a_gpu_is_refused():
+    with pytest.raises(
+        ValueError, match="backend must be 'auto', 'cpu' or 'reference' with offload.*got 'triton'"
+    ):
+        MaskedEMAAdamW([torch.nn.Parameter(torch.ones(1))], offload="cpu", backend="triton")
+
+
 def test_what_a_step_refuses_changes_nothing():
     net, optimizer = started("cpu", 3)
     enable_gradient_release(net, optimizer)
