@@ -26,7 +26,8 @@ def in_process(monkeypatch):
         "in_subprocess",
         lambda arm, args, seconds: gpu_offload.train(arm, TINY, CpuDevice(), SMOKE_TOKENS, args.card),
     )
-    for name in ("torchao", "torchao.optim"):  # it wants a GPU, and seconds to be imported, where nobody has yet
+    # it wants a GPU, and seconds to be imported, where nobody has yet
+    for name in ("torchao", "torchao.optim"):
         monkeypatch.setitem(sys.modules, name, None)
     tested = {"run": 1, "failures": [], "skipped": {}}
     monkeypatch.setattr(gpu_offload, "run_pytest", lambda arguments, _: {"arguments": arguments, **tested})

@@ -130,6 +130,10 @@ class HostPipeline:
     def _link(self, device: torch.device) -> links.Link:
         if device not in self._links:
             self._links[device] = links.link_to(device)
+            # memory that was asked for before, of the host's own link say, need not be pinned
+            if device.type != "cpu":
+                self.drain()
+                self._staging = None
         return self._links[device]
 
     def _ring(self, link: links.Link, least: int) -> Staging:
