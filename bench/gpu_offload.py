@@ -167,7 +167,7 @@ def _peaks(device: Device) -> dict[str, Any]:
 def in_subprocess(arm: Arm, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     arguments = ["--one", arm.slug, "--model", args.model, "--card", str(args.card), "--device", args.device]
     # a card that is nearly full has no room for the gaps between blocks of fixed sizes
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
     smoke = ["--smoke"] if args.smoke else []
     return row_of("bench.gpu_offload", [*arguments, *smoke], seconds, environment)
 

@@ -1,7 +1,7 @@
 """A device in the host's memory, as slow as a device may be: nothing is copied before somebody waits for it.
 
 What a copy is to write is NaN until then, and what it reads is read then: a wait too few, a buffer lent out too early,
-a gradient let go too early each show in the bits.
+a gradient or a weight let go too early each show in the bits.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ from epi_kernels.optim.offload import links, pipeline
 NAN_BYTE = 255  # float32, bfloat16 and float64 of these bytes are NaN
 
 
+# a tensor that nobody holds is gone when it is read or written, and its memory somebody else's
+_Held = Callable[[], "Tensor | None"]
+
+
 class _Queue:
     """Copies of one direction. Waiting for one makes it and those before it."""
 
     def __init__(self, lock: threading.RLock) -> None:
         self._lock = lock
-        self._waiting: list[list[tuple[Callable[[], Tensor | None], Tensor]]] = []
+        self._waiting: list[list[tuple[_Held, _Held]]] = []
         self._done = 0
         self.most_bytes = 0  # that waited at once
 
-    def add(self, pairs: Iterable[tuple[Callable[[], Tensor | None], Tensor]]) -> links.Wait:
+    def add(self, pairs: Iterable[tuple[_Held, Tensor]]) -> links.Wait:
         with self._lock:
-            copies = [(source, plain(target)) for source, target in pairs]
-            for _, target in copies:
-                target.fill_(torch.nan)
+            copies = []
+            for source, target in pairs:
+                plain(target).fill_(torch.nan)
+                copies.append((source, weakref.ref(target)))
             self._waiting.append(copies)
-            waiting = sum(target.nbytes for copies in self._waiting for _, target in copies)
+            targets = [target() for copies in self._waiting for _, target in copies]
+            waiting = sum(target.nbytes for target in targets if target is not None)
             self.most_bytes = max(self.most_bytes, waiting)
             number = self._done + len(self._waiting)
         return lambda: self._make(number)
@@ -43,10 +49,10 @@ class _Queue:
     def _make(self, number: int) -> None:
         with self._lock, torch.no_grad():
             while self._done < number:
-                for source, target in self._waiting.pop(0):
-                    alive = source()
-                    if alive is not None:
-                        target.copy_(plain(alive))
+                for held in self._waiting.pop(0):
+                    source, target = (one() for one in held)
+                    if source is not None and target is not None:
+                        plain(target).copy_(plain(source))
                 self._done += 1
 
 
@@ -64,7 +70,6 @@ class SimulatedLink:
 
     def fetch(self, pairs: links.Pairs) -> links.Wait:
         self.fetched += 1
-        # a tensor that nobody holds is gone when it is read, and its memory somebody else's
         return self.out.add((weakref.ref(source), target) for source, target in pairs)
 
     def put(self, pairs: links.Pairs) -> links.Wait:

@@ -16,11 +16,13 @@ from accelerate.utils import (
     save_fsdp_optimizer,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from epi_kernels import MaskedEMAAdamW, enable_gradient_release, load_isolation, save_isolation
 from epi_kernels.integrations import load_checkpoint, named_parameter_groups, save_checkpoint
 from python_tests.ranks import on_ranks
+from python_tests.simulated_device import OnDevice, simulated  # noqa: F401
 from python_tests.test_transformers_trainer import Tokens
 from python_tests.tiny_model import backend, tiny_llama
 
@@ -184,6 +186,29 @@ def test_what_was_carried_before_prepare_goes_on_with_the_shards():
     for found in on_ranks(2, carried_before_prepare):
         for name, (weight, mask) in expected.items():
             assert torch.equal(found[name][0], weight) and torch.equal(found[name][1], mask), name
+
+
+@pytest.mark.parametrize("placement", [None, [True, False]])
+def test_offloaded_states_are_on_the_host_after_prepare(simulated, monkeypatch, placement):  # noqa: F811
+    """It moves what is there to its device and loads it back, unless it is told to leave the optimizer alone."""
+    moved = []
+
+    def move(value):
+        moved.append(value)
+        return value.as_subclass(OnDevice)
+
+    monkeypatch.setattr(
+        "accelerate.optimizer.move_to_device", lambda tree, device: tree_map_only(torch.Tensor, move, tree)
+    )
+    model, alone = trained_before()
+    expected = two_steps(lambda loss: loss.backward(), model, alone, alone)
+    accelerator, (model, optimizer) = Accelerator(cpu=True), trained_before(offload="cpu")
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=placement)
+    assert bool(moved) == (placement is None)
+    held = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    assert held and all(type(value) is torch.Tensor for value in held)
+    for name, pair in two_steps(accelerator.backward, model, optimizer, optimizer.optimizer).items():
+        assert all(map(torch.equal, pair, expected[name])), name
 
 
 def saved_and_loaded(rank: int, folder: str, kind: str) -> tuple[list[str], int]:

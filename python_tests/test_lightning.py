@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from epi_kernels import MaskedEMAAdamW
 from epi_kernels.integrations import named_parameter_groups, transformer_block
+from python_tests.simulated_device import OnDevice, simulated  # noqa: F401
 from python_tests.test_transformers_trainer import Tokens
 from python_tests.tiny_model import backend, tiny_llama
 
@@ -94,3 +95,30 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, options):
     for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q), name
         assert torch.equal(own.isolation_mask(p), other.isolation_mask(q)), name
+
+
+def test_states_that_lightning_moves_beside_their_parameters_come_back_to_the_host(
+    tmp_path,
+    simulated,  # noqa: F811
+    monkeypatch,
+):
+    """It does so when it resumes, whatever the optimizer."""
+    options = {"offload": "cpu", "state_dtype": "int8"}
+    whole, first, resumed = Module(**options), Module(**options), Module(seed=9, **options)
+    fit(whole, tmp_path, epochs=2)
+    fit(first, tmp_path, epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    seen = []
+
+    def look():
+        states = resumed.optimizers().optimizer.state.values()
+        seen.append({type(value) for state in states for key, value in state.items() if key != "step"})
+
+    resumed.on_train_start = resumed.on_train_end = look
+    monkeypatch.setattr(
+        "lightning.fabric.utilities.optimizer.move_data_to_device",
+        lambda value, device: value.as_subclass(OnDevice),
+    )
+    fit(resumed, tmp_path, epochs=2, resume=tmp_path / "last.ckpt")
+    assert seen == [{OnDevice}, {torch.Tensor}]
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)

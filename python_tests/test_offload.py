@@ -184,9 +184,9 @@ def test_a_saved_weight_that_is_stepped_is_noticed():
 def test_an_interrupt_leaves_nothing_on_its_way(monkeypatch, released):
     """Ctrl-C while step() waits: weights that are set after it stay as they are set, and states are what was stepped."""
 
-    def slow(self, wait):
+    def slow(self, wait, job):
         time.sleep(0.01)
-        back(self, wait)
+        back(self, wait, job)
 
     back, result = pipeline.HostPipeline._return, pipeline.Future.result
     monkeypatch.setattr(pipeline.HostPipeline, "_return", slow)
@@ -213,3 +213,19 @@ def test_an_interrupt_leaves_nothing_on_its_way(monkeypatch, released):
     time.sleep(0.3)
     assert all((param == 7).all() for param in net.parameters())
     assert not optimizer._pipeline._running
+
+
+def test_the_ring_is_made_anew_for_a_device_that_comes_later():
+    """Of a model that was moved, or lies on both: from memory that is not pinned no copy is asynchronous."""
+    weight, device = torch.zeros(4), torch.device("cuda", 0)
+    ways = pipeline.HostPipeline([weight])
+
+    def ring_after_a_step():
+        ways.submit(weight, torch.ones(4), lambda weight, grad: weight.add_(grad), writes_grad=False)
+        ways._link(device)  # that of the next weight
+        ways.drain()
+        return ways._staging
+
+    assert ring_after_a_step() is None
+    ring = ring_after_a_step()
+    assert ring is not None and ring_after_a_step() is ring and (weight == 3).all()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+import time
+import weakref
 
 import pytest
 import torch
 
 from epi_kernels import MaskedEMAAdamW, enable_gradient_release
+from epi_kernels.integrations import checkpoints
 from epi_kernels.integrations.checkpoints import load_checkpoint, save_checkpoint
 from epi_kernels.isolation import isolate_rows
+from epi_kernels.optim import state
 from epi_kernels.optim.exchange import load_isolation, save_isolation
+from epi_kernels.optim.offload import pipeline
 from python_tests.harness import assert_same_run, give_gradients, make, snapshot
 from python_tests.released_net import Net, assert_same, loss_of, optimizer_of, train
 from python_tests.simulated_device import OnDevice, pinned, plain, simulated  # noqa: F401
@@ -60,6 +65,33 @@ def test_checkpoints(tmp_path, before, after):
     assert_same(fresh, started(None, 7, **INT8)[1])
 
 
+def test_a_load_lets_go_of_what_it_has_read(tmp_path, monkeypatch):
+    """States of 8 billion parameters are not to be held twice, nor their weights on the device."""
+    net, optimizer = started("cpu", **INT8)
+    save_checkpoint(tmp_path / "last", net, optimizer)
+    again, fresh = started("cpu", 0, **INT8)
+    load, read = checkpoints.load, state.load_param_state
+    loaded, alive = [], []
+
+    def loading(template, **options):
+        load(template, **options)
+        states = template[checkpoints.OPTIMIZER][checkpoints.STATE].values()
+        loaded.extend(weakref.ref(value) for one in states for value in one.values())
+
+    def reading(*arguments):
+        alive.append(sum(one() is not None for one in loaded))
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoints, "load", loading)
+    monkeypatch.setattr(state, "load_param_state", reading)
+    load_checkpoint(tmp_path / "last", again, fresh)
+    of_each = [len(one) for one in fresh.state.values()]
+    assert alive == [sum(of_each[number:]) for number in range(len(of_each))]
+    assert_same(fresh, optimizer)
+    room = checkpoints._room_for({"weight": torch.empty(3, 4, dtype=torch.bfloat16, device="meta")})["weight"]
+    assert (room.device.type, room.dtype, room.shape) == ("cpu", torch.bfloat16, (3, 4))
+
+
 def test_a_template_for_a_distributed_load_moves_nothing():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -105,6 +137,17 @@ def test_masks_importance_and_copies_of_an_optimizer(tmp_path):
     assert_same(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1] and torch.equal(runs[0][2], runs[1][2])
     assert not torch.equal(runs[0][2], weight.float()), "the copy of the weights has more bits than they"
+
+
+def test_a_master_weight_waits_for_its_weight(monkeypatch):
+    back = pipeline.HostPipeline._return
+    monkeypatch.setattr(pipeline.HostPipeline, "_return", lambda *given: (time.sleep(0.01), back(*given)))
+    net, optimizer = started("cpu", 2, **EXACT)
+    enable_gradient_release(net, optimizer)
+    loss_of(net, 2).backward()
+    found = optimizer.master_weight(net.embed.weight)
+    optimizer.step()
+    assert torch.equal(found, optimizer.master_weight(net.embed.weight))
 
 
 def test_a_backward_that_broke_off_goes_back_to_a_checkpoint():
@@ -207,6 +250,13 @@ def test_a_dtensor_is_refused(tmp_path):
 def test_capturable_is_refused():
     with pytest.raises(ValueError, match="offload must be None with capturable=True.*got 'cpu'"):
         MaskedEMAAdamW([torch.nn.Parameter(torch.ones(1))], offload="cpu", capturable=True)
+
+
+def test_a_backend_of_a_gpu_is_refused():
+    with pytest.raises(
+        ValueError, match="backend must be 'auto', 'cpu' or 'reference' with offload.*got 'triton'"
+    ):
+        MaskedEMAAdamW([torch.nn.Parameter(torch.ones(1))], offload="cpu", backend="triton")
 
 
 def test_what_a_step_refuses_changes_nothing():

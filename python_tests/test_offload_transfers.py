@@ -73,10 +73,24 @@ def test_a_gradient_let_go_too_early_is_seen(simulated, monkeypatch):  # noqa: F
 
 
 @NAN
+def test_a_weight_let_go_too_early_is_seen(simulated, monkeypatch):  # noqa: F811
+    """As of a model that is deleted after a backward that broke off, while the last copies are on their way."""
+    right = weights_after(offload=None)
+    make = pipeline._Job
+
+    def forgetful(fetched, held, compute, put):
+        once = [put]
+        return make(fetched, held, compute, lambda: once.pop()())
+
+    monkeypatch.setattr(pipeline, "_Job", forgetful)
+    assert not same(right, weights_after())
+
+
+@NAN
 def test_room_lent_out_too_early_is_seen(simulated, monkeypatch):  # noqa: F811
     right = weights_after(offload=None)
 
-    def early(self, wait):
+    def early(self, wait, _):
         self._staging.give_back()
         time.sleep(0.005)  # whoever takes the room now writes over what is not copied yet
         wait()

@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from epi_kernels.distributed.shards import local, wrap
+from epi_kernels.distributed.shards import is_sharded, local, wrap
 from epi_kernels.distributed.world import by_all, first_rank, on_first_rank
 from epi_kernels.files import sync
 from epi_kernels.integrations.groups import parameter_names
-from epi_kernels.optim import MaskedEMAAdamW, group_text, ranks
+from epi_kernels.optim import MaskedEMAAdamW, group_text, ranks, saving
 from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.group_text import VERSION_KEY
 from epi_kernels.optim.home import home
@@ -92,7 +92,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: MaskedEMAAdamW) -> None:
-    """Loads what ``save_checkpoint`` wrote, whole or not at all; the new state and the old one exist side by side meanwhile.
+    """Loads what ``save_checkpoint`` wrote, whole or not at all; the new state and the old one exist side by side meanwhile,
+    the new weights of a plain model in host memory.
 
     Parameters are matched by their names in the model; how they are grouped must be the same, in any order. A call of
     all ranks.
@@ -112,7 +113,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: M
     by_all(lambda: _check_one_save(template.get(SAVES, {}), folder))
     states, groups = template[OPTIMIZER][STATE], template[OPTIMIZER][GROUPS]
     found = by_all(lambda: _in_our_order(states, groups, optimizer, names, folder))
-    optimizer.load_state_dict(found)  # refused by all ranks or by none
+    with torch.no_grad():
+        saving.load(optimizer, found, spent=True)  # refused by all ranks or by none
     set_model_state_dict(model, template[MODEL])
 
 
@@ -133,7 +135,7 @@ def _template(
         raise ValueError(f"{folder / MARK}: damaged ({type(error).__name__}: {error})") from None
     names, weights = _names(model, optimizer), get_model_state_dict(model)
     _check_model(weights, stored, folder)
-    template: dict[str, Any] = {MODEL: _copies(weights), OPTIMIZER: {STATE: {}}}
+    template: dict[str, Any] = {MODEL: _room_for(weights), OPTIMIZER: {STATE: {}}}
     numbers = [(path[1], one.size) for path, one in stored.items() if path[0] == SAVES]
     if numbers and first_rank():  # it alone opens the files of all ranks
         template[SAVES] = {rank: torch.empty(size, dtype=torch.uint8) for rank, size in numbers}
@@ -268,10 +270,11 @@ def _in_our_order(
     return {"state": {numbers[name]: state for name, state in states.items()}, "param_groups": groups}
 
 
-def _copies(value: Any) -> Any:
-    """Of every tensor in nested dicts and lists."""
+def _room_for(value: Any) -> Any:
+    """For every tensor in nested dicts and lists one of its shape: on the host, for a device may not hold a model twice."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        whole = not is_sharded(value)
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu") if whole else value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copies(one) for key, one in value.items()}
-    return [_copies(one) for one in value] if isinstance(value, list) else value
+        return {key: _room_for(one) for key, one in value.items()}
+    return [_room_for(one) for one in value] if isinstance(value, list) else value

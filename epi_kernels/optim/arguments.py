@@ -29,6 +29,7 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8", "int4")
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, "int8")
 MASTER_WEIGHT_BITS = (16, 24, 32)
 OFFLOADS = (None, "cpu")
+HOST_BACKENDS = ("cpu", "reference")
 GRANULARITIES = ("element", "row", "block")
 
 # what a param group may set; everything else the constructor takes is one value for the whole optimizer
@@ -238,6 +239,12 @@ def make_config(
         "offload",
         offload,
         "None with capturable=True (a graph replays kernels, and the host steps what is offloaded)",
+    )
+    _require(
+        not offload or backend in ("auto", *HOST_BACKENDS),
+        "backend",
+        backend,
+        "'auto', 'cpu' or 'reference' with offload='cpu' (the host steps what is offloaded)",
     )
     _choice("isolation_granularity", isolation_granularity, GRANULARITIES)
     _require(

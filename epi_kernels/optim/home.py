@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ def home_zeros(
     if config is None or config.offload is None:
         return zeros(shape, dtype, weight.device)
     return zeros(shape, dtype, HOST, pinned=weight.is_cuda)
+
+
+def bring_home(
+    params: Iterable[Tensor], state_of: Mapping[Tensor, dict[str, Any]], config: IsolationConfig
+) -> None:
+    """Offloaded states that somebody has moved beside their parameters come back: Lightning does so when it resumes."""
+    if config.offload is None:
+        return
+    for param in params:
+        state = state_of.get(param, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not value.is_cpu:
+                state[key] = home_zeros(value.shape, value.dtype, param, config).copy_(value)
 
 
 def offload_refusal(param: Tensor) -> str | None:

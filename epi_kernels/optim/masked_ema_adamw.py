@@ -393,6 +393,7 @@ class MaskedEMAAdamW(Optimizer):
         """
         entry = entry_of(param, self.param_groups)
         self._adopt_state()
+        stepping.drain(self)  # it may be on its way
         state = self.state.get(param, {})
         check_state(entry, state, self._config)
         return master_weight(param, state)

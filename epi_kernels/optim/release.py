@@ -53,7 +53,7 @@ def enable_gradient_release(
     gradients of each compiled graph together.
 
     With ``offload="cpu"`` weights are on their way to and from the host from ``backward()`` until ``step()`` returns: they
-    are not to be read before it.
+    are neither to be read nor to be set before it.
 
     After a backward that was broken off by an exception, those parameters that had their gradients are stepped.
     ``optimizer.step()`` ends that step, as in torch: parameters without a gradient are skipped; ``load_state_dict`` (and

@@ -70,16 +70,16 @@ def complete_template(optimizer: MaskedEMAAdamW) -> None:
                 complete_state(optimizer.state[param], param, group, optimizer._config)
 
 
-def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any]) -> None:
+def load(optimizer: MaskedEMAAdamW, state_dict: dict[str, Any], *, spent: bool = False) -> None:
     """``load_state_dict()``: read whole before anything changes. torch's own policy would cast importances to the
-    parameter's dtype and packed masks to floats."""
+    parameter's dtype and packed masks to floats. ``spent``: the dict is emptied meanwhile."""
     state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
         state_dict = state_dict if result is None else result
     stepping.join_ranks(optimizer, [entry.param for entry in optimizer._parameters()])
     state, groups = ranks.all_or_none(
-        lambda: read_state_dict(state_dict, optimizer.param_groups, optimizer._config),
+        lambda: read_state_dict(state_dict, optimizer.param_groups, optimizer._config, spent=spent),
         optimizer._world,
         optimizer._device(),
     )

@@ -210,9 +210,16 @@ def _without_gaps(entry: Any) -> Any:
 
 
 def read_state_dict(
-    state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]], config: IsolationConfig
+    state_dict: Mapping[str, Any],
+    param_groups: list[dict[str, Any]],
+    config: IsolationConfig,
+    *,
+    spent: bool = False,
 ) -> tuple[defaultdict[Tensor, Any], list[dict[str, Any]]]:
-    """(state, param_groups) of a saved dict, ours or torch.optim.AdamW's; raises before anything changes."""
+    """(state, param_groups) of a saved dict, ours or torch.optim.AdamW's; raises before anything changes.
+
+    ``spent``: nobody needs the dict any more; each parameter's tensors are let go once they are read.
+    """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("a state dict of an optimizer has the keys 'state' and 'param_groups'")
     saved_groups = state_dict["param_groups"]
@@ -256,6 +263,9 @@ def read_state_dict(
         name = group["param_names"][position] if "param_names" in group else f"parameter {key}"
         if entry or masks:
             state[param] = load_param_state(entry or {}, param, group, config, name, masks)
+        for held in (entry, state_dict["state"].get(key)) if spent else ():
+            if held:
+                held.update(dict.fromkeys(held))
     saved = {owner_of[key][0]: entry for key, entry in states.items() if entry}
     warn_of_lost_corrections(
         [] if of_torch else of_states, saved.values(), [state[param] for param in saved], config

@@ -14,6 +14,7 @@ from epi_kernels.optim.arguments import IsolationConfig
 from epi_kernels.optim.captured import ReplayedSteps, check_capture
 from epi_kernels.optim.compact import expanded
 from epi_kernels.optim.entries import Entry
+from epi_kernels.optim.home import bring_home
 from epi_kernels.optim.layers import check_before_refresh, find_layers
 from epi_kernels.optim.offload import HostPipeline, OffloadedPlan
 from epi_kernels.optim.plan import StepPlan, check_step
@@ -147,7 +148,7 @@ def join_ranks(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
 
 def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     """Hands the state of parameters that others have taken the place of to their successors, by position. State of
-    parameters that have only changed places stays theirs.
+    parameters that have only changed places stays theirs; what is offloaded is brought home.
 
     Raises:
         RuntimeError: they are of another number or shape.
@@ -155,6 +156,7 @@ def adopt_state(optimizer: MaskedEMAAdamW, params: Sequence[Tensor]) -> None:
     """
     if optimizer._plan is not None and optimizer._plan.is_over(params):
         return
+    bring_home(params, optimizer.state, optimizer._config)
     given, found = optimizer._given, list(map(id, params))
     if found == given.ids:
         return

@@ -72,6 +72,34 @@ def test_a_large_ring_of_copies_is_waited_for(device):
         assert torch.equal(runs[0].isolation_mask(one), runs[1].isolation_mask(other))
 
 
+def test_weights_wait_for_the_backward_pass_that_reads_them(device):
+    """A chain of products: what one matrix hands down is made of its weight, which is written meanwhile."""
+    width, n_layers = (2048, 12) if device.type == "cuda" else (64, 3)
+    runs = []
+    for offload in (None, "cpu"):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(width, width, bias=False) for _ in range(n_layers)]
+        inputs = torch.randn(2 * width, width).to(device, torch.bfloat16)
+        net = torch.nn.Sequential(*layers).to(device, torch.bfloat16)
+        before = [param.detach().clone() for param in net.parameters()]
+        optimizer = MaskedEMAAdamW(
+            net.named_parameters(),
+            lr=1e-3,
+            mask_interval=3,
+            isolation_ratio=0.2,
+            state_dtype="int8",
+            offload=offload,
+        )
+        enable_gradient_release(net, optimizer)
+        for _ in range(8):
+            net(inputs).square().mean().backward()
+            optimizer.step()
+        after = [param.detach().clone() for param in net.parameters()]
+        assert not any(map(torch.equal, before, after)) and all(one.isfinite().all() for one in after)
+        runs.append(after)
+    assert all(map(torch.equal, *runs))
+
+
 def test_a_state_dict_comes_back_to_the_host(device):
     dtype, options = CONFIGS["8-bit"]
     optimizer, _ = run(device, dtype, steps=9, released=True, offload="cpu", **options)

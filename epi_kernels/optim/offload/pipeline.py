@@ -2,7 +2,7 @@
 
     the caller     room in the staging ring (waits for it) -> fetch gradient and weight
     step thread    wait for the fetch -> let the gradient go -> step -> put the weight
-    return thread  wait for the put -> give the room back
+    return thread  wait for the put -> let the weight go -> give the room back
 
 While one parameter is stepped the next are fetched and the last are put, and the backward pass goes on. The weights on
 the device are the only ones: they are fetched anew at every step, so that whoever sets them is heard.
@@ -30,7 +30,7 @@ Compute = Callable[[Tensor, Tensor], None]  # steps (weight, gradient) in host m
 
 @dataclass
 class _Job:
-    """One parameter on its way. ``held``: what of the device must outlive the fetch."""
+    """One parameter on its way. ``held``: what of the device must outlive the fetch; what ``put`` writes must outlive that."""
 
     fetched: links.Wait
     held: list[Tensor]
@@ -112,9 +112,10 @@ class HostPipeline:
                     wait = job.put()
         except BaseException as error:  # for whoever drains
             self._failure = self._failure or error
-        return self._returns.submit(self._return, wait)
+        return self._returns.submit(self._return, wait, job)
 
-    def _return(self, wait: links.Wait | None) -> None:
+    def _return(self, wait: links.Wait | None, _: _Job | None) -> None:
+        """Holds the job, and with it what is written, while it waits: memory that is let go is somebody else's at once."""
         try:
             if wait is not None:
                 wait()
@@ -129,6 +130,10 @@ class HostPipeline:
     def _link(self, device: torch.device) -> links.Link:
         if device not in self._links:
             self._links[device] = links.link_to(device)
+            # memory that was asked for before, of the host's own link say, need not be pinned
+            if device.type != "cpu":
+                self.drain()
+                self._staging = None
         return self._links[device]
 
     def _ring(self, link: links.Link, least: int) -> Staging:
