@@ -148,6 +148,59 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
+OLD = {"rope_theta": 10000.0, "rope_scaling": None}  # as transformers 4 writes it
+NEW = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+STRETCHED = {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+BY_LAYER = {
+    "rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "differs"),
+    [
+        (OLD, NEW, None),
+        (NEW, OLD, None),
+        ({}, NEW, None),  # a config that leaves it to the architecture's default
+        (BY_LAYER, BY_LAYER, None),
+        (
+            NEW,
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            "rope_parameters.rope_theta is 500000",
+        ),
+        (
+            OLD,
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            "rope_parameters.rope_theta is 500000",
+        ),
+        (OLD, {"rope_theta": 5e5}, "rope_parameters.rope_theta is 500000"),
+        (NEW, STRETCHED, "rope_parameters.rope_type is 'linear'"),
+        (
+            BY_LAYER,
+            {"rope_parameters": BY_LAYER["rope_parameters"] | {"full_attention": {"rope_theta": 1e4}}},
+            "rope_parameters.full_attention.rope_theta is 10000",
+        ),
+        (
+            {"text_config": {"num_attention_heads": 4} | NEW},
+            {"text_config": {"num_attention_heads": 8} | NEW},
+            "text_config.num_attention_heads is 8",
+        ),
+    ],
+)
+def test_weights_that_are_read_otherwise_are_of_another_architecture(tmp_path, base, tuned, differs):
+    """Shapes agree in all of these: blended, such weights fit neither config."""
+    tensors = {"w": torch.ones(4, 4)}
+    first, second = write(tmp_path / "base", tensors, **base), write(tmp_path / "task", tensors, **tuned)
+    if differs is None:
+        assert fuse_checkpoints(first, [second], [], tmp_path / "out").elements == 16
+        return
+    with pytest.raises(IsolationError, match=differs):
+        fuse_checkpoints(first, [second], [], tmp_path / "out")
+    with pytest.raises(IsolationError, match=differs):
+        find_core(first, second)
+    assert not (tmp_path / "out").exists()
+
+
 def test_refusals_lose_nothing(three, tmp_path):
     (base_path, *task_paths), base, tuned, cores = three
     out = tmp_path / "out"
