@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     quiet_libraries()
     outcome = None
     if missing:
-        with _bar(plan, missing) as bar:
+        with _bar(plan, missing, ranks) as bar:
             outcome = sweep(
                 plan, store, device=_torch_device(device), workers=workers, time_limit_s=args.time_limit,
                 progress=bar, ranks=ranks, fsdp=args.fsdp, discard=args.discard_weights,
@@ -224,19 +224,19 @@ def _name_unpinned(preset: Preset) -> None:
 
 
 def _list(plan: Any, missing: list[str]) -> None:
-    from epi_kernels.repro.sweep import steps_of
+    from epi_kernels.repro.describe import describe
 
     for name in missing:
         run = plan.runs[name]
-        print(f"{name}  {run.kind:12} {steps_of(run):6} steps  seed {run.seed}")
+        print(f"{name}  seed {run.seed}  {describe(run)}")
 
 
-def _bar(plan: Any, missing: list[str]) -> Any:
+def _bar(plan: Any, missing: list[str], ranks: Ranks) -> Any:
     from tqdm import tqdm
 
-    from epi_kernels.repro.sweep import steps_of
+    from epi_kernels.repro.lengths import steps_of
 
-    total = sum(steps_of(plan.runs[name]) for name in missing)
+    total = ranks.first_does(lambda: sum(steps_of(plan.runs[name]) for name in missing))
     return tqdm(total=total, unit="step", desc="training", file=sys.stderr, mininterval=0.5)
 
 
