@@ -73,8 +73,10 @@ class Mbpp(Code):
         for place, record in super()._of_folder(folder)[0]:
             try:
                 number = int(pick(record, "task_id")) if not isinstance(record, LineError) else 0
-            except (LineError, TypeError, ValueError) as error:
-                record, number = LineError(str(error)), 0
+            except LineError as error:
+                record, number = error, 0
+            except (TypeError, ValueError):
+                record, number = LineError(f'"task_id" is {record["task_id"]!r}, not a whole number'), 0
             if not number or 601 <= number <= 974:  # what is wrong is named with the training examples
                 train.append((place, record))
             elif 11 <= number <= 510:
