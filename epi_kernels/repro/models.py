@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from epi_kernels.finetune.chat import ensure_template
+from epi_kernels.finetune.chat import FALLBACK_TEMPLATE, ensure_template
 from epi_kernels.finetune.model import TORCH_DTYPES, quiet_libraries
 from epi_kernels.repro.characters import make_tokenizer
 from epi_kernels.repro.config import ModelSpec
@@ -41,6 +41,11 @@ def _tokenizer(name: str | None, revision: str | None, sees: bool) -> Any:
 def tokenizer_of(spec: ModelSpec) -> Any:
     """The spec's, its checkpoint's, or characters; with a chat template and a padding token. Raises ReproError."""
     return _tokenizer(*spec.tokenizer_source, spec.sees)
+
+
+def has_plain_template(tokenizer: Any) -> bool:
+    """Whether it came without a chat template and was given the plain one."""
+    return tokenizer.chat_template == FALLBACK_TEMPLATE
 
 
 def new_model(spec: ModelSpec, seed: int) -> Any:
