@@ -94,6 +94,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     preset, names = ranks.together(_chosen, args)
     if args.list:
         return _list_tables(preset)
+    quiet_libraries()
+    ranks.together(_refuse_unknown_keys, preset)
     out = _out(args)
     store = Store(out / "runs")
     preset = ranks.together(with_contents, preset, ranks.first_does(contents, preset, store.folder))
@@ -118,7 +120,6 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         return 0
     device = ranks.together(pick_device, args.device, ranks)
     workers = ranks.together(_workers, args.workers, device, len(missing), ranks)
-    quiet_libraries()
     outcome = None
     if missing:
         with _bar(plan, missing, ranks) as bar:
@@ -133,6 +134,16 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         return 0
     ranks.first_does(_write, args, out, preset, names, store)
     return 0
+
+
+def _refuse_unknown_keys(preset: Preset) -> None:
+    from epi_kernels.repro.config import ModelSpec
+    from epi_kernels.repro.contents import specs_of
+    from epi_kernels.repro.models import refuse_unknown_keys
+
+    for spec in specs_of(preset):
+        if isinstance(spec, ModelSpec):
+            refuse_unknown_keys(spec)
 
 
 def _out(args: argparse.Namespace) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,35 @@ def tokenizer_of(spec: ModelSpec) -> Any:
 def has_plain_template(tokenizer: Any) -> bool:
     """Whether it came without a chat template and was given the plain one."""
     return tokenizer.chat_template == FALLBACK_TEMPLATE
+
+
+# Read by transformers 5, which keeps them under other names.
+EARLIER_KEYS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+
+
+def refuse_unknown_keys(spec: ModelSpec) -> None:
+    """Raises ReproError where a config has keys that its kind of model does not: transformers takes any without a word, and
+    the model is another one than was described."""
+    from transformers import AutoConfig
+
+    def check(record: Mapping[str, Any], default: Any, where: str) -> None:
+        unknown = [key for key in record if not hasattr(default, key) and key not in EARLIER_KEYS]
+        if unknown:
+            raise ReproError(f"the model's {where}: {default.model_type} has no {', '.join(unknown)}")
+        for part, inner in record.items():
+            if part.endswith("_config") and isinstance(inner, Mapping):
+                kind = inner.get("model_type")
+                own = AutoConfig.for_model(kind) if kind else getattr(default, part)
+                check(inner, own, f"{where}.{part}")
+
+    if spec.config is None:
+        return
+    kind = spec.config.get("model_type")
+    try:
+        default = AutoConfig.for_model(kind)
+    except ValueError:
+        raise ReproError(f"the model's config: transformers knows no model_type {kind!r}") from None
+    check(spec.config, default, "config")
 
 
 def new_model(spec: ModelSpec, seed: int) -> Any:
