@@ -85,6 +85,11 @@ class Checkpoint:
                 raise IsolationError(f"{path}: says that {name} is in {shard}, but it is not")
             self._files[name] = files[shard]
 
+    @property
+    def files(self) -> set[Path]:
+        """That hold its tensors."""
+        return {file.path for file in self._files.values()}
+
     def config(self) -> dict:
         """config.json, or nothing where there is none."""
         if not self.path.is_dir():
