@@ -11,7 +11,7 @@ from epi_kernels import cli
 from epi_kernels.repro.config import ModelSpec
 from epi_kernels.repro.contents import specs_of
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.models import refuse_unknown_keys
+from epi_kernels.repro.models import new_model, refuse_unknown_keys
 from epi_kernels.repro.preset import PRESETS, load_preset
 
 
@@ -55,3 +55,20 @@ def test_an_unknown_key_of_a_config_is_refused_before_anything_is_made(tmp_path,
     out = tmp_path / "out"
     assert cli.main(["reproduce", "--preset", str(tmp_path / "p.yaml"), "--out", str(out), "--dry-run"]) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 3},
+            "hidden size .32. is not a multiple",
+        ),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "t5"}, "makes no model"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_said_in_a_line(config, message):
+    with pytest.raises(ReproError, match=message) as error:
+        new_model(ModelSpec(config=config), 0)
+    assert "\n" not in str(error.value)

@@ -80,6 +80,7 @@ def refuse_unknown_keys(spec: ModelSpec) -> None:
 
 def new_model(spec: ModelSpec, seed: int) -> Any:
     """Random weights from a config, for the spec's tokenizer. Raises ReproError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     assert spec.config is not None
@@ -96,8 +97,8 @@ def new_model(spec: ModelSpec, seed: int) -> Any:
         config = AutoConfig.for_model(kind, **{**text, "use_cache": False, **record})
         torch.manual_seed(seed)
         return _auto(spec).from_config(config, dtype=DTYPES[spec.dtype]).train()
-    except (KeyError, ValueError, TypeError) as error:
-        raise ReproError(f"the model's config makes no model: {error}") from None
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+        raise ReproError(f"the model's config makes no model: {' '.join(str(error).split())[:200]}") from None
 
 
 def _seeing(record: dict[str, Any], text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
