@@ -146,6 +146,7 @@ def test_refusals_are_one_line_and_lose_nothing(files, tmp_path, capsys):
 
     assert "not a whole safetensors file" in refused(capsys, "groups", out)
     assert "not a core region" in refused(capsys, "groups", one)
+    assert "base: is a directory, not" in refused(capsys, "groups", files / "base")
     assert "allowed: 0 to 1" in refused(capsys, "groups", *cores(files), "--tau", 2)
     assert "2 values for 3 cores" in refused(capsys, "groups", *cores(files), "--difficulty", 1, 2)
     assert "no earlier groups" in refused(capsys, "groups", *cores(files), "--single-stage")
