@@ -72,7 +72,7 @@ def refuse_unknown_keys(spec: ModelSpec) -> None:
         return
     kind = spec.config.get("model_type")
     try:
-        default = AutoConfig.for_model(kind)
+        default = AutoConfig.for_model(str(kind))
     except ValueError:
         raise ReproError(f"the model's config: transformers knows no model_type {kind!r}") from None
     check(spec.config, default, "config")
