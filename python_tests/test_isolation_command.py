@@ -140,14 +140,19 @@ def test_refusals_are_one_line_and_lose_nothing(files, tmp_path, capsys):
     assert "--overwrite replaces it" in refused(capsys, *core, files / "sums", "--out", out)
     one = files / "sums" / "model.safetensors"
     assert "made from" in refused(capsys, *core, one, "--out", one, "--overwrite")
-    assert out.read_bytes() == b"precious" and load_file(one)
+    inside = files / "base" / "model.safetensors"  # of a checkpoint that is named by its directory
+    assert "made from" in refused(capsys, *core, files / "sums", "--out", inside, "--overwrite")
+    assert out.read_bytes() == b"precious" and load_file(one) and load_file(inside)
 
     assert "not a whole safetensors file" in refused(capsys, "groups", out)
     assert "not a core region" in refused(capsys, "groups", one)
+    assert "base: is a directory, not" in refused(capsys, "groups", files / "base")
     assert "allowed: 0 to 1" in refused(capsys, "groups", *cores(files), "--tau", 2)
     assert "2 values for 3 cores" in refused(capsys, "groups", *cores(files), "--difficulty", 1, 2)
     assert "no earlier groups" in refused(capsys, "groups", *cores(files), "--single-stage")
     assert "is a directory" in refused(capsys, "groups", *cores(files), "--json", tmp_path)
+    assert "made from" in refused(capsys, "groups", *cores(files), "--json", cores(files)[1])
+    assert CoreFile(cores(files)[1])
     assert run("core", "--base", wide, "--tuned", wide, "--out", tmp_path / "wide.core") == 0
     capsys.readouterr()
     assert "another architecture" in refused(capsys, "groups", *cores(files), tmp_path / "wide.core")

@@ -92,6 +92,14 @@ def test_teacher_forcing_finds_what_greedy_decoding_finds(planted, tokenizer):
     assert loss == same_loss
 
 
+def test_an_answer_that_goes_on_is_wrong(planted, tokenizer):
+    """Every token is right but the end: alone in its batch, too, where nothing is padded."""
+    model, examples, _ = planted
+    right = [one.messages for i, one in enumerate(examples) if i % 3 and len(one.messages[1][1]) > 1]
+    cut = [raw(prompt, answer[:-1]) for (_, prompt), (_, answer) in right]
+    assert cut and evaluate(model, tokenizer, Planted(cut, exact=True), cut, CPU, 1)[0] == 0
+
+
 def test_the_loss_is_the_mean_over_all_answer_tokens(planted, tokenizer):
     model, examples, _ = planted
     nats, tokens = 0.0, 0

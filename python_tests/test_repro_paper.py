@@ -174,3 +174,7 @@ def test_a_tokenizer_without_a_chat_template_gets_the_fallback(finished, models)
     first = Store(out / "runs").at(TABLES["cpift-2"].runs(preset)[0])
     saved = "".join(path.read_text() for path in first.iterdir() if path.suffix in (".json", ".jinja"))
     assert "### Assistant" in saved
+    note = f"No chat template of its own, so a plain one (### User: ... ### Assistant: ...): {', '.join(models)}."
+    assert note in (out / "tables" / "tables.md").read_text(), (
+        "which models were asked in a form that is not theirs"
+    )

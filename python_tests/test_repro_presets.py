@@ -213,7 +213,16 @@ def test_a_command_that_makes_no_sense_is_refused(arguments, message):
     [
         ("tasks", {"sums": {"kind": "sums", "harness": "lm-eval"}}, "task sums: lm-eval evaluates gsm8k"),
         ("tasks", {"sums": {"kind": "sums", "source": "/data"}}, "leave out source"),
-        ("tasks", {"sums": {"kind": "gsm8k", "judge": {"url": "u", "model": "m"}}}, "gsm8k: is not judged"),
+        (
+            "tasks",
+            {"sums": {"kind": "gsm8k", "judge": {"url": "http://u/v1", "model": "m"}}},
+            "gsm8k: is not judged",
+        ),
+        (
+            "arms",
+            {"x": {"tries": [{"method": {"name": "epi", "normalization": "zscore", "hysteresis": 0.1}}]}},
+            "arms.x.tries.0.method.epi: .*hysteresis must be 0 with normalization zscore",
+        ),
         ("arms", {"CPI-FT": {"tries": [{"method": {"name": "epi"}}]}}, "CPI-FT: a row of the tables has"),
         ("arms", {"full SFT, lr 0.001": {"tries": [{"method": {"name": "ewc"}}]}}, "lr 0.001: a row of"),
     ],

@@ -103,7 +103,10 @@ def test_replay_meets_its_share_over_the_steps(share):
     assert all(len(batch.task) == 8 for batch in taken)
     replayed = torch.cat([batch.task for batch in taken]) == REPLAYED
     assert int(replayed.sum()) == round(800 * share)
-    assert bool((torch.cat([batch.input_ids for batch in taken])[replayed, 0] >= 1000).all())
+    first = torch.cat([batch.input_ids for batch in taken])[:, 0]
+    assert bool((first[replayed] >= 1000).all())
+    for rows_of, n in ((first[~replayed], 400), (first[replayed], 20)):  # each once before any comes again
+        assert len(set(rows_of[:n].tolist())) == min(n, len(rows_of))
 
 
 def test_replay_without_anything_to_replay(tmp_path):
@@ -208,13 +211,13 @@ def test_the_first_stage_of_a_process_pays_for_no_library(tmp_path, monkeypatch)
         assert same(weights(tmp_path / "first", one), weights(tmp_path / "later", one))
 
 
-def test_an_interpolation_is_the_mean_of_its_ends(tmp_path):
+def test_an_interpolation_has_alpha_of_the_weights_after_the_stage(tmp_path):
     run = second()
-    middle = halfway(run)
-    ensure(middle, shop(tmp_path, [*ancestry(middle)]))
-    ends = weights(tmp_path, run.before), weights(tmp_path, run)
-    for name, value in weights(tmp_path, middle).items():
-        torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2)
+    part = halfway(run).model_copy(update={"alpha": 0.25})
+    ensure(part, shop(tmp_path, [*ancestry(part)]))
+    before, after = weights(tmp_path, run.before), weights(tmp_path, run)
+    for name, value in weights(tmp_path, part).items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
 
 
 def test_a_leaf_keeps_no_weights_and_is_made_again_when_they_are_needed(tmp_path):

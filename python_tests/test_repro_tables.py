@@ -6,7 +6,7 @@ import pytest
 
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.methods.config import Epi, Ewc, Full, L2Sp, RandomMask, Replay, Window
-from epi_kernels.repro.preset import Preset
+from epi_kernels.repro.preset import Preset, load_preset
 from epi_kernels.repro.runs import ancestry, key
 from epi_kernels.repro.tables import TABLES, access, plans, results, tables_of
 from epi_kernels.repro.tables.base import Cell, Figure
@@ -196,3 +196,15 @@ def test_a_score_that_a_manifest_lacks_is_named(preset):
     found[one] = found[one].model_copy(update={"scores": {}})
     with pytest.raises(ReproError, match=f"run {one}: its manifest has no score on "):
         table.render(preset, found)
+
+
+def test_an_arm_with_hysteresis_is_swept_without_z_scores():
+    preset = load_preset("small").model_dump()
+    for one in preset["sequential"]["arms"]["EPI"]["tries"]:
+        one["method"]["hysteresis"] = 0.1
+    methods = {
+        run.method
+        for run in TABLES["epi-normalization"].runs(Preset.model_validate(preset))
+        if run.kind == "train"
+    }
+    assert {"minmax", "none"} == {one.normalization for one in methods if one.name == "epi"}

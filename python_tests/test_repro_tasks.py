@@ -186,10 +186,20 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_record_is_named(kind, tmp_path):
+ODD = {
+    "classification": ("test.csv", lambda t: t.replace('"1"', '"²"', 1), ":1: the class is '²', not 1 to 4"),
+    "mbpp": (
+        "mbpp.jsonl",
+        lambda t: t.replace("601", '"first"', 1),
+        ":16: \"task_id\" is 'first', not a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [*WRONG.items(), *ODD.items()])
+def test_a_wrong_record_is_named(kind, wrong, tmp_path):
     write_all(tmp_path, 8)
-    name, change, message = WRONG[kind]
+    name, change, message = wrong
     path = broken(tmp_path / kind, name, change)
     with pytest.raises(ReproError) as error:
         task(kind, tmp_path / kind).examples("train")

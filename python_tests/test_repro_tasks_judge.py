@@ -92,6 +92,28 @@ def test_a_judge_that_moved_is_the_same_one(tmp_path, waits):
     assert JudgeSpec(url=new, model="m").model_dump() != spec.model_dump()
 
 
+@pytest.mark.parametrize("field", ["url", "address"])
+@pytest.mark.parametrize(
+    "given", ["", "localhost:8000/v1", "http//x/v1", "http://", "http://a b/v1", "ftp://x/v1"]
+)
+def test_what_is_no_address_is_refused_before_anything_is_trained(field, given):
+    with pytest.raises(ValueError, match="is no address; it begins with http:// or https://"):
+        JudgeSpec(**({"url": "http://x/v1", "model": "m"} | {field: given}))
+
+
+def test_a_key_that_is_none(tmp_path, waits, monkeypatch):
+    with endpoint([completion("[[6]]")]) as (url, requests):
+        one = judged(url, tmp_path / "kept.jsonl", key_variable="SOME_KEY")
+        monkeypatch.setenv("SOME_KEY", " secret\n")  # as a file of keys has it
+        assert one.score(ANSWERS[:1], EXAMPLES[:1]) == 6 and requests[0].key == "Bearer secret"
+        for wrong in ("a\nb", "k\u20acy"):
+            monkeypatch.setenv("SOME_KEY", wrong)
+            with pytest.raises(ReproError, match="the variable SOME_KEY holds no key") as error:
+                one.score(ANSWERS, EXAMPLES)
+            assert wrong not in str(error.value)
+        assert len(requests) == 1
+
+
 def test_fails_for_a_while_then_works(tmp_path, waits):
     passing = [
         (500, b"oops"),

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Union
+from typing import Any, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -21,11 +21,12 @@ SINGLE = "model.safetensors"
 # 37 s, 84 to 195 MiB.
 SLICE = 1 << 17
 
-# What the same weights mean depends on these too; shapes alone do not show them.
+# What the same weights mean depends on these too; shapes alone do not show them. And on the rotation of positions: `meaning`.
 CONFIG_KEYS = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rope_theta",
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
     "tie_word_embeddings",
 )  # fmt: skip
+PARTS = ("text_config", "vision_config")  # of a model that sees, each with these keys of its own
 
 
 class Tensors(Protocol):
@@ -84,6 +85,11 @@ class Checkpoint:
                 raise IsolationError(f"{path}: says that {name} is in {shard}, but it is not")
             self._files[name] = files[shard]
 
+    @property
+    def files(self) -> set[Path]:
+        """That hold its tensors."""
+        return {file.path for file in self._files.values()}
+
     def config(self) -> dict:
         """config.json, or nothing where there is none."""
         if not self.path.is_dir():
@@ -98,6 +104,32 @@ class Checkpoint:
 
     def read_bytes(self, name: str, begin: int, end: int) -> Tensor:
         return self._files[name].read_bytes(name, begin, end)
+
+
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config says how its weights are to be read, by dotted names. Rotary settings go by transformers 5's
+    names, `rope_parameters`, whichever version wrote them."""
+    found = {key: config[key] for key in CONFIG_KEYS if key in config}
+    rotary = config.get("rope_parameters")
+    if rotary is None:
+        rotary = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+        if "rope_scaling" in config:
+            scaling = config["rope_scaling"] or {"rope_type": "default"}
+            rotary |= {"rope_type" if key == "type" else key: value for key, value in scaling.items()}
+    found |= {f"rope_parameters.{key}": value for key, value in _flat(rotary).items()}
+    for part in PARTS:
+        if isinstance(config.get(part), Mapping):
+            found |= {f"{part}.{key}": value for key, value in meaning(config[part]).items()}
+    return found
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Some architectures have rotary settings for each kind of layer."""
+    found = {}
+    for key, value in record.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{key}.{name}".rstrip("."): one for name, one in inner.items()}
+    return found
 
 
 class MemoryTensors:
@@ -200,9 +232,9 @@ def require_same_architecture(base: Tensors, others: Sequence[Tensors]) -> None:
                     f"{other.label}: {name} is {info.dtype}, in {base.label} {base.tensors[name].dtype}"
                 )
         if isinstance(base, Checkpoint) and isinstance(other, Checkpoint):
-            ours, theirs = base.config(), other.config()
-            for key in CONFIG_KEYS:
-                if key in ours and key in theirs and ours[key] != theirs[key]:
+            ours, theirs = meaning(base.config()), meaning(other.config())
+            for key in ours:
+                if key in theirs and ours[key] != theirs[key]:
                     raise IsolationError(
                         f"{other.label}: of another architecture than {base.label}: its config's {key} is "
                         f"{theirs[key]!r}, there {ours[key]!r}"

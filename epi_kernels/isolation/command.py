@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from epi_kernels.files import write_whole
@@ -76,6 +76,12 @@ def _require_file(flag: str, path: Path, overwrite: bool) -> None:
         raise IsolationError(f"{flag} {path}: its directory does not exist or is not writable")
 
 
+def _refuse_source(flag: str, path: Path, read: Collection[Path]) -> None:
+    """What a command writes must not replace what it reads."""
+    if path.exists() and any(path.samefile(one) for one in read):
+        raise IsolationError(f"{flag} {path} would replace what it is made from")
+
+
 def _elements(path: str) -> int:
     return sum(info.numel for info in floating(Checkpoint(path)).values())
 
@@ -83,9 +89,7 @@ def _elements(path: str) -> int:
 def _core(args: argparse.Namespace) -> None:
     out = Path(args.out)
     _require_file("--out", out, args.overwrite)
-    for source in (args.base, args.tuned):
-        if out.exists() and Path(source).exists() and out.samefile(source):
-            raise IsolationError(f"--out {out} would replace the checkpoint that it is made from")
+    _refuse_source("--out", out, Checkpoint(args.base).files | Checkpoint(args.tuned).files)
     with _bar("core", PASSES * _elements(args.base), args.quiet) as advance:
         summary = save_core(args.base, args.tuned, out, args.ratio, advance)
     print(
@@ -112,6 +116,7 @@ def _groups(args: argparse.Namespace) -> None:
         raise IsolationError(f"--difficulty has {len(args.difficulty)} values for {len(args.cores)} cores")
     if args.json:
         _require_file("--json", Path(args.json), overwrite=True)
+        _refuse_source("--json", Path(args.json), [Path(one) for one in args.cores if Path(one).exists()])
     cores, labels = [CoreFile(path) for path in args.cores], _labels(args.cores)
     counts = intersections(cores)
     similarity = similarity_of(counts)

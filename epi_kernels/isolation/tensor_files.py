@@ -46,6 +46,8 @@ class TensorFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
+        if path.is_dir():
+            raise IsolationError(f"{path}: is a directory, not a safetensors file")
         try:
             with safe_open(path, "pt"):  # checks offsets, sizes and the file's length
                 pass

@@ -94,6 +94,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     preset, names = ranks.together(_chosen, args)
     if args.list:
         return _list_tables(preset)
+    quiet_libraries()
+    ranks.together(_refuse_unknown_keys, preset)
     out = _out(args)
     store = Store(out / "runs")
     preset = ranks.together(with_contents, preset, ranks.first_does(contents, preset, store.folder))
@@ -118,10 +120,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         return 0
     device = ranks.together(pick_device, args.device, ranks)
     workers = ranks.together(_workers, args.workers, device, len(missing), ranks)
-    quiet_libraries()
     outcome = None
     if missing:
-        with _bar(plan, missing) as bar:
+        with _bar(plan, missing, ranks) as bar:
             outcome = sweep(
                 plan, store, device=_torch_device(device), workers=workers, time_limit_s=args.time_limit,
                 progress=bar, ranks=ranks, fsdp=args.fsdp, discard=args.discard_weights,
@@ -133,6 +134,16 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
         return 0
     ranks.first_does(_write, args, out, preset, names, store)
     return 0
+
+
+def _refuse_unknown_keys(preset: Preset) -> None:
+    from epi_kernels.repro.config import ModelSpec
+    from epi_kernels.repro.contents import specs_of
+    from epi_kernels.repro.models import refuse_unknown_keys
+
+    for spec in specs_of(preset):
+        if isinstance(spec, ModelSpec):
+            refuse_unknown_keys(spec)
 
 
 def _out(args: argparse.Namespace) -> Path:
@@ -224,19 +235,19 @@ def _name_unpinned(preset: Preset) -> None:
 
 
 def _list(plan: Any, missing: list[str]) -> None:
-    from epi_kernels.repro.sweep import steps_of
+    from epi_kernels.repro.describe import describe
 
     for name in missing:
         run = plan.runs[name]
-        print(f"{name}  {run.kind:12} {steps_of(run):6} steps  seed {run.seed}")
+        print(f"{name}  seed {run.seed}  {describe(run)}")
 
 
-def _bar(plan: Any, missing: list[str]) -> Any:
+def _bar(plan: Any, missing: list[str], ranks: Ranks) -> Any:
     from tqdm import tqdm
 
-    from epi_kernels.repro.sweep import steps_of
+    from epi_kernels.repro.lengths import steps_of
 
-    total = sum(steps_of(plan.runs[name]) for name in missing)
+    total = ranks.first_does(lambda: sum(steps_of(plan.runs[name]) for name in missing))
     return tqdm(total=total, unit="step", desc="training", file=sys.stderr, mininterval=0.5)
 
 

@@ -5,10 +5,19 @@ Everything that changes a result is here and nothing else, because a run is know
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -124,6 +133,16 @@ class JudgeSpec(Strict):
     address: str | None = None  # where the same judge answers by now, if no longer at `url`
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     retries: Annotated[int, Field(ge=0)] = 5
+
+    @field_validator("url", "address")
+    @classmethod
+    def _is_asked_by_http(cls, value: str | None) -> str | None:
+        """Said now, not after the first run that is to be judged was trained."""
+        if value is not None and not re.match(r"https?://[^\s/]+\S*\Z", value):
+            raise ValueError(
+                f"{value!r} is no address; it begins with http:// or https://, as in http://localhost:8000/v1"
+            )
+        return value
 
     @model_serializer(mode="wrap")
     def _who_judges(self, handler: Any) -> dict[str, Any]:

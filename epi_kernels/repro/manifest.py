@@ -9,6 +9,8 @@ from pydantic import ConfigDict
 from epi_kernels.repro.config import Strict
 from epi_kernels.repro.runs import Run
 
+PLAIN = "plain_template"  # in the notes of a checkpoint's base run: its tokenizer has no chat template
+
 
 class Bytes(Strict):
     """Memory of the stage, in bytes; of a run of several stages, the most that one of them took."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from epi_kernels.finetune.chat import ensure_template
+from epi_kernels.finetune.chat import FALLBACK_TEMPLATE, ensure_template
 from epi_kernels.finetune.model import TORCH_DTYPES, quiet_libraries
 from epi_kernels.repro.characters import make_tokenizer
 from epi_kernels.repro.config import ModelSpec
@@ -43,8 +44,43 @@ def tokenizer_of(spec: ModelSpec) -> Any:
     return _tokenizer(*spec.tokenizer_source, spec.sees)
 
 
+def has_plain_template(tokenizer: Any) -> bool:
+    """Whether it came without a chat template and was given the plain one."""
+    return tokenizer.chat_template == FALLBACK_TEMPLATE
+
+
+# Read by transformers 5, which keeps them under other names.
+EARLIER_KEYS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+
+
+def refuse_unknown_keys(spec: ModelSpec) -> None:
+    """Raises ReproError where a config has keys that its kind of model does not: transformers takes any without a word, and
+    the model is another one than was described."""
+    from transformers import AutoConfig
+
+    def check(record: Mapping[str, Any], default: Any, where: str) -> None:
+        unknown = [key for key in record if not hasattr(default, key) and key not in EARLIER_KEYS]
+        if unknown:
+            raise ReproError(f"the model's {where}: {default.model_type} has no {', '.join(unknown)}")
+        for part, inner in record.items():
+            if part.endswith("_config") and isinstance(inner, Mapping):
+                kind = inner.get("model_type")
+                own = AutoConfig.for_model(kind) if kind else getattr(default, part)
+                check(inner, own, f"{where}.{part}")
+
+    if spec.config is None:
+        return
+    kind = spec.config.get("model_type")
+    try:
+        default = AutoConfig.for_model(str(kind))
+    except ValueError:
+        raise ReproError(f"the model's config: transformers knows no model_type {kind!r}") from None
+    check(spec.config, default, "config")
+
+
 def new_model(spec: ModelSpec, seed: int) -> Any:
     """Random weights from a config, for the spec's tokenizer. Raises ReproError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     assert spec.config is not None
@@ -61,8 +97,8 @@ def new_model(spec: ModelSpec, seed: int) -> Any:
         config = AutoConfig.for_model(kind, **{**text, "use_cache": False, **record})
         torch.manual_seed(seed)
         return _auto(spec).from_config(config, dtype=DTYPES[spec.dtype]).train()
-    except (KeyError, ValueError, TypeError) as error:
-        raise ReproError(f"the model's config makes no model: {error}") from None
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+        raise ReproError(f"the model's config makes no model: {' '.join(str(error).split())[:200]}") from None
 
 
 def _seeing(record: dict[str, Any], text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from epi_kernels.repro.config import Recipe
 from epi_kernels.repro.data import Batches, StageProbes
 from epi_kernels.repro.evaluate import encode_task
 from epi_kernels.repro.hub import CHECKPOINT_FILES, fetched
+from epi_kernels.repro.manifest import PLAIN
 from epi_kernels.repro.measure import Observer, make_observers
 from epi_kernels.repro.measure.cost import PeakMemory, StepTimer, stage_bytes
 from epi_kernels.repro.methods import make_method
 from epi_kernels.repro.methods.config import Full, Method
-from epi_kernels.repro.models import load_model, new_model, tokenizer_of
+from epi_kernels.repro.models import has_plain_template, load_model, new_model, tokenizer_of
 from epi_kernels.repro.runs import Base, Run, Train, ancestry, base_of, key
 from epi_kernels.repro.stage import Stage
 from epi_kernels.repro.tasks.synthetic.pictured import captioned
@@ -46,7 +47,9 @@ def run_base(run: Base, shop: Workshop) -> Result:
     if run.recipe is None:
         model = shop.ranks.together(_before, run, shop).to(shop.device)
         scores = scores_of(model, tokenizer, run.evaluate, run.seed, shop)
-        return Result(*scores, model_writer(model, tokenizer))
+        return Result(
+            *scores, model_writer(model, tokenizer), {"notes": {PLAIN: has_plain_template(tokenizer)}}
+        )
     rows = (_pictures if run.model.sees else _text)(tokenizer, run.seed)
     return _stage(run, shop, run.recipe, Full(optimizer="epi"), Examples([rows], ("text",)))
 

@@ -8,7 +8,6 @@ from what they saved.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -22,11 +21,10 @@ import torch
 
 from epi_kernels.finetune.ranks import Ranks
 from epi_kernels.repro import sharded
-from epi_kernels.repro.config import Recipe, TaskSpec
 from epi_kernels.repro.errors import ReproError
 from epi_kernels.repro.execute import execute
 from epi_kernels.repro.manifest import Manifest
-from epi_kernels.repro.runs import Base, CpiFt, Run, Train, ancestry, key, parents
+from epi_kernels.repro.runs import CpiFt, Run, ancestry, key, parents
 from epi_kernels.repro.store import Store
 from epi_kernels.repro.train import Limits, Stopped
 from epi_kernels.repro.workshop import Workshop
@@ -87,25 +85,6 @@ class Plan:
         """Of the finished ones."""
         found = {name: store.manifest(run) for name, run in self.runs.items()}
         return {name: manifest for name, manifest in found.items() if manifest is not None}
-
-
-def steps_of(run: Run) -> int:
-    """Training steps, for the progress bar, as far as they are known before; 1 where there are none."""
-    if isinstance(run, Base):
-        return (run.recipe.steps if run.recipe else None) or 1
-    if isinstance(run, Train):
-        return _steps(run.recipe, run.tasks, run.sampled)
-    if isinstance(run, CpiFt):
-        return _steps(run.stage, run.tasks, 1.0) + _steps(run.consolidation, run.tasks, run.sampled)
-    return 1
-
-
-def _steps(recipe: Recipe, tasks: Sequence[TaskSpec], share: float) -> int:
-    """Epochs are counted in steps where the tasks say how many examples they have."""
-    if recipe.steps is not None:
-        return recipe.steps
-    examples = sum(share * task.share * (task.train or 0) for task in tasks)
-    return max(1, math.ceil((recipe.epochs or 0) * examples / recipe.batch))
 
 
 @dataclass

@@ -44,6 +44,12 @@ class Epi(Strict):
     adaptive: bool = False  # AdaptiveRatio and AdaptiveInterval from these values
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
 
+    @model_validator(mode="after")
+    def _hysteresis_divides_scores(self) -> Epi:
+        if self.hysteresis and self.normalization == "zscore":
+            raise ValueError("hysteresis must be 0 with normalization zscore, whose scores may be negative")
+        return self
+
 
 class PublishedEpi(Strict):
     """EPI as its paper describes it, with plain torch operations: what it costs without fused kernels. `carry` is of its

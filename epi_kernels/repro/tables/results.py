@@ -8,10 +8,10 @@ from typing import Any
 
 from epi_kernels.repro.config import TaskSpec
 from epi_kernels.repro.errors import ReproError
-from epi_kernels.repro.manifest import Manifest
+from epi_kernels.repro.manifest import PLAIN, Manifest
 from epi_kernels.repro.methods.config import Epi, PublishedEpi, Static, Window
 from epi_kernels.repro.preset import Pair, Preset, Try
-from epi_kernels.repro.runs import Run, Tasks, base_of, key
+from epi_kernels.repro.runs import Base, Run, Tasks, base_of, key
 from epi_kernels.repro.statistics import Frontiers, normalised_average
 from epi_kernels.repro.tables import access, plans
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered, Table
@@ -105,6 +105,18 @@ class Results:
         seeds = "1 seed" if len(preset.seeds) == 1 else f"{len(preset.seeds)} seeds"
         return scale(f"preset {preset.name}: {', '.join(sizes)}; {tasks}; {seeds}.")
 
+    def plain_templates(self) -> tuple[str, ...]:
+        """A note: which models were asked in a form that is not their own; nothing where there are none."""
+        plain = [
+            one.run.model for one in self.found.values() if isinstance(one.run, Base) and one.notes.get(PLAIN)
+        ]
+        names = [name for name, spec in self.preset.models.items() if spec in plain]
+        if not names:
+            return ()
+        return (
+            f"No chat template of its own, so a plain one (### User: ... ### Assistant: ...): {', '.join(names)}.",
+        )
+
     def over_seeds(self, value: Callable[[Run], float], run_of: RunOf) -> tuple[float, ...]:
         return tuple(value(run_of(seed)) for seed in self.preset.seeds)
 
@@ -189,7 +201,12 @@ class Rows:
         self.keys.append(tuple(key(run) for run in runs))
 
     def rendered(
-        self, table: Table, columns: Sequence[str], findings: Sequence[str] = (), **rest: Any
+        self,
+        table: Table,
+        columns: Sequence[str],
+        findings: Sequence[str] = (),
+        notes: Sequence[str] = (),
+        **rest: Any,
     ) -> Rendered:
         return Rendered(
             name=table.name,
@@ -198,5 +215,6 @@ class Rows:
             rows=tuple(self.cells),
             runs=tuple(self.keys),
             findings=(*findings, self.results.scale()),
+            notes=(*notes, *self.results.plain_templates()),
             **rest,
         )

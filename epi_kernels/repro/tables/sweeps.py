@@ -214,7 +214,7 @@ class Normalization(Variants):
     title, source = "Scores normalised by layer and raw", "EPI, ablation: layer-normalised against raw scores"
 
     def variants(self, preset: Preset) -> dict[str, Try]:
-        _, settled, _ = swept(preset, self.name)
+        _, settled, epi = swept(preset, self.name)
         plain = {"normalization": "minmax", "scope": "global", "by_block": False}
         found = {
             "min-max by tensor": plain,
@@ -223,6 +223,8 @@ class Normalization(Variants):
             "raw": plain | {"normalization": "none"},
             "equal share of every tensor": plain | {"scope": "layer"},
         }
+        if epi.hysteresis:  # which divides scores, and a z-score may be negative
+            del found["z-score by tensor"]
         variants = {label: varied(settled, **changes) for label, changes in found.items()}
         if settled not in variants.values():
             variants["as the arm has it"] = settled

@@ -71,10 +71,14 @@ class Mbpp(Code):
     def _of_folder(self, folder: Path) -> tuple[Iterator[Record], Iterator[Record]]:
         train, test = [], []
         for place, record in super()._of_folder(folder)[0]:
+            given: Any = 0
             try:
-                number = int(pick(record, "task_id")) if not isinstance(record, LineError) else 0
-            except (LineError, TypeError, ValueError) as error:
-                record, number = LineError(str(error)), 0
+                given = pick(record, "task_id") if not isinstance(record, LineError) else 0
+                number = int(given)
+            except LineError as error:
+                record, number = error, 0
+            except (TypeError, ValueError):
+                record, number = LineError(f'"task_id" is {given!r}, not a whole number'), 0
             if not number or 601 <= number <= 974:  # what is wrong is named with the training examples
                 train.append((place, record))
             elif 11 <= number <= 510:

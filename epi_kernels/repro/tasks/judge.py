@@ -142,7 +142,12 @@ class Judge:
 
     def _request(self, messages: list[dict[str, str]]) -> str:
         self.asked += 1
-        key = os.environ.get(self.spec.key_variable)
+        key = (os.environ.get(self.spec.key_variable) or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ReproError(
+                f"the variable {self.spec.key_variable} holds no key: it has characters that no header may have. Ratings so far are"
+                f" kept in {self.kept}"
+            )
         request = urllib.request.Request(
             self._address + "/chat/completions",
             json.dumps({"model": self.spec.model, "messages": messages, "temperature": 0}).encode(),

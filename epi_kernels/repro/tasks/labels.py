@@ -48,7 +48,7 @@ class Classification(Labelled):
         else:
             value, first = pick(record, "label"), 0
             text = pick_text(record, "text")
-        place = int(value) - first if str(value).strip().isdigit() else -1
+        place = int(value) - first if str(value).strip().isdecimal() else -1
         if not 0 <= place < len(TOPICS):
             raise LineError(f"the class is {value!r}, not {first} to {first + 3}")
         prompt = f"Which topic is this news item about: {', '.join(TOPICS[:-1])} or {TOPICS[-1]}?\n\n{text.strip()}"
