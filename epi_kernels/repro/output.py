@@ -15,6 +15,7 @@ from epi_kernels.repro.store import Store
 from epi_kernels.repro.sweep import Plan
 from epi_kernels.repro.tables import TABLES
 from epi_kernels.repro.tables.base import Rendered
+from epi_kernels.repro.tables.costs import SOURCE, costs
 from epi_kernels.repro.writers import write_tables
 
 PAGE, TABLES_FOLDER, RESULTS = "index.html", "tables", "results.json"
@@ -55,7 +56,10 @@ def write(
     `bench/results/reproduce-PRESET.json` and with it the README's tables are made."""
     names = list(names)
     rendered = render(preset, manifests, names)
+    sources = {name: TABLES[name].source for name in names}
+    if (of_rows := costs(rendered, manifests)) is not None:
+        rendered.append(of_rows)
+        sources[of_rows.name] = SOURCE
     write_tables(out / TABLES_FOLDER, rendered)
     write_bundle(bundle(preset, names, manifests, SERIES), out / RESULTS)
-    sources = {name: TABLES[name].source for name in names}
     write_page(out / PAGE, rendered, manifests, preset, sources, command)

@@ -6,21 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from epi_kernels import published
-from epi_kernels.repro.manifest import Bytes, Manifest, StepTime
-from epi_kernels.repro.measure.cost import mean_time, most
+from epi_kernels.repro.manifest import Manifest
 from epi_kernels.repro.methods.config import Epi, Method, PublishedEpi
 from epi_kernels.repro.preset import Preset
 from epi_kernels.repro.runs import CpiFt, Run, Train
 from epi_kernels.repro.tables import access, plans
 from epi_kernels.repro.tables.access import NoPlan
 from epi_kernels.repro.tables.base import Cell, Manifests, Rendered
+from epi_kernels.repro.tables.cost import Cost, peak_note, peak_of, peaks_of, state_of, step_of, training_of
 from epi_kernels.repro.tables.mixtures import EpiMain
 from epi_kernels.repro.tables.results import Results, Rows, RunOf, pair_name
 from epi_kernels.repro.tables.sequential import methods as sequential_methods
 from epi_kernels.repro.tables.words import INTERVALS, compared
 from epi_kernels.repro.writers.findings import failed, held
-
-MIB = 2**20
 
 
 class Row(NamedTuple):
@@ -36,20 +34,6 @@ class Row(NamedTuple):
         while self.whole and isinstance(run := stages[-1], Train) and isinstance(run.before, Train):
             stages.append(run.before)
         return stages
-
-
-class Cost(NamedTuple):
-    """Of a row's stages, at one seed."""
-
-    bytes: Bytes | None
-    time: StepTime | None
-
-    @classmethod
-    def of(cls, stages: Sequence[Manifest]) -> Cost:
-        return cls(
-            most([one.bytes for one in stages if one.bytes]),
-            mean_time([one.time for one in stages if one.time]),
-        )
 
 
 class Memory:
@@ -87,18 +71,18 @@ class Memory:
             for row in listed
         }
         measured = {place: [Cost.of(stages) for stages in of_row] for place, of_row in manifests.items()}
-        peaks = _peaks(measured)
+        peaks = peaks_of(one for of_row in measured.values() for one in of_row)
         above = all(one.before is not None for one in peaks)
         as_published = {
             row.plan: measured[row.plan, row.name] for row in listed if isinstance(row.method, PublishedEpi)
         }
         for row in listed:
             costs = measured[row.plan, row.name]
-            size, step = _state(costs), _step(costs)
+            size, step = state_of(costs), step_of(costs)
             against = (
-                _state(as_published[row.plan]) if row.plan in as_published else (_published(),) * len(size)
+                state_of(as_published[row.plan]) if row.plan in as_published else (_published(),) * len(size)
             )
-            their_step = _step(as_published[row.plan]) if row.plan in as_published else ()
+            their_step = step_of(as_published[row.plan]) if row.plan in as_published else ()
             rows.add(
                 row.plan,
                 row.name,
@@ -106,12 +90,12 @@ class Memory:
                 Cell(values=tuple(100 * x / y for x, y in zip(size, against)), digits=0)
                 if size and against
                 else "",
-                Cell(values=peak, digits=1 if above else 0) if (peak := _peak(costs, above)) else "",
+                Cell(values=peak, digits=1 if above else 0) if (peak := peak_of(costs, above)) else "",
                 Cell(values=step, digits=3) if step else "",
                 Cell(values=tuple(100 * x / y for x, y in zip(step, their_step)), digits=0)
                 if step and their_step
                 else "",
-                Cell(values=whole, digits=2) if (whole := _training(costs)) else "",
+                Cell(values=whole, digits=2) if (whole := training_of(costs)) else "",
                 runs=map(row.run_of, preset.seeds),
             )
         return rows.rendered(
@@ -130,7 +114,7 @@ class Memory:
                 [one for of_row in manifests.values() for of_seed in of_row for one in of_seed],
                 measured,
                 as_published,
-                _peak_note(peaks, above),
+                peak_note(peaks, above),
             ),
             findings=self._findings(listed, measured, as_published),
         )
@@ -191,10 +175,10 @@ class Memory:
         findings = []
         for row in listed:
             costs = measured[row.plan, row.name]
-            size = _state(costs)
+            size = state_of(costs)
             if not isinstance(row.method, Epi) or not size:
                 continue
-            measured_theirs = _state(as_published.get(row.plan, []))
+            measured_theirs = state_of(as_published.get(row.plan, []))
             theirs = measured_theirs or (float(_published()),)
             how = "" if measured_theirs else " by its description"
             told = (
@@ -202,7 +186,7 @@ class Memory:
                 f" {min(theirs):.3f}{how}."
             )
             findings.append((held if max(size) < min(theirs) else failed)(told))
-            steps, their_steps = _step(costs), _step(as_published.get(row.plan, []))
+            steps, their_steps = step_of(costs), step_of(as_published.get(row.plan, []))
             if steps and their_steps:
                 findings.append(
                     compared(
@@ -220,44 +204,3 @@ class Memory:
 
 def _published() -> float:
     return published.STATE_TOTAL_BYTES
-
-
-def _state(costs: Sequence[Cost]) -> tuple[float, ...]:
-    """Bytes a parameter, of every run; empty unless all have them."""
-    return _of_all(costs, [one.bytes.optimizer["total"] / one.bytes.parameters for one in costs if one.bytes])
-
-
-def _peak(costs: Sequence[Cost], above: bool) -> tuple[float, ...]:
-    """MiB; `above`: over what was held before."""
-    found = [one.bytes for one in costs if one.bytes and one.bytes.peak is not None]
-    return _of_all(costs, [((one.peak or 0) - (one.before or 0) * above) / MIB for one in found])
-
-
-def _step(costs: Sequence[Cost]) -> tuple[float, ...]:
-    return _of_all(costs, [one.time.optimizer_p50 for one in costs if one.time])
-
-
-def _training(costs: Sequence[Cost]) -> tuple[float, ...]:
-    return _of_all(costs, [one.time.training_p50 for one in costs if one.time])
-
-
-def _of_all(costs: Sequence[Cost], found: list[float]) -> tuple[float, ...]:
-    return tuple(found) if len(found) == len(costs) else ()
-
-
-def _peaks(measured: dict[tuple[str, str], list[Cost]]) -> list[Bytes]:
-    return [
-        one.bytes
-        for of_row in measured.values()
-        for one in of_row
-        if one.bytes and one.bytes.peak is not None
-    ]
-
-
-def _peak_note(peaks: Sequence[Bytes], above: bool) -> list[str]:
-    if not peaks:
-        return []
-    of = ", the ".join(sorted({one.peak_of for one in peaks}))
-    if above:
-        return [f"Peak: of the {of}, above what was held before the run's model was loaded."]
-    return [f"Peak: of the {of}, with all it held already, of runs before too: rows compare little."]
