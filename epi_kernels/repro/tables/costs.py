@@ -60,7 +60,8 @@ def costs(tables: Sequence[Rendered], manifests: Manifests) -> Rendered | None:
         runs=tuple(keys for _, keys, _ in found),
         notes=(
             "Of the runs behind a row that trained, each counted once: over seeds, and over tasks or shares of data where a row"
-            " has several; a row of the same runs as one above is not repeated. State: what the optimizer and the method keep. A cell is empty where some run kept no figure.",
+            " has several; a row of the same runs as one above is not repeated. State: what the optimizer and the method keep. A"
+            " cell is empty where some run kept no figure.",
             f"Published: {published.STATE_TOTAL_BYTES} bytes a parameter by EPI's description. The table memory has steps beside an arm"
             " of it.",
             *peak_note(peaks, above),
