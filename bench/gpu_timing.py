@@ -171,14 +171,19 @@ def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def step_bytes(itemsize: float, state: float, mask: float = 0.0) -> float:
+    """The least a step moves an element: weight in and out, gradient in, state in and out, but for ``mask`` bytes of it,
+    which are only read."""
+    return 3 * itemsize + 2 * state - mask
+
+
 def with_bandwidth(row: dict[str, Any], copy: dict[str, float]) -> dict[str, Any]:
-    """Adds GB/s of the step and its share of the copy's: weight in and out, gradient and mask in, moments in and out."""
+    """Adds GB/s of the step and its share of the copy's."""
     if "ms" not in row:
         return row
     itemsize = 4 if row["dtype"] == "float32" else 2
-    moments = row["state_bytes_per_element"] - MASK_BYTES
-    step_bytes = row["elements"] * (3 * itemsize + 2 * moments + MASK_BYTES)
-    gbps = step_bytes / (row["ms"]["step"]["p50"] * 1e6)
+    each = step_bytes(itemsize, row["state_bytes_per_element"], MASK_BYTES)
+    gbps = row["elements"] * each / (row["ms"]["step"]["p50"] * 1e6)
     return {**row, "step_gbps": round(gbps, 1), "copy_share": round(gbps / copy["p50"], 3)}
 
 

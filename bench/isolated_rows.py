@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench import results
 from bench.gpu_device import CpuDevice
-from bench.gpu_timing import Effort, copy_gbps
+from bench.gpu_timing import Effort, copy_gbps, step_bytes
 from bench.side_by_side import parameters, time_pair
 from bench.sources import changed_since
 from epi_kernels import MaskedEMAAdamW
@@ -79,8 +79,7 @@ def measure(kind: str, layout: str, share: float, shape: tuple[int, int], pairs:
     refresh = timed(ours.refresh_isolation_mask, beside.refresh_isolation_mask, pairs)
     elements, state = params[0].numel(), ours.state_bytes()["total"]
     runs = runs_of(ours.state[params[0]])
-    # the least a step moves: weight in and out, gradient in, states in and out, of what can move
-    bytes_per_element = 3 * dtype.itemsize * (1 - share) + 2 * state / elements
+    bytes_per_element = step_bytes(dtype.itemsize * (1 - share), state / elements)  # of what can move
     return {
         "name": f"rows-{kind.replace(', ', '-').replace(' ', '-')}-{layout}-{round(100 * share)}",
         "kind": kind,

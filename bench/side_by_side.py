@@ -37,10 +37,11 @@ from bench.bench_memory import peak_mib
 from bench.contenders import CONTENDERS, LR, REFERENCE, Contender
 from bench.gpu_device import CpuDevice, Device, open_device
 from bench.gpu_record import slug
-from bench.gpu_timing import Effort, copy_gbps, imports_frozen, release
+from bench.gpu_timing import MASK_BYTES, Effort, copy_gbps, imports_frozen, release, step_bytes
 from bench.shapes import Architecture, ParameterList, Shape, architectures
 from bench.side_by_side_fit import CPU_ELEMENTS, fitting, sits_out
 from bench.slices import Kept, Slice, run_slices
+from epi_kernels import MaskedEMAAdamW
 
 GROUP, PREFIX = "side-by-side", "side-by-side"
 PEERS = ("flashoptim", "torchao", "bitsandbytes", "torch-optimi", "deepspeed")
@@ -160,8 +161,8 @@ def measure(
         "step_peak_bytes": peak_bytes(device, optimizer.step),
     }
     itemsize = params[0].element_size()
-    # the least a step moves: weight in and out, gradient in, states in and out
-    found["bytes_per_element"] = 3 * itemsize + 2 * state / elements
+    mask = MASK_BYTES if isinstance(optimizer, MaskedEMAAdamW) else 0.0
+    found["bytes_per_element"] = step_bytes(itemsize, state / elements, mask)
     found["ns_per_element"] = 1e6 * found["ours_ms"]["p50"] / elements
     found["gbps"] = found["bytes_per_element"] / found["ns_per_element"]
     if contender.refresh is not None:

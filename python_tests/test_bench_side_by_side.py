@@ -148,6 +148,9 @@ def test_a_run_is_written_and_becomes_a_table(tmp_path, capsys):
     ran = {row["contender"]: row for row in rows if "skipped" not in row}
     assert {"torch fused, float32", "ours, float32", "EPI as published, float32"} <= ran.keys()
     assert ran["ours, float32"]["state_bytes_per_element"] == pytest.approx(8.125, abs=0.01)
+    moved = {name: ran[name]["bytes_per_element"] for name in ("torch fused, float32", "ours, float32")}
+    assert moved["torch fused, float32"] == pytest.approx(28, abs=0.02)
+    assert moved["ours, float32"] == pytest.approx(28.125, abs=0.02), "the mask is read and not written"
 
     assert "Not measured yet" in side_by_side_table.text(tmp_path), "a smoke run is no result"
     path.write_text(json.dumps([row | {"complete": True} for row in rows]))
